@@ -1,0 +1,9 @@
+//! The node agent.
+//!
+//! Data goes one way: sources ([`discovery`]) → [`catalog`] → [`compile`] → reconciler
+//! ([`dataplane`]) → kernel. A source never writes a map, the compiler never does I/O, the
+//! reconciler never decides policy.
+
+pub mod api;
+pub mod discovery;
+pub mod model;

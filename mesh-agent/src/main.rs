@@ -1,0 +1,2 @@
+//! The node agent binary.
+fn main() {}

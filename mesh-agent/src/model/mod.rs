@@ -1,0 +1,8 @@
+//! Plain types: what a service is, independent of where it came from and of how the kernel holds
+//! it.
+
+mod service;
+
+pub use service::{
+    Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
+};

@@ -1,0 +1,135 @@
+//! A service: addresses and ports that clients dial, endpoints that answer, and the rules between
+//! them.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_common::Protocol;
+
+/// The name of a service: unique on a node, cheap to clone.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ServiceName(Arc<str>);
+
+impl ServiceName {
+    /// Takes any text; a source checks what it accepts as a name.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl std::borrow::Borrow<str> for ServiceName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A service as a source defines it. A source hands out only services that satisfy:
+///
+/// * at least one address and one port; no address twice; no (port, protocol) twice;
+/// * no endpoint twice (address and port); no endpoint that equals one of the service's own
+///   frontends; every endpoint of a family that one of the addresses has;
+/// * ports are not 0.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Service {
+    /// Unique on the node.
+    pub name: ServiceName,
+    /// What clients dial. IPv4-mapped IPv6 addresses have been made IPv4.
+    pub addresses: Vec<IpAddr>,
+    /// The ports of each address.
+    pub ports: Vec<ServicePort>,
+    /// Active checks; without them the state of every endpoint is `unknown`.
+    pub health: Option<HealthPolicy>,
+    /// What happens when no endpoint is usable.
+    pub when_all_unhealthy: WhenAllUnhealthy,
+    /// Who answers.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port of a service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServicePort {
+    /// For people; may be empty.
+    pub name: String,
+    /// What clients dial.
+    pub port: u16,
+    /// Where endpoints listen, unless an endpoint brings its own port.
+    pub target: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+/// Who answers for a service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    /// Its address; IPv4-mapped IPv6 has been made IPv4.
+    pub address: IpAddr,
+    /// Overrides [`ServicePort::target`] for every port of the service.
+    pub port: Option<u16>,
+    /// 0 (takes no connection) to 65,535.
+    pub weight: u16,
+    /// For people, and later for locality.
+    pub zone: Option<Arc<str>>,
+}
+
+impl Endpoint {
+    /// The weight of an endpoint that names none.
+    pub const DEFAULT_WEIGHT: u16 = 100;
+}
+
+/// What a service does when none of its endpoints is usable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum WhenAllUnhealthy {
+    /// Panic: all of them are used. When every check fails, the checks are the likelier culprit.
+    #[default]
+    UseAll,
+    /// Connects are refused.
+    Refuse,
+}
+
+/// How the endpoints of a service are checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HealthPolicy {
+    /// What a check does.
+    pub check: HealthCheck,
+    /// From the start of one check to the start of the next, before jitter.
+    pub interval: Duration,
+    /// A check that takes longer has failed.
+    pub timeout: Duration,
+    /// Consecutive passes after which an unhealthy endpoint is healthy.
+    pub rise: u32,
+    /// Consecutive failures after which an endpoint is unhealthy.
+    pub fall: u32,
+}
+
+impl HealthPolicy {
+    /// Default of `interval`.
+    pub const INTERVAL: Duration = Duration::from_secs(1);
+    /// Default of `timeout`.
+    pub const TIMEOUT: Duration = Duration::from_millis(300);
+    /// Default of `rise`.
+    pub const RISE: u32 = 2;
+    /// Default of `fall`.
+    pub const FALL: u32 = 3;
+}
+
+/// What a health check does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HealthCheck {
+    /// Connects, and closes at once.
+    Tcp,
+}

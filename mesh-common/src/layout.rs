@@ -1,0 +1,473 @@
+//! The layouts of the BPF maps: the ABI between the kernel programs and the agent.
+//!
+//! Every type is `repr(C)` without implicit padding (a padding byte in a key makes look-ups miss),
+//! and its size is asserted. Change one of them and [`ABI_VERSION`] changes with it.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::Addr;
+
+/// The version of everything in this module. It is part of the kernel object, and the agent
+/// refuses an object of another version.
+pub const ABI_VERSION: u32 = 1;
+
+/// Transport protocol, with its IANA number.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub enum Protocol {
+    /// TCP, and MPTCP, whose subflows are TCP.
+    Tcp = 6,
+    /// UDP.
+    Udp = 17,
+}
+
+impl Protocol {
+    /// From the IANA number.
+    #[must_use]
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            6 => Some(Self::Tcp),
+            17 => Some(Self::Udp),
+            _ => None,
+        }
+    }
+
+    /// The name used in files, tables and JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+/// What a client dials: the key of `FRONTENDS`.
+///
+/// Port and protocol 0 mark the address itself: the agent keeps one such entry for each service
+/// address, so that a refusal inside the virtual range can tell "no such service" from "the
+/// service has no such port".
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct FrontendKey {
+    /// Address.
+    pub addr: Addr,
+    /// Port in network byte order.
+    pub port: u16,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+impl FrontendKey {
+    /// A key for a port in host byte order.
+    #[must_use]
+    pub const fn new(addr: Addr, port: u16, protocol: Protocol) -> Self {
+        Self { addr, port: port.to_be(), protocol: protocol as u8, pad: 0 }
+    }
+
+    /// The entry that only says "this address belongs to a service".
+    #[inline(always)]
+    #[must_use]
+    pub const fn address_only(addr: Addr) -> Self {
+        Self { addr, port: 0, protocol: 0, pad: 0 }
+    }
+
+    /// The port in host byte order.
+    #[must_use]
+    pub const fn host_port(&self) -> u16 {
+        u16::from_be(self.port)
+    }
+}
+
+/// Value of `FRONTENDS`: which service record holds this frontend.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FrontendValue {
+    /// Index into `SERVICES`.
+    pub service: u32,
+    /// What [`Service::generation`] is while this entry is valid.
+    pub generation: u32,
+}
+
+/// Which slots a service record uses: one word, so that switching from one table to the next is
+/// one store and is never half visible.
+///
+/// ```text
+/// 63      56 55             32 31                   0
+/// [ reason ] [ number of slots ] [ first slot          ]
+/// ```
+///
+/// A table of no slots refuses, with the reason that it carries.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Table(pub u64);
+
+impl Table {
+    /// The largest number of slots that one table can have.
+    pub const MAX_LEN: u32 = (1 << 24) - 1;
+
+    /// A table of `len` slots from `base` on. `len` above [`Table::MAX_LEN`] is the caller's error
+    /// and is cut to it.
+    #[must_use]
+    pub const fn slots(base: u32, len: u32) -> Self {
+        let len = if len > Self::MAX_LEN { Self::MAX_LEN } else { len };
+        Self((len as u64) << 32 | base as u64)
+    }
+
+    /// A table that refuses every connect for `reason`.
+    #[must_use]
+    pub const fn refuse(reason: Reason) -> Self {
+        Self((reason as u64) << 56)
+    }
+
+    /// Index of the first slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn base(self) -> u32 {
+        (self.0 & 0xffff_ffff) as u32
+    }
+
+    /// Number of slots.
+    #[inline(always)]
+    #[must_use]
+    pub const fn len(self) -> u32 {
+        (self.0 >> 32) as u32 & Self::MAX_LEN
+    }
+
+    /// Whether there is no slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// Why a table of no slots refuses.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reason(self) -> Reason {
+        Reason::from_number((self.0 >> 56) as u8)
+    }
+}
+
+/// A record of `SERVICES`: one for each frontend (a service port on one address).
+///
+/// Writer: the agent, through its mapping. Readers: the connect programs.
+///
+/// `key` and `generation` do not change while an entry of `FRONTENDS` names the record; `table` is
+/// switched by a single store. The record holds its own key because the element of a hash map can
+/// be reused while a program still holds a pointer to it: such a program reads another frontend's
+/// value, finds a record whose key is not what it dialled, and looks again.
+#[repr(C, align(8))]
+#[derive(Debug, Default)]
+pub struct Service {
+    /// A [`Table`].
+    pub table: AtomicU64,
+    /// The frontend that this record serves.
+    pub key: FrontendKey,
+    /// Unique among the lives of this record; 0 while the record is free or retired.
+    pub generation: AtomicU32,
+}
+
+impl Service {
+    /// The table that is in force now.
+    #[inline(always)]
+    #[must_use]
+    pub fn table(&self) -> Table {
+        Table(self.table.load(Ordering::Relaxed))
+    }
+
+    /// The generation now.
+    #[inline(always)]
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Relaxed)
+    }
+}
+
+/// A record of `SLOTS`: one backend of a table, with what the alias method needs
+/// ([`crate::alias`]).
+///
+/// Immutable while a service's table names it. The backend's address is held here and not looked
+/// up in `BACKENDS`: that saves a cold cache line on each connect.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Slot {
+    /// The backend's address.
+    pub addr: Addr,
+    /// The backend's port in network byte order.
+    pub port: u16,
+    /// Zero.
+    pub pad: u16,
+    /// Index into `BACKENDS`.
+    pub backend: u32,
+    /// [`Backend::generation`] at the time of writing.
+    pub generation: u32,
+    /// A draw below this stays at this slot, see [`crate::alias`].
+    pub threshold: u32,
+    /// Where the other draws go: a position in the same table.
+    pub alias: u32,
+    /// Zero.
+    pub pad2: u32,
+}
+
+/// The state of a backend as people see it.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum State {
+    /// Nothing is known: no check is configured, or none has ended yet. Usable.
+    #[default]
+    Unknown = 0,
+    /// Its checks pass. Usable.
+    Healthy = 1,
+    /// Its checks fail.
+    Unhealthy = 2,
+    /// It finishes what it has and takes nothing new.
+    Draining = 3,
+    /// Taken out by failures seen in the kernel.
+    Ejected = 4,
+}
+
+impl State {
+    /// From its number in a map; an unknown number is [`State::Unknown`].
+    #[must_use]
+    pub const fn from_number(number: u8) -> Self {
+        match number {
+            1 => Self::Healthy,
+            2 => Self::Unhealthy,
+            3 => Self::Draining,
+            4 => Self::Ejected,
+            _ => Self::Unknown,
+        }
+    }
+
+    /// The name used in tables and JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Healthy => "healthy",
+            Self::Unhealthy => "unhealthy",
+            Self::Draining => "draining",
+            Self::Ejected => "ejected",
+        }
+    }
+
+    /// Whether new connections may go there.
+    #[must_use]
+    pub const fn is_usable(self) -> bool {
+        matches!(self, Self::Unknown | Self::Healthy)
+    }
+}
+
+/// A record of `BACKENDS`. Writer: the agent. The connect programs do not read it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Backend {
+    /// Address.
+    pub addr: Addr,
+    /// Port in network byte order.
+    pub port: u16,
+    /// IANA protocol number; 0 while the record is free.
+    pub protocol: u8,
+    /// A [`State`].
+    pub state: u8,
+    /// Differs between the lives of the same id, so that a late close cannot count for another.
+    pub generation: u32,
+    /// Weight, 0 to 65,535.
+    pub weight: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// A record of `BACKEND_STATS`. Writer: the kernel; the agent sets it to zero while the id is free.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct BackendStats {
+    /// Connects for which this backend was chosen.
+    pub opened: AtomicU64,
+}
+
+/// A record of `FLOWS`: what a socket was given. It lives in the socket's own storage and ends
+/// with the socket.
+///
+/// Writer: the connect program, in the context of the task that connects. Readers: the
+/// `getpeername` programs. Two threads that connect the same socket at the same time are ordered
+/// by the socket lock that the kernel holds around the connect hook (`inet_stream_connect`).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Flow {
+    /// What the application dialled.
+    pub frontend: FrontendKey,
+    /// The backend's address.
+    pub addr: Addr,
+    /// The backend's port in network byte order.
+    pub port: u16,
+    /// Zero.
+    pub pad: u16,
+    /// Index into `BACKENDS`.
+    pub backend: u32,
+    /// [`Backend::generation`] when it was chosen.
+    pub generation: u32,
+}
+
+/// The only record of `SETTINGS`. Writer: the agent.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Settings {
+    /// How many prefixes `VIRTUAL_IPS` holds; while it is 0 that map is not looked at.
+    pub virtual_ips: AtomicU32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// Why a connect was refused, or what else is counted. The numbers index `COUNTERS`.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Reason {
+    /// The service has no endpoint of this address family.
+    NoEndpoint = 0,
+    /// Every endpoint has weight 0.
+    NoWeight = 1,
+    /// Every endpoint is unhealthy, and the service says `when-all-unhealthy: refuse`.
+    AllUnhealthy = 2,
+    /// The address is inside `virtual-ips` and belongs to no service.
+    NoService = 3,
+    /// The address is inside `virtual-ips` and its service does not list this port.
+    NoPort = 4,
+    /// The tables changed under the program at each of its attempts.
+    Contended = 5,
+    /// The tables named something that does not exist: a defect, or a damaged map.
+    Corrupt = 6,
+}
+
+impl Reason {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 7] = [
+        Self::NoEndpoint,
+        Self::NoWeight,
+        Self::AllUnhealthy,
+        Self::NoService,
+        Self::NoPort,
+        Self::Contended,
+        Self::Corrupt,
+    ];
+
+    /// From its number; an unknown number is [`Reason::Corrupt`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_number(number: u8) -> Self {
+        match number {
+            0 => Self::NoEndpoint,
+            1 => Self::NoWeight,
+            2 => Self::AllUnhealthy,
+            3 => Self::NoService,
+            4 => Self::NoPort,
+            5 => Self::Contended,
+            _ => Self::Corrupt,
+        }
+    }
+
+    /// The name used in tables, JSON and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NoEndpoint => "no-endpoint",
+            Self::NoWeight => "no-weight",
+            Self::AllUnhealthy => "all-unhealthy",
+            Self::NoService => "no-service",
+            Self::NoPort => "no-port",
+            Self::Contended => "contended",
+            Self::Corrupt => "corrupt",
+        }
+    }
+
+    /// What it means, for people.
+    #[must_use]
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::NoEndpoint => "the service has no endpoint of this address family",
+            Self::NoWeight => "every endpoint of the service has weight 0",
+            Self::AllUnhealthy => {
+                "every endpoint is unhealthy and the service says when-all-unhealthy: refuse"
+            }
+            Self::NoService => "the address is inside virtual-ips and belongs to no service",
+            Self::NoPort => {
+                "the address is inside virtual-ips and its service does not list this port"
+            }
+            Self::Contended => "the tables changed during each of the program's attempts",
+            Self::Corrupt => "the tables name something that does not exist",
+        }
+    }
+}
+
+/// Indices of `COUNTERS` (per CPU, 64 bit) beyond the refusals, which come first, each at the
+/// number of its [`Reason`].
+pub mod counter {
+    /// Connects that were given a backend.
+    pub const BALANCED: u32 = 16;
+    /// Balanced connects whose flow record could not be made (`getpeername` shows the backend).
+    pub const NO_FLOW_RECORD: u32 = 17;
+    /// Attempts that found the tables changed and looked again.
+    pub const RETRIES: u32 = 18;
+    /// Number of counters.
+    pub const COUNT: u32 = 32;
+}
+
+const _: () = {
+    assert!(size_of::<Addr>() == 16);
+    assert!(size_of::<FrontendKey>() == 20);
+    assert!(size_of::<FrontendValue>() == 8);
+    assert!(size_of::<Service>() == 32);
+    assert!(size_of::<Slot>() == 40);
+    assert!(size_of::<Backend>() == 32);
+    assert!(size_of::<BackendStats>() == 8);
+    assert!(size_of::<Flow>() == 48);
+    assert!(size_of::<Settings>() == 8);
+    assert!(Reason::ALL.len() <= counter::BALANCED as usize);
+};
+
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya::Pod is an unsafe trait; these layouts are its purpose")]
+mod pod {
+    use super::{Backend, Flow, FrontendKey, FrontendValue, Slot};
+
+    // SAFETY: `repr(C)`, no padding (sizes asserted above), and every bit pattern is a value.
+    unsafe impl aya::Pod for FrontendKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for FrontendValue {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Slot {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Backend {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Flow {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn reasons_and_states_survive_their_numbers() {
+        for (number, reason) in (0..).zip(Reason::ALL) {
+            assert_eq!(reason as u8, number);
+            assert_eq!(Reason::from_number(number), reason);
+            assert_eq!(Table::refuse(reason).reason(), reason);
+            assert!(Table::refuse(reason).is_empty());
+        }
+        for number in 0..=4 {
+            assert_eq!(State::from_number(number) as u8, number);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn tables_survive_packing(base: u32, len in 0..=Table::MAX_LEN) {
+            let table = Table::slots(base, len);
+            prop_assert_eq!((table.base(), table.len()), (base, len));
+        }
+    }
+}

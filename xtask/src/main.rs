@@ -1,0 +1,2 @@
+//! Tasks a person runs from a checkout.
+fn main() {}
