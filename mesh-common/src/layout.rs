@@ -2,10 +2,10 @@
 //!
 //! Every type is `repr(C)` without implicit padding (a padding byte in a key makes look-ups miss),
 //! and its size is asserted. Change one of them and [`ABI_VERSION`] changes with it.
+//!
+//! Words that the kernel and the agent share while both run are a [`Word`] each.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-
-use crate::Addr;
+use crate::{Addr, Word};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
@@ -87,8 +87,10 @@ impl FrontendKey {
 pub struct FrontendValue {
     /// Index into `SERVICES`.
     pub service: u32,
+    /// Zero.
+    pub pad: u32,
     /// What [`Service::generation`] is while this entry is valid.
-    pub generation: u32,
+    pub generation: u64,
 }
 
 /// Which slots a service record uses: one word, so that switching from one table to the next is
@@ -160,14 +162,17 @@ impl Table {
 /// be reused while a program still holds a pointer to it: such a program reads another frontend's
 /// value, finds a record whose key is not what it dialled, and looks again.
 #[repr(C, align(8))]
-#[derive(Debug, Default)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug, Default))]
 pub struct Service {
     /// A [`Table`].
-    pub table: AtomicU64,
+    pub table: Word,
+    /// Unique among the lives of all records (64 bits do not wrap); 0 while the record is free or
+    /// retired.
+    pub generation: Word,
     /// The frontend that this record serves.
     pub key: FrontendKey,
-    /// Unique among the lives of this record; 0 while the record is free or retired.
-    pub generation: AtomicU32,
+    /// Zero.
+    pub pad: u32,
 }
 
 impl Service {
@@ -175,14 +180,14 @@ impl Service {
     #[inline(always)]
     #[must_use]
     pub fn table(&self) -> Table {
-        Table(self.table.load(Ordering::Relaxed))
+        Table(self.table.load())
     }
 
     /// The generation now.
     #[inline(always)]
     #[must_use]
-    pub fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Relaxed)
+    pub fn generation(&self) -> u64 {
+        self.generation.load()
     }
 }
 
@@ -191,7 +196,7 @@ impl Service {
 ///
 /// Immutable while a service's table names it. The backend's address is held here and not looked
 /// up in `BACKENDS`: that saves a cold cache line on each connect.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Slot {
     /// The backend's address.
@@ -283,10 +288,10 @@ pub struct Backend {
 
 /// A record of `BACKEND_STATS`. Writer: the kernel; the agent sets it to zero while the id is free.
 #[repr(C)]
-#[derive(Debug, Default)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug, Default))]
 pub struct BackendStats {
     /// Connects for which this backend was chosen.
-    pub opened: AtomicU64,
+    pub opened: Word,
 }
 
 /// A record of `FLOWS`: what a socket was given. It lives in the socket's own storage and ends
@@ -295,7 +300,7 @@ pub struct BackendStats {
 /// Writer: the connect program, in the context of the task that connects. Readers: the
 /// `getpeername` programs. Two threads that connect the same socket at the same time are ordered
 /// by the socket lock that the kernel holds around the connect hook (`inet_stream_connect`).
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Flow {
     /// What the application dialled.
@@ -314,12 +319,10 @@ pub struct Flow {
 
 /// The only record of `SETTINGS`. Writer: the agent.
 #[repr(C)]
-#[derive(Debug, Default)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug, Default))]
 pub struct Settings {
     /// How many prefixes `VIRTUAL_IPS` holds; while it is 0 that map is not looked at.
-    pub virtual_ips: AtomicU32,
-    /// Zero.
-    pub pad: u32,
+    pub virtual_ips: Word,
 }
 
 /// Why a connect was refused, or what else is counted. The numbers index `COUNTERS`.
@@ -418,8 +421,8 @@ pub mod counter {
 const _: () = {
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<FrontendKey>() == 20);
-    assert!(size_of::<FrontendValue>() == 8);
-    assert!(size_of::<Service>() == 32);
+    assert!(size_of::<FrontendValue>() == 16);
+    assert!(size_of::<Service>() == 40);
     assert!(size_of::<Slot>() == 40);
     assert!(size_of::<Backend>() == 32);
     assert!(size_of::<BackendStats>() == 8);

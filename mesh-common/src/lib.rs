@@ -12,6 +12,7 @@ pub mod addr;
 pub mod alias;
 pub mod layout;
 pub mod translate;
+pub mod word;
 
 pub use addr::Addr;
 pub use layout::{
@@ -19,3 +20,4 @@ pub use layout::{
     Service, Settings, Slot, State, Table,
 };
 pub use translate::{Tables, Verdict, translate};
+pub use word::Word;
