@@ -5,5 +5,7 @@
 //! reconciler never decides policy.
 
 pub mod api;
+pub mod compile;
+pub mod dataplane;
 pub mod discovery;
 pub mod model;

@@ -1,0 +1,222 @@
+//! From a service and the states of its endpoints to tables: a pure function, the same bytes for
+//! the same input.
+
+use std::net::{IpAddr, SocketAddr};
+
+use mesh_common::alias::{self, Column, Entry};
+use mesh_common::{FrontendKey, Protocol, Reason, State};
+
+use crate::model::{Endpoint, Service, ServicePort, WhenAllUnhealthy};
+
+/// What distinguishes a backend from the others of its service.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct BackendKey {
+    /// The service port that it serves.
+    pub port: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+/// A backend as it is wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Backend {
+    /// Which one.
+    pub key: BackendKey,
+    /// Weight.
+    pub weight: u16,
+    /// State.
+    pub state: State,
+}
+
+/// Which table of a service: endpoints are balanced within their address family.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TableKey {
+    /// The service port.
+    pub port: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// IPv4, or IPv6.
+    pub v4: bool,
+}
+
+/// What a table holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Rows {
+    /// Nothing: connects are refused.
+    Refuse(Reason),
+    /// One row for each candidate: its place in [`Tables::backends`], and its column.
+    Columns(Vec<(usize, Column)>),
+}
+
+/// All that the kernel is to hold for one service; the default is nothing.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Tables {
+    /// Every backend, in the order of their keys, also those that no table uses now.
+    pub backends: Vec<Backend>,
+    /// The tables, in the order of their keys.
+    pub tables: Vec<(TableKey, Rows)>,
+    /// What clients dial, and the place of its table in `tables`.
+    pub frontends: Vec<(FrontendKey, usize)>,
+}
+
+/// Where an endpoint listens for a service port.
+#[must_use]
+pub fn target(endpoint: &Endpoint, port: &ServicePort) -> SocketAddr {
+    SocketAddr::new(endpoint.address, endpoint.port.unwrap_or(port.target))
+}
+
+/// Compiles a service. `frontends` are those that it owns (others may be shadowed), `state` tells
+/// what is known of an endpoint's address.
+pub fn compile(
+    service: &Service,
+    frontends: &[FrontendKey],
+    state: impl Fn(SocketAddr) -> State,
+) -> Tables {
+    let mut backends: Vec<Backend> = service
+        .ports
+        .iter()
+        .flat_map(|port| service.endpoints.iter().map(move |endpoint| (port, endpoint)))
+        .map(|(port, endpoint)| {
+            let address = target(endpoint, port);
+            let key = BackendKey { port: port.port, protocol: port.protocol, address };
+            Backend { key, weight: endpoint.weight, state: state(address) }
+        })
+        .collect();
+    backends.sort_by_key(|backend| backend.key);
+    // Two endpoints of one address whose ports come out the same are one backend.
+    backends.dedup_by_key(|backend| backend.key);
+
+    let mut keys: Vec<(FrontendKey, TableKey)> = frontends
+        .iter()
+        .filter_map(|key| {
+            let protocol = Protocol::from_number(key.protocol)?;
+            let table = TableKey { port: key.host_port(), protocol, v4: key.addr.is_v4() };
+            Some((*key, table))
+        })
+        .collect();
+    keys.sort_by_key(|&(key, table)| (table, key.addr.octets()));
+
+    let mut tables: Vec<(TableKey, Rows)> = Vec::new();
+    let mut owned = Vec::with_capacity(keys.len());
+    for (key, table) in keys {
+        if tables.last().is_none_or(|(last, _)| *last != table) {
+            tables.push((table, rows(&backends, table, service.when_all_unhealthy)));
+        }
+        owned.push((key, tables.len() - 1));
+    }
+    Tables { backends, tables, frontends: owned }
+}
+
+/// The rows of one table.
+fn rows(backends: &[Backend], table: TableKey, when_all_unhealthy: WhenAllUnhealthy) -> Rows {
+    let of_table = |backend: &Backend| {
+        let BackendKey { port, protocol, address } = backend.key;
+        let v4 = matches!(address.ip(), IpAddr::V4(_));
+        TableKey { port, protocol, v4 } == table
+    };
+    let all: Vec<usize> = (0..backends.len()).filter(|&i| of_table(&backends[i])).collect();
+    if all.is_empty() {
+        return Rows::Refuse(Reason::NoEndpoint);
+    }
+    let weighted: Vec<usize> = all.into_iter().filter(|&i| backends[i].weight > 0).collect();
+    if weighted.is_empty() {
+        return Rows::Refuse(Reason::NoWeight);
+    }
+    let usable: Vec<usize> =
+        weighted.iter().copied().filter(|&i| backends[i].state.is_usable()).collect();
+    let candidates = match (usable.is_empty(), when_all_unhealthy) {
+        (false, _) => usable,
+        (true, WhenAllUnhealthy::UseAll) => weighted,
+        (true, WhenAllUnhealthy::Refuse) => return Rows::Refuse(Reason::AllUnhealthy),
+    };
+    let weights: Vec<u32> = candidates.iter().map(|&i| u32::from(backends[i].weight)).collect();
+    let mut columns = vec![Column::default(); weights.len()];
+    let mut scratch = vec![Entry::default(); weights.len()];
+    alias::build(&weights, &mut columns, &mut scratch);
+    Rows::Columns(candidates.into_iter().zip(columns).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ServiceName;
+
+    /// A service at 10.96.0.10 and fd00::10, ports 80 → 8080, of endpoints `(address, weight)`.
+    fn service(endpoints: &[(&str, u16)]) -> Service {
+        Service {
+            name: ServiceName::new("s"),
+            addresses: ["10.96.0.10", "fd00::10"].map(|a| a.parse().expect("address")).into(),
+            ports: vec![ServicePort {
+                name: String::new(),
+                port: 80,
+                target: 8080,
+                protocol: Protocol::Tcp,
+            }],
+            health: None,
+            when_all_unhealthy: WhenAllUnhealthy::UseAll,
+            endpoints: endpoints
+                .iter()
+                .map(|&(address, weight)| Endpoint {
+                    address: address.parse().expect("address"),
+                    port: None,
+                    weight,
+                    zone: None,
+                })
+                .collect(),
+        }
+    }
+
+    fn frontends(service: &Service) -> Vec<FrontendKey> {
+        let ports = &service.ports;
+        let address = |&a: &IpAddr| ports.iter().map(move |p| (a, p));
+        let key = |(a, p): (IpAddr, &ServicePort)| FrontendKey::new(a.into(), p.port, p.protocol);
+        service.addresses.iter().flat_map(address).map(key).collect()
+    }
+
+    /// The addresses in the table for IPv4, or its refusal.
+    fn v4(service: &Service, down: &[&str]) -> Result<Vec<String>, Reason> {
+        let tables = compile(service, &frontends(service), |address| {
+            let known = down.contains(&address.ip().to_string().as_str());
+            if known { State::Unhealthy } else { State::Healthy }
+        });
+        let (_, rows) = tables.tables.iter().find(|(key, _)| key.v4).expect("a table for IPv4");
+        match rows {
+            Rows::Refuse(reason) => Err(*reason),
+            Rows::Columns(rows) => Ok(rows
+                .iter()
+                .map(|&(i, _)| tables.backends[i].key.address.ip().to_string())
+                .collect()),
+        }
+    }
+
+    #[test]
+    fn who_is_a_candidate() {
+        let two = service(&[("10.0.0.1", 100), ("10.0.0.2", 100), ("fd00::1", 1)]);
+        let both = Ok(vec!["10.0.0.1".to_owned(), "10.0.0.2".to_owned()]);
+        let refusing = Service { when_all_unhealthy: WhenAllUnhealthy::Refuse, ..two.clone() };
+        assert_eq!(v4(&two, &[]), both);
+        assert_eq!(v4(&two, &["10.0.0.1"]), Ok(vec!["10.0.0.2".to_owned()]));
+        assert_eq!(v4(&two, &["10.0.0.1", "10.0.0.2"]), both, "panic uses all");
+        assert_eq!(v4(&refusing, &["10.0.0.1", "10.0.0.2"]), Err(Reason::AllUnhealthy));
+        assert_eq!(v4(&service(&[("fd00::1", 1)]), &[]), Err(Reason::NoEndpoint));
+        assert_eq!(v4(&service(&[("10.0.0.1", 0)]), &[]), Err(Reason::NoWeight));
+        // An endpoint of weight 0 does not count as usable: it could not take the traffic.
+        let drained = service(&[("10.0.0.1", 0), ("10.0.0.2", 5)]);
+        assert_eq!(v4(&drained, &["10.0.0.2"]), Ok(vec!["10.0.0.2".to_owned()]));
+    }
+
+    #[test]
+    fn order_of_endpoints_does_not_matter() {
+        let one = service(&[("10.0.0.1", 1), ("10.0.0.2", 2), ("fd00::1", 3)]);
+        let mut other = one.clone();
+        other.endpoints.reverse();
+        other.addresses.reverse();
+        let healthy = |_| State::Healthy;
+        assert_eq!(
+            compile(&one, &frontends(&one), healthy),
+            compile(&other, &frontends(&other), healthy)
+        );
+    }
+}

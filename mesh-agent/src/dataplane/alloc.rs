@@ -1,0 +1,151 @@
+//! Who owns which index of the flat arrays: single ids, and extents of consecutive slots.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Ids from 0 up to a limit. An id that was given back is used again as late as possible: fresh
+/// ids come first, then the one that has been free for longest.
+#[derive(Debug)]
+pub struct IdPool {
+    limit: u32,
+    fresh: u32,
+    free: VecDeque<u32>,
+}
+
+impl IdPool {
+    /// A pool of `limit` ids.
+    pub fn new(limit: u32) -> Self {
+        Self { limit, fresh: 0, free: VecDeque::new() }
+    }
+
+    /// Takes an id; nothing when all are in use.
+    pub fn take(&mut self) -> Option<u32> {
+        if self.fresh < self.limit {
+            self.fresh += 1;
+            return Some(self.fresh - 1);
+        }
+        self.free.pop_front()
+    }
+
+    /// Gives an id back.
+    pub fn give(&mut self, id: u32) {
+        debug_assert!(id < self.fresh, "id {id} was never taken");
+        self.free.push_back(id);
+    }
+
+    /// How many ids are in use.
+    pub fn used(&self) -> u32 {
+        // The free ids are a subset of those taken before, so their number fits.
+        self.fresh - u32::try_from(self.free.len()).unwrap_or(self.fresh)
+    }
+}
+
+/// Extents of a flat array: best fit, neighbours joined when they are given back.
+#[derive(Debug)]
+pub struct ExtentPool {
+    limit: u32,
+    used: u32,
+    /// Free extents by base.
+    by_base: BTreeMap<u32, u32>,
+    /// The same by length and base.
+    by_len: BTreeSet<(u32, u32)>,
+}
+
+impl ExtentPool {
+    /// A pool of `limit` slots.
+    pub fn new(limit: u32) -> Self {
+        let mut pool =
+            Self { limit, used: 0, by_base: BTreeMap::new(), by_len: BTreeSet::new() };
+        if limit > 0 {
+            pool.insert(0, limit);
+        }
+        pool
+    }
+
+    /// Takes `len` consecutive slots and returns the first; nothing when there is no such room.
+    pub fn take(&mut self, len: u32) -> Option<u32> {
+        debug_assert!(len > 0, "an extent has at least one slot");
+        let &(found, base) = self.by_len.range((len, 0)..).next()?;
+        self.remove(base, found);
+        if found > len {
+            self.insert(base + len, found - len);
+        }
+        self.used += len;
+        Some(base)
+    }
+
+    /// Gives slots back.
+    pub fn give(&mut self, base: u32, len: u32) {
+        debug_assert!(base + len <= self.limit && len <= self.used, "foreign extent");
+        self.used -= len;
+        let (mut base, mut len) = (base, len);
+        if let Some((&before, &size)) = self.by_base.range(..base).next_back()
+            && before + size == base
+        {
+            self.remove(before, size);
+            (base, len) = (before, len + size);
+        }
+        if let Some(&size) = self.by_base.get(&(base + len)) {
+            self.remove(base + len, size);
+            len += size;
+        }
+        self.insert(base, len);
+    }
+
+    /// How many slots are in use.
+    pub fn used(&self) -> u32 {
+        self.used
+    }
+
+    fn insert(&mut self, base: u32, len: u32) {
+        self.by_base.insert(base, len);
+        self.by_len.insert((len, base));
+    }
+
+    fn remove(&mut self, base: u32, len: u32) {
+        self.by_base.remove(&base);
+        self.by_len.remove(&(len, base));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn fresh_ids_come_first() {
+        let mut pool = IdPool::new(3);
+        assert_eq!((pool.take(), pool.take()), (Some(0), Some(1)));
+        pool.give(0);
+        pool.give(1);
+        assert_eq!((pool.take(), pool.take(), pool.take()), (Some(2), Some(0), Some(1)));
+        assert_eq!((pool.take(), pool.used()), (None, 3));
+    }
+
+    proptest! {
+        /// Extents never overlap, and when all are given back the pool is one piece again.
+        #[test]
+        fn extents(steps in prop::collection::vec((1u32..40, any::<prop::sample::Index>()), 1..200)) {
+            let limit = 256;
+            let mut pool = ExtentPool::new(limit);
+            let mut held: Vec<(u32, u32)> = Vec::new();
+            for (len, index) in steps {
+                if len % 3 == 0 && !held.is_empty() {
+                    let (base, len) = held.swap_remove(index.index(held.len()));
+                    pool.give(base, len);
+                } else if let Some(base) = pool.take(len) {
+                    prop_assert!(base + len <= limit);
+                    for &(other, size) in &held {
+                        prop_assert!(base + len <= other || other + size <= base);
+                    }
+                    held.push((base, len));
+                }
+                prop_assert_eq!(pool.used(), held.iter().map(|&(_, len)| len).sum::<u32>());
+            }
+            for (base, len) in held {
+                pool.give(base, len);
+            }
+            prop_assert_eq!(pool.take(limit), Some(0));
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! A [`Maps`] that fails now and then, to test that every failure is survived.
+
+use std::io;
+
+use mesh_common::{Backend, FrontendKey, FrontendValue, Slot, Table};
+
+use super::maps::{Capacity, MapError, Maps};
+
+/// Passes calls on to another implementation, unless `fails` says that this one fails.
+pub struct Faulty<M, F> {
+    /// Where the calls go.
+    pub maps: M,
+    /// Asked before each write, with the name of the operation.
+    pub fails: F,
+}
+
+impl<M, F: FnMut(&'static str) -> bool> Faulty<M, F> {
+    fn gate(&mut self, operation: &'static str) -> Result<&mut M, MapError> {
+        if (self.fails)(operation) {
+            return Err(MapError { operation, source: io::Error::from_raw_os_error(libc::ENOMEM) });
+        }
+        Ok(&mut self.maps)
+    }
+}
+
+impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
+    fn capacity(&self) -> Capacity {
+        self.maps.capacity()
+    }
+
+    fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
+        self.gate("writing BACKENDS")?.write_backend(id, backend)
+    }
+
+    fn reset_stats(&mut self, id: u32) -> Result<(), MapError> {
+        self.gate("writing BACKEND_STATS")?.reset_stats(id)
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
+        self.gate("writing SLOTS")?.write_slots(base, slots)
+    }
+
+    fn write_service(
+        &mut self,
+        index: u32,
+        key: &FrontendKey,
+        generation: u64,
+        table: Table,
+    ) -> Result<(), MapError> {
+        self.gate("writing SERVICES")?.write_service(index, key, generation, table)
+    }
+
+    fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {
+        self.gate("switching a table in SERVICES")?.switch_table(index, table)
+    }
+
+    fn retire_service(&mut self, index: u32) -> Result<(), MapError> {
+        self.gate("retiring a record of SERVICES")?.retire_service(index)
+    }
+
+    fn insert_frontend(&mut self, key: &FrontendKey, value: FrontendValue) -> Result<(), MapError> {
+        self.gate("inserting into FRONTENDS")?.insert_frontend(key, value)
+    }
+
+    fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError> {
+        self.gate("removing from FRONTENDS")?.remove_frontend(key)
+    }
+
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.maps.frontend(key)
+    }
+
+    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)> {
+        self.maps.service(index)
+    }
+
+    fn slot(&self, index: u32) -> Option<Slot> {
+        self.maps.slot(index)
+    }
+
+    fn backend(&self, id: u32) -> Option<Backend> {
+        self.maps.backend(id)
+    }
+
+    fn opened(&self, id: u32) -> u64 {
+        self.maps.opened(id)
+    }
+}

@@ -1,0 +1,75 @@
+//! The one way to the maps. Everything that the agent writes goes through [`Maps`], which has a
+//! real implementation ([`super::kernel`]), one in memory ([`super::memory`]) and one that injects
+//! faults into another ([`super::fault`]).
+
+use std::io;
+
+use mesh_common::{Backend, FrontendKey, FrontendValue, Slot, Table};
+
+/// A map operation that did not succeed; nothing of it is visible.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} failed: {source}")]
+pub struct MapError {
+    /// What was tried, with the map's name.
+    pub operation: &'static str,
+    /// What the kernel said.
+    #[source]
+    pub source: io::Error,
+}
+
+/// How many entries each map holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capacity {
+    /// Entries of `FRONTENDS`.
+    pub frontends: u32,
+    /// Records of `SERVICES`.
+    pub services: u32,
+    /// Records of `SLOTS`.
+    pub slots: u32,
+    /// Records of `BACKENDS` and `BACKEND_STATS`.
+    pub backends: u32,
+}
+
+/// The maps, as the agent writes and reads them.
+///
+/// The kernel programs read all of it at any time, between any two calls. What each call must
+/// guarantee is said at the call; the order of the calls is the reconciler's matter.
+pub trait Maps {
+    /// The size of the maps.
+    fn capacity(&self) -> Capacity;
+
+    /// Writes a record of `BACKENDS`. No program decides by it.
+    fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError>;
+    /// Sets the counters of an unused id to zero.
+    fn reset_stats(&mut self, id: u32) -> Result<(), MapError>;
+    /// Writes slots that no table names.
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError>;
+    /// Writes a record of `SERVICES` that no entry of `FRONTENDS` names.
+    fn write_service(
+        &mut self,
+        index: u32,
+        key: &FrontendKey,
+        generation: u64,
+        table: Table,
+    ) -> Result<(), MapError>;
+    /// Switches a record to another table: a single store, after all that was written before.
+    fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError>;
+    /// Marks a record that no entry of `FRONTENDS` names any more, so that a program that is
+    /// still reading it notices.
+    fn retire_service(&mut self, index: u32) -> Result<(), MapError>;
+    /// Makes or replaces an entry of `FRONTENDS`, after all that was written before.
+    fn insert_frontend(&mut self, key: &FrontendKey, value: FrontendValue) -> Result<(), MapError>;
+    /// Removes an entry of `FRONTENDS`; it is no error when there is none.
+    fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError>;
+
+    /// Reads an entry of `FRONTENDS`.
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;
+    /// Reads the table, key and generation of a record of `SERVICES`.
+    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)>;
+    /// Reads a record of `SLOTS`.
+    fn slot(&self, index: u32) -> Option<Slot>;
+    /// Reads a record of `BACKENDS`.
+    fn backend(&self, id: u32) -> Option<Backend>;
+    /// Reads how many connects a backend was given.
+    fn opened(&self, id: u32) -> u64;
+}

@@ -1,0 +1,201 @@
+//! A [`Maps`] in memory. It checks what the kernel programs rely on: an operation that could be
+//! half visible to them panics.
+
+use std::collections::HashMap;
+use std::io;
+
+use mesh_common::{
+    Addr, Backend, FrontendKey, FrontendValue, Service, Slot, Table, Tables, Word,
+};
+
+use super::maps::{Capacity, MapError, Maps};
+
+/// The tables, with the memory of what is still in use.
+#[derive(Debug)]
+pub struct Memory {
+    capacity: Capacity,
+    frontends: HashMap<FrontendKey, FrontendValue>,
+    services: Vec<Service>,
+    slots: Vec<Slot>,
+    backends: Vec<Backend>,
+    random: Word,
+    /// Tables that programs still running have read: their slots must stay as they are.
+    pub readers: Vec<Table>,
+}
+
+impl Memory {
+    /// Empty tables of this size.
+    #[must_use]
+    pub fn new(capacity: Capacity) -> Self {
+        fn filled<T: Default>(len: u32) -> Vec<T> {
+            (0..len).map(|_| T::default()).collect()
+        }
+        Self {
+            capacity,
+            frontends: HashMap::new(),
+            services: filled(capacity.services),
+            slots: filled(capacity.slots),
+            backends: filled(capacity.backends),
+            random: Word::new(1),
+            readers: Vec::new(),
+        }
+    }
+
+    /// A program starts now: it has read the tables of all frontends. It runs until `readers` is
+    /// emptied.
+    pub fn start_readers(&mut self) {
+        let tables: Vec<_> =
+            self.named_services().map(|index| self.services[index as usize].table()).collect();
+        self.readers.extend(tables);
+    }
+
+    /// The entries of `FRONTENDS`.
+    pub fn frontends(&self) -> impl Iterator<Item = (&FrontendKey, &FrontendValue)> {
+        self.frontends.iter()
+    }
+
+    /// Every slot that a table in force, or a running program, names.
+    pub fn named_slots(&self) -> impl Iterator<Item = &Slot> {
+        let named = self.named_services().filter_map(|index| self.services.get(index as usize));
+        named
+            .map(Service::table)
+            .chain(self.readers.iter().copied())
+            .flat_map(|table| &self.slots[table.base() as usize..][..table.len() as usize])
+    }
+
+    fn named_services(&self) -> impl Iterator<Item = u32> {
+        self.frontends.iter().filter(|(key, _)| key.protocol != 0).map(|(_, value)| value.service)
+    }
+}
+
+impl Maps for Memory {
+    fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
+        let record = &mut self.backends[id as usize];
+        let same_life = record.generation == backend.generation;
+        *record = *backend;
+        assert!(
+            same_life || self.named_slots().all(|slot| slot.backend != id),
+            "backend {id} was reused while a slot names it"
+        );
+        Ok(())
+    }
+
+    fn reset_stats(&mut self, id: u32) -> Result<(), MapError> {
+        assert!(self.named_slots().all(|slot| slot.backend != id), "backend {id} is named");
+        Ok(())
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
+        let end = base as usize + slots.len();
+        let named = self.named_services().filter_map(|index| self.services.get(index as usize));
+        for table in named.map(Service::table).chain(self.readers.iter().copied()) {
+            let (from, to) = (table.base() as usize, (table.base() + table.len()) as usize);
+            assert!(end <= from || to <= base as usize, "slots of a table in force are written");
+        }
+        self.slots[base as usize..end].copy_from_slice(slots);
+        Ok(())
+    }
+
+    fn write_service(
+        &mut self,
+        index: u32,
+        key: &FrontendKey,
+        generation: u64,
+        table: Table,
+    ) -> Result<(), MapError> {
+        assert!(self.named_services().all(|named| named != index), "service {index} is named");
+        self.services[index as usize] = Service {
+            table: Word::new(table.0),
+            generation: Word::new(generation),
+            key: *key,
+            pad: 0,
+        };
+        Ok(())
+    }
+
+    fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {
+        let slots = &self.slots[table.base() as usize..][..table.len() as usize];
+        for slot in slots {
+            let backend = self.backends[slot.backend as usize];
+            assert_eq!(backend.generation, slot.generation, "a slot names a backend that is gone");
+        }
+        self.services[index as usize].table.store(table.0);
+        Ok(())
+    }
+
+    fn retire_service(&mut self, index: u32) -> Result<(), MapError> {
+        assert!(self.named_services().all(|named| named != index), "service {index} is named");
+        self.services[index as usize].generation.store(0);
+        Ok(())
+    }
+
+    fn insert_frontend(&mut self, key: &FrontendKey, value: FrontendValue) -> Result<(), MapError> {
+        let full = self.frontends.len() >= self.capacity.frontends as usize;
+        if full && !self.frontends.contains_key(key) {
+            let source = io::Error::from_raw_os_error(libc::E2BIG);
+            return Err(MapError { operation: "inserting into FRONTENDS", source });
+        }
+        if key.protocol != 0 {
+            let service = &self.services[value.service as usize];
+            assert!(service.key == *key && service.generation() == value.generation);
+        }
+        self.frontends.insert(*key, value);
+        Ok(())
+    }
+
+    fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError> {
+        self.frontends.remove(key);
+        Ok(())
+    }
+
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.frontends.get(key).copied()
+    }
+
+    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)> {
+        let service = self.services.get(index as usize)?;
+        Some((service.table(), service.key, service.generation()))
+    }
+
+    fn slot(&self, index: u32) -> Option<Slot> {
+        self.slots.get(index as usize).copied()
+    }
+
+    fn backend(&self, id: u32) -> Option<Backend> {
+        self.backends.get(id as usize).copied()
+    }
+
+    fn opened(&self, _id: u32) -> u64 {
+        0
+    }
+}
+
+/// What the kernel programs would see. Draws go round the columns in order.
+impl Tables for Memory {
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.frontends.get(key).copied()
+    }
+
+    fn service(&self, index: u32) -> Option<&Service> {
+        self.services.get(index as usize)
+    }
+
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        self.slots.get(index as usize)
+    }
+
+    fn is_virtual(&self, _addr: &Addr) -> bool {
+        false
+    }
+
+    fn random(&self) -> u32 {
+        // A step of the golden ratio spreads over all columns and positions.
+        let next = (self.random.load() as u32).wrapping_add(0x9e37_79b9);
+        self.random.store(u64::from(next));
+        next
+    }
+}

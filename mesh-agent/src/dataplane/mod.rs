@@ -1,0 +1,11 @@
+//! The kernel's side of the agent: loading the programs, and keeping their maps in step with what
+//! the compiler wants.
+
+mod alloc;
+pub mod fault;
+pub mod kernel;
+pub mod load;
+pub mod maps;
+pub mod memory;
+pub mod reconcile;
+pub mod sys;

@@ -1,0 +1,145 @@
+//! Extents of slots, and the backends that they name: who holds them, and when they are free.
+//!
+//! An extent is held by the service's table and by every frontend whose record points to it. When
+//! the last one lets go, it is retired, waits for a grace period, and is free. A backend is held by
+//! its service and by every extent that names it, up to the end of that grace period, so nothing
+//! that a slot names is ever given to somebody else.
+
+use std::collections::HashMap;
+
+use mesh_common::{Slot, Table};
+
+use crate::dataplane::alloc::ExtentPool;
+use crate::dataplane::maps::{MapError, Maps};
+
+/// All extents.
+#[derive(Debug)]
+pub struct Extents {
+    pool: ExtentPool,
+    /// Live extents by base: length and number of holders.
+    live: HashMap<u32, (u32, u32)>,
+    retired: Vec<(u32, u32)>,
+    waiting: Vec<(u32, u32)>,
+    /// Number of holders of each backend id.
+    backends: HashMap<u32, u32>,
+}
+
+impl Extents {
+    /// An empty array of this many slots.
+    pub fn new(slots: u32) -> Self {
+        Self {
+            pool: ExtentPool::new(slots),
+            live: HashMap::new(),
+            retired: Vec::new(),
+            waiting: Vec::new(),
+            backends: HashMap::new(),
+        }
+    }
+
+    /// How many slots are in use.
+    pub fn used(&self) -> u32 {
+        self.pool.used()
+    }
+
+    /// Whether a table holds exactly these slots.
+    pub fn holds<M: Maps>(&self, maps: &M, table: Table, slots: &[Slot]) -> bool {
+        table.len() as usize == slots.len()
+            && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
+    }
+
+    /// Writes slots into a new extent, which the caller holds. Nothing when there is no room.
+    pub fn write<M: Maps>(
+        &mut self,
+        maps: &mut M,
+        slots: &[Slot],
+    ) -> Result<Option<Table>, MapError> {
+        let len = match u32::try_from(slots.len()) {
+            Ok(len) if (1..=Table::MAX_LEN).contains(&len) => len,
+            _ => return Ok(None),
+        };
+        let Some(base) = self.pool.take(len) else { return Ok(None) };
+        if let Err(error) = maps.write_slots(base, slots) {
+            self.pool.give(base, len);
+            return Err(error);
+        }
+        self.live.insert(base, (len, 1));
+        for slot in slots {
+            *self.backends.entry(slot.backend).or_default() += 1;
+        }
+        Ok(Some(Table::slots(base, len)))
+    }
+
+    /// One more holder.
+    pub fn acquire(&mut self, table: Table) {
+        if let Some((_, holders)) = self.live.get_mut(&table.base())
+            && !table.is_empty()
+        {
+            *holders += 1;
+        }
+    }
+
+    /// One holder less.
+    pub fn release(&mut self, table: Table) {
+        if table.is_empty() {
+            return;
+        }
+        let Some((len, holders)) = self.live.get_mut(&table.base()) else {
+            debug_assert!(false, "an extent is released that is not held");
+            return;
+        };
+        *holders -= 1;
+        if *holders == 0 {
+            self.retired.push((table.base(), *len));
+            self.live.remove(&table.base());
+        }
+    }
+
+    /// A service holds this backend.
+    pub fn hold_backend(&mut self, id: u32) {
+        *self.backends.entry(id).or_default() += 1;
+    }
+
+    /// A holder lets go of a backend. Returns whether it was the last one.
+    pub fn release_backend(&mut self, id: u32) -> bool {
+        let Some(holders) = self.backends.get_mut(&id) else {
+            debug_assert!(false, "a backend is released that is not held");
+            return false;
+        };
+        *holders -= 1;
+        let last = *holders == 0;
+        if last {
+            self.backends.remove(&id);
+        }
+        last
+    }
+
+    // === grace period ===
+
+    /// Whether a grace period is under way for some extent.
+    pub fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Starts one. Returns whether there is anything to wait for.
+    pub fn begin_grace(&mut self) -> bool {
+        self.waiting = std::mem::take(&mut self.retired);
+        self.is_waiting()
+    }
+
+    /// The wait failed: all of it waits for the next one.
+    pub fn abandon_grace(&mut self) {
+        self.retired.append(&mut self.waiting);
+    }
+
+    /// The wait is over. Backends that nothing holds any more are added to `unheld`.
+    pub fn end_grace<M: Maps>(&mut self, maps: &M, unheld: &mut Vec<u32>) {
+        for (base, len) in std::mem::take(&mut self.waiting) {
+            for slot in (base..base + len).filter_map(|index| maps.slot(index)) {
+                if self.release_backend(slot.backend) {
+                    unheld.push(slot.backend);
+                }
+            }
+            self.pool.give(base, len);
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! The order of updates, against maps that check it, with faults and with programs still running.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use mesh_common::{Protocol, Reason, State, Verdict, translate};
+use proptest::prelude::*;
+
+use super::*;
+use crate::compile::{self, BackendKey, Rows, TableKey};
+use crate::dataplane::fault::Faulty;
+use crate::dataplane::maps::Capacity;
+use crate::dataplane::memory::Memory;
+
+const ROOMY: Capacity = Capacity { frontends: 64, services: 64, slots: 256, backends: 128 };
+
+fn name(n: u8) -> ServiceName {
+    ServiceName::new(&format!("s{n}"))
+}
+
+fn frontend(n: u8) -> FrontendKey {
+    FrontendKey::new(Addr::from(std::net::Ipv4Addr::new(10, 96, 0, n)), 80, Protocol::Tcp)
+}
+
+fn address(n: u8) -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, n], 8080))
+}
+
+/// A service of these frontends and endpoints; none of the latter refuses.
+fn tables(frontends: &[u8], endpoints: &[u8]) -> Arc<Tables> {
+    let backend = |&n: &u8| compile::Backend {
+        key: BackendKey { port: 80, protocol: Protocol::Tcp, address: address(n) },
+        weight: 1,
+        state: State::Healthy,
+    };
+    let endpoints: BTreeSet<u8> = endpoints.iter().copied().collect();
+    let rows = if endpoints.is_empty() {
+        Rows::Refuse(Reason::NoEndpoint)
+    } else {
+        let column = |i: usize| mesh_common::alias::Column {
+            threshold: 0,
+            alias: u32::try_from(i).expect("few"),
+        };
+        Rows::Columns((0..endpoints.len()).map(|i| (i, column(i))).collect())
+    };
+    let key = TableKey { port: 80, protocol: Protocol::Tcp, v4: true };
+    Arc::new(Tables {
+        backends: endpoints.iter().map(backend).collect(),
+        tables: if frontends.is_empty() { Vec::new() } else { vec![(key, rows)] },
+        frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
+    })
+}
+
+/// Everyone who answers at a frontend, or why nobody does.
+fn answers(memory: &Memory, key: &FrontendKey) -> Result<BTreeSet<SocketAddr>, Option<Reason>> {
+    let mut seen = BTreeSet::new();
+    for _ in 0..64 {
+        match translate(memory, key) {
+            Verdict::Pass => return Err(None),
+            Verdict::Refuse(reason) => return Err(Some(reason)),
+            Verdict::Balance(slot) => {
+                seen.insert(SocketAddr::new(slot.addr.ip(), u16::from_be(slot.port)));
+            }
+        }
+    }
+    Ok(seen)
+}
+
+fn finish<M: Maps>(reconciler: &mut Reconciler<M>) {
+    for _ in 0..4 {
+        reconciler.retry();
+        if reconciler.begin_grace() {
+            reconciler.end_grace(true);
+        }
+    }
+}
+
+#[test]
+fn a_service_comes_changes_and_goes() {
+    let mut reconciler = Reconciler::new(Memory::new(ROOMY));
+    let mut apply = |frontends: &[u8], endpoints: &[u8]| {
+        let outcome = reconciler.apply(vec![(name(1), tables(frontends, endpoints))]);
+        assert!(outcome.iter().all(|(_, problems)| problems.is_empty()), "{outcome:?}");
+        let who = answers(reconciler.maps(), &frontend(1));
+        finish(&mut reconciler);
+        (who, reconciler.usage())
+    };
+    let both = BTreeSet::from([address(1), address(2)]);
+    assert_eq!(apply(&[1], &[1, 2]).0, Ok(both));
+    assert_eq!(apply(&[1], &[2]).0, Ok(BTreeSet::from([address(2)])));
+    assert_eq!(apply(&[1], &[]).0, Err(Some(Reason::NoEndpoint)));
+    assert_eq!(apply(&[], &[]), (Err(None), Usage::default()));
+}
+
+#[test]
+fn unchanged_tables_are_not_written() {
+    let writes = std::cell::Cell::new(0);
+    let maps = Faulty {
+        maps: Memory::new(ROOMY),
+        fails: |_: &'static str| {
+            writes.set(writes.get() + 1);
+            false
+        },
+    };
+    let mut reconciler = Reconciler::new(maps);
+    reconciler.apply(vec![(name(1), tables(&[1, 2], &[1, 2]))]);
+    assert!(writes.replace(0) > 0);
+    reconciler.apply(vec![(name(1), tables(&[1, 2], &[1, 2]))]);
+    assert_eq!(writes.get(), 0);
+}
+
+#[test]
+fn an_address_moves_without_a_gap() {
+    let mut reconciler = Reconciler::new(Memory::new(ROOMY));
+    reconciler.apply(vec![(name(1), tables(&[1], &[1])), (name(2), tables(&[2], &[2]))]);
+    let before = reconciler.maps().frontend(&frontend(1));
+    reconciler.apply(vec![(name(1), tables(&[], &[])), (name(2), tables(&[1, 2], &[2]))]);
+    assert_eq!(answers(reconciler.maps(), &frontend(1)), Ok(BTreeSet::from([address(2)])));
+    // The entry was never removed: the record was taken over.
+    assert_eq!(Maps::frontend(reconciler.maps(), &frontend(1)), before);
+    finish(&mut reconciler);
+    assert_eq!(reconciler.usage().slots, 1);
+}
+
+#[test]
+fn what_does_not_fit_is_named_and_the_rest_works() {
+    let capacity = Capacity { slots: 3, ..ROOMY };
+    let mut reconciler = Reconciler::new(Memory::new(capacity));
+    let outcome = reconciler
+        .apply(vec![(name(1), tables(&[1], &[1, 2])), (name(2), tables(&[2], &[3, 4]))]);
+    assert!(outcome[0].1.is_empty());
+    let text = outcome[1].1[0].to_string();
+    assert!(text.contains("SLOTS holds 3"), "{text}");
+    assert!(answers(reconciler.maps(), &frontend(1)).is_ok());
+    assert_eq!(answers(reconciler.maps(), &frontend(2)), Err(None));
+    // Room is made: what did not fit comes by itself.
+    reconciler.apply(vec![(name(1), tables(&[], &[]))]);
+    finish(&mut reconciler);
+    assert!(answers(reconciler.maps(), &frontend(2)).is_ok());
+}
+
+/// A step of the storm.
+#[derive(Clone, Debug)]
+enum Step {
+    Apply(Vec<(u8, Vec<u8>, Vec<u8>)>),
+    StartProgram,
+    EndPrograms,
+    BeginGrace,
+    EndGrace,
+    Retry,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let some = |below: u8, most: usize| prop::collection::vec(0..below, 0..most);
+    prop_oneof![
+        6 => prop::collection::vec((0u8..4, some(6, 4), some(12, 6)), 1..3).prop_map(Step::Apply),
+        1 => Just(Step::StartProgram),
+        1 => Just(Step::EndPrograms),
+        2 => Just(Step::BeginGrace),
+        2 => Just(Step::EndGrace),
+        1 => Just(Step::Retry),
+    ]
+}
+
+proptest! {
+    /// Whatever fails on the way: `Memory` has seen nothing half visible (it panics), the end is
+    /// what was wanted last, and once all is removed nothing is left in use.
+    #[test]
+    fn converges_under_faults(
+        steps in prop::collection::vec(step(), 1..60),
+        faults in prop::collection::btree_set(0usize..300, 0..60),
+        small in any::<bool>(),
+    ) {
+        let capacity =
+            if small { Capacity { frontends: 9, services: 5, slots: 12, backends: 9 } } else { ROOMY };
+        let mut calls = 0;
+        let maps = Faulty {
+            maps: Memory::new(capacity),
+            fails: Box::new(move |_: &str| {
+                calls += 1;
+                faults.contains(&calls)
+            }) as Box<dyn FnMut(&'static str) -> bool>,
+        };
+        let mut reconciler = Reconciler::new(maps);
+        let mut wanted: HashMap<u8, (Vec<u8>, Vec<u8>)> = HashMap::new();
+        let mut grace = false;
+        for step in steps {
+            match step {
+                Step::Apply(batch) => {
+                    let mut changed = BTreeSet::new();
+                    for (service, frontends, endpoints) in batch {
+                        // A frontend belongs to one service: the catalog sees to that.
+                        for (other, (theirs, _)) in &mut wanted {
+                            let before = theirs.len();
+                            theirs.retain(|n| !frontends.contains(n));
+                            if theirs.len() != before {
+                                changed.insert(*other);
+                            }
+                        }
+                        wanted.insert(service, (frontends, endpoints));
+                        changed.insert(service);
+                    }
+                    let batch = changed.iter().map(|n| {
+                        let (frontends, endpoints) = &wanted[n];
+                        (name(*n), tables(frontends, endpoints))
+                    });
+                    reconciler.apply(batch.collect());
+                }
+                Step::StartProgram => reconciler.maps_mut().maps.start_readers(),
+                Step::EndPrograms if !grace => reconciler.maps_mut().maps.readers.clear(),
+                Step::EndPrograms => {}
+                Step::BeginGrace => grace |= reconciler.begin_grace(),
+                Step::EndGrace => {
+                    if std::mem::take(&mut grace) {
+                        // A grace period is over when the programs have ended.
+                        reconciler.maps_mut().maps.readers.clear();
+                        reconciler.end_grace(true);
+                    }
+                }
+                Step::Retry => {
+                    reconciler.retry();
+                }
+            }
+        }
+        reconciler.maps_mut().maps.readers.clear();
+        reconciler.end_grace(true);
+        reconciler.maps_mut().fails = Box::new(|_| false);
+        finish(&mut reconciler);
+        if !small {
+            prop_assert!(!reconciler.is_unfinished());
+            for key in (0..6).map(frontend) {
+                let owner = wanted.values().find(|(f, _)| f.iter().any(|&n| frontend(n) == key));
+                let expected = match owner {
+                    None => Err(None),
+                    Some((_, endpoints)) if endpoints.is_empty() => Err(Some(Reason::NoEndpoint)),
+                    Some((_, endpoints)) => Ok(endpoints.iter().map(|&n| address(n)).collect()),
+                };
+                prop_assert_eq!(answers(&reconciler.maps().maps, &key), expected);
+            }
+        }
+        let nothing = wanted.keys().map(|n| (name(*n), tables(&[], &[]))).collect();
+        reconciler.apply(nothing);
+        finish(&mut reconciler);
+        prop_assert_eq!(reconciler.usage(), Usage::default());
+        prop_assert_eq!(reconciler.maps().maps.frontends().count(), 0);
+    }
+}
