@@ -1,2 +1,135 @@
-//! Tasks a person runs from a checkout.
-fn main() {}
+//! Tasks a person runs from a checkout: `cargo xtask --help`.
+
+mod ci;
+mod cpio;
+mod ebpf;
+mod elf;
+mod kernels;
+mod leftovers;
+mod process;
+mod setup;
+mod test;
+mod tidy;
+mod toolchain;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::ebpf::Linkage;
+use crate::setup::Group;
+use crate::workspace::{Profile, Workspace};
+
+/// Everything that is done from a checkout: set up, build, test, show, measure.
+///
+/// Each task installs what it needs and this machine does not have (Debian and Ubuntu, as root);
+/// elsewhere it says what is missing. Nothing but packages is put outside the target directory.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+#[command(after_help = "A new checkout:\n  cargo xtask demo    \
+    see three backends balanced, one of them failing and coming back\n  cargo xtask test    \
+    run every test (root)\n")]
+struct Cli {
+    /// Install missing packages without asking. Without a terminal it does not ask either.
+    #[arg(long, global = true)]
+    yes: bool,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what the other tasks need and this machine does not have.
+    ///
+    /// That is a compiler for the kernel programs, LLVM for their linker, the linker itself (into
+    /// the target directory), and the programs that the tests run. Says what it will install and
+    /// why. Does nothing when nothing is missing.
+    Setup,
+    /// Build the kernel programs, check the object, and build the agent with it inside.
+    Build {
+        /// Optimised.
+        #[arg(long)]
+        release: bool,
+        /// Without any library of this machine: runs in an empty container.
+        #[arg(long = "static")]
+        linked_statically: bool,
+    },
+    /// Run every test, the ones with the real agent and kernel included. Needs root.
+    ///
+    /// Works in network namespaces and cgroups of its own, and fails when one of them is left
+    /// behind.
+    Test {
+        /// Only tests whose name contains this.
+        filter: Option<String>,
+        /// For the test programs, for instance `-- --nocapture`.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// Boot older kernels in an emulator and see the agent balance there.
+    Kernels {
+        /// Only this series.
+        #[arg(long, value_name = "SERIES", value_parser = kernels::SERIES)]
+        kernel: Option<String>,
+    },
+    /// Check the project's conventions: module comments, sizes, unsafe code, licences.
+    Tidy,
+    /// Show the main job: three backends, one fails, traffic moves, it returns. Needs root.
+    Demo {
+        /// For the demo.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Measure. Needs root.
+    Bench {
+        /// What to measure, and its options: `connect [--json]`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        arguments: Vec<String>,
+    },
+    /// Everything that must hold before a change goes in. Needs root.
+    Ci,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let workspace = &Workspace::find()?;
+    let yes = cli.yes;
+    match cli.task {
+        Task::Setup => {
+            let compiler = setup::ensure(workspace, &Group::ALL, yes)?;
+            eprintln!("The kernel programs are compiled by {compiler}.");
+            eprintln!("Nothing is missing.");
+            Ok(())
+        }
+        Task::Build { release, linked_statically } => {
+            let profile = if release { Profile::Release } else { Profile::Dev };
+            let linkage = if linked_statically { Linkage::Static } else { Linkage::Dynamic };
+            let compiler = setup::ensure(workspace, &[Group::Build], yes)?;
+            let agent = ebpf::build_agent(workspace, &compiler, profile, linkage)?;
+            println!("{}", agent.display());
+            Ok(())
+        }
+        Task::Test { filter, arguments } => {
+            test::run(workspace, filter.as_deref(), &arguments, yes)
+        }
+        Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
+        Task::Tidy => tidy::check(workspace),
+        Task::Demo { arguments } => {
+            process::exec(&mut test::program(workspace, "mesh-demo", &arguments, yes)?)
+        }
+        Task::Bench { arguments } => {
+            process::exec(&mut test::program(workspace, "mesh-bench", &arguments, yes)?)
+        }
+        Task::Ci => ci::run(workspace, yes),
+    }
+}

@@ -1,0 +1,87 @@
+//! Everything that must hold before a change goes in, in the order in which it fails fastest.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::setup::{self, Group};
+use crate::toolchain::Compiler;
+use crate::workspace::{BPF_TARGET, Workspace};
+use crate::{ebpf, kernels, process, test, tidy};
+
+/// Runs every step, and says how long each took.
+///
+/// # Errors
+///
+/// The first step that fails.
+pub(crate) fn run(workspace: &Workspace, yes: bool) -> Result<()> {
+    let mut times = Times(Vec::new());
+    let result = steps(workspace, yes, &mut times);
+    times.print();
+    result
+}
+
+fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
+    process::require_root("`cargo xtask ci`")?;
+    let compiler = times.step("setup", || setup::ensure(workspace, &Group::ALL, yes))?;
+    times.step("format", || format(workspace))?;
+    times.step("tidy", || tidy::check(workspace))?;
+    times.step("clippy", || clippy_host(workspace))?;
+    times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
+    times.step("test", || test::run(workspace, None, &[], yes))?;
+    times.step("kernels", || kernels::run(workspace, None, yes))?;
+    times.step("demo", || process::run(&mut test::program(workspace, "mesh-demo", &[], yes)?))
+}
+
+fn format(workspace: &Workspace) -> Result<()> {
+    process::run(process::cargo().current_dir(&workspace.root).args(["fmt", "--all", "--check"]))
+}
+
+/// Without the object, as an editor does it.
+fn clippy_host(workspace: &Workspace) -> Result<()> {
+    let mut cargo = process::cargo();
+    cargo.current_dir(&workspace.root);
+    cargo.args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-Dwarnings"]);
+    process::run(&mut cargo)
+}
+
+/// For their own target: on the host most of their code is left out.
+fn clippy_bpf(workspace: &Workspace, compiler: &Compiler) -> Result<()> {
+    let mut cargo = ebpf::command(workspace, compiler)?;
+    match compiler {
+        // What `cargo clippy` does, with the driver that belongs to this compiler.
+        Compiler::Prebuilt { rustc, .. } => {
+            cargo
+                .args(["check"])
+                .env("RUSTC_WORKSPACE_WRAPPER", rustc.with_file_name("clippy-driver"));
+            cargo.env("CLIPPY_ARGS", "-Dwarnings__CLIPPY_HACKERY__");
+        }
+        Compiler::Nightly { .. } => {
+            cargo.args(["clippy", "-Zbuild-std=core"]).env("CLIPPY_ARGS", "-Dwarnings");
+        }
+    }
+    cargo.args(["--package=mesh-ebpf", "--release", "--target", BPF_TARGET]);
+    cargo.arg("--target-dir").arg(workspace.ebpf());
+    process::run(&mut cargo)
+}
+
+/// How long the steps took.
+struct Times(Vec<(&'static str, Duration)>);
+
+impl Times {
+    fn step<T>(&mut self, name: &'static str, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        let start = Instant::now();
+        let result = process::step(name, f);
+        self.0.push((name, start.elapsed()));
+        result
+    }
+
+    fn print(&self) {
+        eprintln!("\nTime per step:");
+        for (name, duration) in &self.0 {
+            eprintln!("  {name:24} {:>8}", process::seconds(*duration));
+        }
+        let total = self.0.iter().map(|(_, duration)| *duration).sum();
+        eprintln!("  {:24} {:>8}", "all", process::seconds(total));
+    }
+}

@@ -1,0 +1,259 @@
+//! The oldest kernels that the programs must load on, booted in an emulator.
+//!
+//! A guest's only file is an initial ram disk with the static agent and `kernel_init` of the tests
+//! crate, which does the assertions (see there). The emulator is always software (TCG), so it
+//! works inside any virtual machine.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cpio::Archive;
+use crate::ebpf::{self, Linkage};
+use crate::process;
+use crate::setup::{self, Group};
+use crate::workspace::{Profile, Workspace};
+
+/// The series that are tried when none is named.
+pub(crate) const SERIES: [&str; 2] = ["6.1", "6.12"];
+
+/// How long a guest may take, from power on to its last line. It takes about 10 s.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// What `kernel_init` writes last when every assertion held, and what it writes before the name
+/// of one that did not.
+const PASSED: &str = "kernel-init: passed";
+const FAILED: &str = "FAILED";
+
+/// Boots one kernel series, or all of [`SERIES`].
+///
+/// # Errors
+///
+/// When a kernel cannot be had or something does not build; when an assertion fails in the guest,
+/// or the guest panics, or does not come to its end: then its console is part of the error.
+pub(crate) fn run(workspace: &Workspace, series: Option<&str>, yes: bool) -> Result<()> {
+    if std::env::consts::ARCH != "x86_64" {
+        bail!("the test kernels are for x86_64; this machine is {}", std::env::consts::ARCH);
+    }
+    let compiler = setup::ensure(workspace, &[Group::Build, Group::Kernels], yes)?;
+    let agent = ebpf::build_agent(workspace, &compiler, Profile::Release, Linkage::Static)?;
+    let names = ["kernel_init"];
+    let init =
+        ebpf::build_binaries(workspace, "mesh-tests", &names, Profile::Release, Linkage::Static)?
+            .join("kernel_init");
+    fs::create_dir_all(workspace.kernels())
+        .with_context(|| format!("cannot make {}", workspace.kernels().display()))?;
+    let disk = workspace.kernels().join("initrd.cpio");
+    write_disk(&disk, &init, &agent)?;
+    let chosen = series.map_or_else(|| SERIES.to_vec(), |series| vec![series]);
+    for series in chosen {
+        let kernel = fetch(workspace, series)?;
+        process::step(&format!("booting {}", kernel.package), || boot(&kernel.image, &disk))?;
+    }
+    Ok(())
+}
+
+fn write_disk(disk: &Path, init: &Path, agent: &Path) -> Result<()> {
+    let read = |file: &Path| fs::read(file).with_context(|| format!("reading {}", file.display()));
+    let mut archive = Archive::default();
+    for directory in ["dev", "proc", "sys", "run", "etc", "var", "tmp", "bin"] {
+        archive.directory(directory)?;
+    }
+    archive.executable("init", &read(init)?)?;
+    archive.executable("bin/mesh-agent", &read(agent)?)?;
+    fs::write(disk, archive.finish()?).with_context(|| format!("writing {}", disk.display()))
+}
+
+// === getting a kernel ===
+
+struct Kernel {
+    package: String,
+    image: PathBuf,
+}
+
+/// Debian's newest cloud kernel of a series, from the cache or by apt.
+fn fetch(workspace: &Workspace, series: &str) -> Result<Kernel> {
+    let package = find_package(series)?;
+    let directory = workspace.kernels().join(&package);
+    let image = directory.join("vmlinuz");
+    if !image.exists() {
+        process::step(&format!("downloading {package}"), || {
+            download(&package, &directory, &image)
+        })?;
+    }
+    Ok(Kernel { package, image })
+}
+
+fn find_package(series: &str) -> Result<String> {
+    let search = || {
+        let mut apt = Command::new("apt-cache");
+        process::output(apt.args(["search", "--names-only", "^linux-image-.*-cloud-amd64$"]))
+    };
+    if let Some(package) = newest(&search()?, series) {
+        return Ok(package);
+    }
+    if process::is_root()? {
+        process::run(Command::new("apt-get").args(["update", "-q"]))?;
+    }
+    newest(&search()?, series).with_context(|| {
+        format!(
+            "apt knows no cloud kernel {series}; run `apt-get update`, and if that does not help \
+             add a source that has it: Debian 12 carries 6.1 and 6.12 in bookworm-security, and \
+             6.12 also in bookworm-backports"
+        )
+    })
+}
+
+/// The newest package of a series in what `apt-cache search` printed.
+fn newest(listing: &str, series: &str) -> Option<String> {
+    let prefix = format!("linux-image-{series}.");
+    listing
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .filter(|name| name.starts_with(&prefix))
+        .max_by_key(|name| numbers(name))
+        .map(str::to_owned)
+}
+
+/// The numbers in a name, in order: 6.12.100 is newer than 6.12.99.
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+}
+
+fn download(package: &str, directory: &Path, image: &Path) -> Result<()> {
+    let scratch = directory.join("scratch");
+    if scratch.exists() {
+        fs::remove_dir_all(&scratch)?;
+    }
+    fs::create_dir_all(&scratch)?;
+    let mut apt = Command::new("apt-get");
+    // Apt's own user cannot write below most target directories.
+    apt.args(["download", "-q", "-o", "APT::Sandbox::User=root", package]).current_dir(&scratch);
+    process::run(&mut apt)?;
+    let archive = only_file(&scratch, ".deb")?;
+    process::run(Command::new("dpkg-deb").arg("-x").arg(archive).arg(&scratch))?;
+    let unpacked = only_file(&scratch.join("boot"), "")?;
+    // Last, so that a half-made directory is not taken for a whole one.
+    let kernel = scratch.join("kernel");
+    fs::rename(unpacked, &kernel)?;
+    fs::rename(&kernel, image)?;
+    fs::remove_dir_all(&scratch)?;
+    Ok(())
+}
+
+/// The file in a directory that has this ending, or that is a kernel image.
+fn only_file(directory: &Path, ending: &str) -> Result<PathBuf> {
+    let entries = directory.read_dir().with_context(|| format!("reading {directory:?}"))?;
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if ending.is_empty() { name.starts_with("vmlinuz-") } else { name.ends_with(ending) }
+        })
+        .with_context(|| format!("the package holds nothing like {directory:?}/…{ending}"))
+}
+
+// === booting it ===
+
+/// A running emulator; ends with its owner.
+struct Guest(Child);
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It may have ended by itself, which is how it should be.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn boot(kernel: &Path, disk: &Path) -> Result<()> {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "1024M", "-smp", "2"]);
+    qemu.args(["-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"]);
+    // A panic reboots at once, and a reboot ends the emulator.
+    qemu.args(["-append", "console=ttyS0 panic=-1 quiet"]);
+    qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(disk);
+    qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+    let mut guest = Guest(qemu.spawn().context("cannot start qemu-system-x86_64")?);
+    let console = guest.0.stdout.take().context("the emulator has no console")?;
+
+    let (sender, lines) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(console).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+
+    let end = Instant::now() + LIMIT;
+    let mut console = Vec::new();
+    let timed_out = loop {
+        match lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                if line.starts_with("ok ") {
+                    eprintln!("    {line}");
+                }
+                console.push(line);
+            }
+            Err(error) => break error == mpsc::RecvTimeoutError::Timeout,
+        }
+    };
+    let Err(reason) = judge(&console, timed_out) else { return Ok(()) };
+    bail!("{reason}; the guest's console:\n    {}", console.join("\n    "));
+}
+
+/// Whether a console shows that every assertion held.
+fn judge(console: &[String], timed_out: bool) -> Result<(), String> {
+    if let Some(line) = console.iter().find(|line| line.starts_with(FAILED)) {
+        return Err(line.clone());
+    }
+    if console.iter().any(|line| line.contains("Kernel panic")) {
+        return Err("the guest's kernel panicked".to_owned());
+    }
+    if timed_out {
+        return Err(format!("the guest did not end within {}", process::seconds(LIMIT)));
+    }
+    if !console.iter().any(|line| line.starts_with(PASSED)) {
+        return Err(format!("the guest ended without the line `{PASSED}`"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_is_found_by_number_and_series() {
+        let listing = "linux-image-6.1.0-9-cloud-amd64 - Linux 6.1\n\
+                       linux-image-6.1.0-56-cloud-amd64 - Linux 6.1\n\
+                       linux-image-6.12.99+deb12-cloud-amd64 - Linux 6.12\n\
+                       linux-image-6.12.117+deb12-cloud-amd64 - Linux 6.12\n";
+        assert_eq!(newest(listing, "6.1").as_deref(), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(
+            newest(listing, "6.12").as_deref(),
+            Some("linux-image-6.12.117+deb12-cloud-amd64")
+        );
+        assert_eq!(newest(listing, "5.10"), None);
+    }
+
+    #[test]
+    fn only_a_whole_run_without_failure_passes() {
+        let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        let passed = format!("ok a\n{PASSED}, 1 assertions\n");
+        assert_eq!(judge(&lines(&passed), false), Ok(()));
+        assert!(judge(&lines(&passed), true).is_err());
+        assert!(judge(&lines("ok a"), false).is_err());
+        assert!(judge(&lines(&format!("{FAILED} b\n{passed}")), false).is_err());
+        assert!(judge(&lines(&format!("[1.0] Kernel panic - x\n{passed}")), false).is_err());
+    }
+}

@@ -1,0 +1,268 @@
+//! What the tasks need on the machine: finding what is missing, and installing it.
+//!
+//! Everything is found by probing for the thing itself (a program, a header), not by asking the
+//! package manager, so a machine that has it from elsewhere is left alone.
+
+use std::env;
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::process;
+use crate::toolchain::{Compiler, LLVM};
+use crate::workspace::Workspace;
+
+/// The linker's version, and the feature that selects [`LLVM`].
+const LINKER_VERSION: &str = "0.13.0";
+const LINKER_FEATURE: &str = "llvm-22";
+
+/// What is needed together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Group {
+    /// To compile the kernel programs.
+    Build,
+    /// Programs that the tests, the demo and the benchmark run.
+    Test,
+    /// To boot other kernels.
+    Kernels,
+    /// To lint the kernel programs for their own target.
+    Lint,
+}
+
+impl Group {
+    /// All of them.
+    pub(crate) const ALL: [Self; 4] = [Self::Build, Self::Test, Self::Kernels, Self::Lint];
+}
+
+/// Something that must be on the machine.
+#[derive(Debug)]
+struct Need {
+    group: Group,
+    probe: Probe,
+    /// Debian's package.
+    package: &'static str,
+    why: &'static str,
+}
+
+/// How it is recognised.
+#[derive(Debug)]
+enum Probe {
+    /// A program in `PATH`.
+    Program(&'static str),
+    /// A file at this place.
+    File(&'static str),
+    /// A file below LLVM's own directory.
+    Llvm(&'static str),
+}
+
+impl Probe {
+    fn is_there(&self) -> bool {
+        match self {
+            Self::Program(program) => process::which(program).is_some(),
+            Self::File(file) => Path::new(file).exists(),
+            Self::Llvm(file) => llvm_prefix().join(file).exists(),
+        }
+    }
+}
+
+const fn need(group: Group, probe: Probe, package: &'static str, why: &'static str) -> Need {
+    Need { group, probe, package, why }
+}
+
+/// What the compiler of the kernel programs is called in Debian.
+const COMPILER: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
+
+/// What the linker is built from; not needed once it is built.
+const LINKER: [Need; 4] = [
+    need(
+        Group::Build,
+        Probe::Llvm("bin/llvm-config"),
+        "llvm-22-dev",
+        "the linker of the kernel programs is built on LLVM",
+    ),
+    need(
+        Group::Build,
+        Probe::Llvm("include/polly"),
+        "libpolly-22-dev",
+        "LLVM's libraries name it when they are linked",
+    ),
+    need(Group::Build, Probe::File("/usr/include/zstd.h"), "libzstd-dev", "likewise"),
+    need(Group::Build, Probe::File("/usr/include/zlib.h"), "zlib1g-dev", "likewise"),
+];
+
+/// Everything else.
+const NEEDS: [Need; 10] = [
+    need(Group::Test, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
+    need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
+    need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
+    need(Group::Test, Probe::Program("redis-cli"), "redis-tools", "a client of the tests"),
+    need(Group::Test, Probe::Program("python3"), "python3", "clients of the tests, demo servers"),
+    need(Group::Test, Probe::Program("ip"), "iproute2", "the tests look at network namespaces"),
+    need(Group::Test, Probe::Program("nft"), "nftables", "the tests drop packets with it"),
+    need(
+        Group::Kernels,
+        Probe::Program("qemu-system-x86_64"),
+        "qemu-system-x86",
+        "boots the kernels that the programs must load on",
+    ),
+    need(Group::Kernels, Probe::Program("dpkg-deb"), "dpkg", "unpacks those kernels"),
+    need(
+        Group::Lint,
+        Probe::File("/usr/bin/clippy-driver"),
+        "rust-web-clippy",
+        "lints the kernel programs with their own compiler",
+    ),
+];
+
+/// Makes sure of everything in these groups, and returns the compiler of the kernel programs.
+///
+/// # Errors
+///
+/// When something is missing that cannot be installed here; the error is the command that does it.
+pub(crate) fn ensure(workspace: &Workspace, groups: &[Group], yes: bool) -> Result<Compiler> {
+    let mut missing = Vec::new();
+    let compiler = Compiler::find();
+    if let Err(reasons) = &compiler {
+        eprintln!("There is no compiler for the kernel programs:");
+        for reason in reasons {
+            eprintln!("  - {reason}");
+        }
+        missing.extend(COMPILER.map(|package| (package, "compiles the kernel programs")));
+    }
+    let linker = has_linker(workspace);
+    let needs = NEEDS.iter().chain(if linker { &[][..] } else { &LINKER });
+    for need in needs.filter(|need| groups.contains(&need.group) && !need.probe.is_there()) {
+        missing.push((need.package, need.why));
+    }
+    if !missing.is_empty() {
+        install(&missing, yes)?;
+    }
+    let compiler = match compiler.or_else(|_| Compiler::find()) {
+        Ok(compiler) => compiler,
+        Err(reasons) => bail!(
+            "the compiler that was installed does not serve: {}; update the package lists (Debian \
+             12 has the newest in its security suite) or run `{NIGHTLY}`",
+            reasons.join("; ")
+        ),
+    };
+    if !linker {
+        build_linker(workspace)?;
+    }
+    Ok(compiler)
+}
+
+/// The other way to a compiler.
+const NIGHTLY: &str = "rustup toolchain install nightly --component rust-src";
+
+// === the linker ===
+
+fn has_linker(workspace: &Workspace) -> bool {
+    let mut linker = Command::new(workspace.bpf_linker());
+    // Running it proves that the LLVM library it needs is there too.
+    process::output(linker.arg("--version")).is_ok_and(|version| version.contains(LINKER_VERSION))
+}
+
+fn build_linker(workspace: &Workspace) -> Result<()> {
+    let what = format!(
+        "building bpf-linker {LINKER_VERSION}, which links the kernel programs, into {} (about a \
+         minute, once)",
+        workspace.tools().display()
+    );
+    process::step(&what, || {
+        let scratch = workspace.tools().join("build");
+        let mut cargo = process::cargo();
+        cargo.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--quiet"]);
+        cargo.args(["--no-default-features", "--features", LINKER_FEATURE, "--force"]);
+        cargo.arg("--root").arg(workspace.tools()).arg("--target-dir").arg(&scratch);
+        // Without it the first llvm-config in PATH is taken, of whatever version.
+        cargo.env("LLVM_PREFIX", llvm_prefix());
+        process::run(&mut cargo)?;
+        std::fs::remove_dir_all(&scratch)?;
+        if !has_linker(workspace) {
+            bail!("{} was built and does not run", workspace.bpf_linker().display());
+        }
+        Ok(())
+    })
+}
+
+/// Where LLVM is: what `LLVM_PREFIX` says, or where Debian puts it.
+fn llvm_prefix() -> PathBuf {
+    env::var_os("LLVM_PREFIX")
+        .map_or_else(|| PathBuf::from(format!("/usr/lib/llvm-{LLVM}")), PathBuf::from)
+}
+
+// === packages ===
+
+fn install(missing: &[(&str, &str)], yes: bool) -> Result<()> {
+    let packages: Vec<&str> = missing.iter().map(|(package, _)| *package).collect();
+    eprintln!("Missing on this machine:");
+    for (package, why) in missing {
+        eprintln!("  {package:24} {why}");
+    }
+    let command = format!(
+        "apt-get update && apt-get install -y --no-install-recommends {}",
+        packages.join(" ")
+    );
+    let nightly = if packages.contains(&COMPILER[0]) {
+        format!(
+            "; instead of {} also rustup's nightly serves: `{NIGHTLY}` (with LLVM {LLVM})",
+            COMPILER.join(" and ")
+        )
+    } else {
+        String::new()
+    };
+    if process::which("apt-get").is_none() {
+        bail!(
+            "this machine has no apt; install what Debian calls {} by its own means{nightly}",
+            packages.join(", ")
+        );
+    }
+    if !process::is_root()? {
+        bail!("installing needs root: run `{command}` as root and try again{nightly}");
+    }
+    if !yes && io::stdin().is_terminal() && !confirmed("Install these packages with apt-get?")? {
+        bail!("not installed; the command is `{command}`{nightly}");
+    }
+    process::step("installing packages", || {
+        let mut shell = Command::new("sh");
+        shell.args(["-euc", INSTALL, "install"]).args(&packages);
+        process::run(&mut shell)
+    })
+    .map_err(|error| error.context(format!("see what apt-get said above{nightly}")))
+}
+
+/// Installs its arguments. No service of theirs may start, neither now (a `policy-rc.d` that says
+/// no, unless the machine has its own) nor at the next boot (disabled if it was not there before).
+///
+/// A shell does this, and not this program, because a shell's trap also runs when the terminal
+/// interrupts both.
+const INSTALL: &str = r#"
+export DEBIAN_FRONTEND=noninteractive
+policy=/usr/sbin/policy-rc.d
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+fi
+fresh=
+for service in nginx redis-server; do
+    [ -e "/etc/init.d/$service" ] || fresh="$fresh $service"
+done
+apt-get update -q || echo 'apt-get update failed; going on with the package lists that are there'
+apt-get install -y -q --no-install-recommends -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120 "$@"
+for service in $fresh; do
+    [ ! -e "/etc/init.d/$service" ] || update-rc.d "$service" disable
+done
+"#;
+
+fn confirmed(question: &str) -> Result<bool> {
+    eprint!("{question} [Y/n] ");
+    io::stderr().flush()?;
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer)?;
+    Ok(matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes"))
+}
