@@ -5,5 +5,7 @@
 //! reconciler never decides policy.
 
 pub mod api;
+pub mod config;
 pub mod discovery;
 pub mod model;
+pub mod yaml;
