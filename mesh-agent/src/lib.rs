@@ -5,6 +5,7 @@
 //! reconciler never decides policy.
 
 pub mod api;
+pub mod catalog;
 pub mod config;
 pub mod discovery;
 pub mod model;
