@@ -7,5 +7,8 @@
 pub mod api;
 pub mod compile;
 pub mod dataplane;
+pub mod catalog;
+pub mod config;
 pub mod discovery;
 pub mod model;
+pub mod yaml;

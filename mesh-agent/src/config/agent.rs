@@ -1,0 +1,268 @@
+//! The agent file: `/etc/mesh/agent.yaml`.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+
+use super::values::{name, network, path};
+use crate::yaml::{
+    self, Keys, MAX_SIZE, Node, Problem, Problems, excerpt, fields, is_nothing, items,
+};
+
+/// Where the agent file is looked for when none is named.
+pub const DEFAULT_FILE: &str = "/etc/mesh/agent.yaml";
+
+/// Where service files are looked for when no source is configured.
+pub const DEFAULT_SERVICES: &str = "/etc/mesh/services.d";
+
+const AGENT: Keys = Keys {
+    of: "the agent file",
+    known: &["node", "cgroup", "socket", "state-dir", "pin-dir", "virtual-ips", "sources"],
+    later: &["metrics"],
+};
+
+const NODE: Keys = Keys { of: "node", known: &["name", "zone"], later: &[] };
+
+const SOURCE: Keys = Keys {
+    of: "a source",
+    known: &["files"],
+    later: &["registry", "kubernetes", "consul", "etcd", "dns"],
+};
+
+const FILES: Keys = Keys { of: "files", known: &["directory"], later: &[] };
+
+/// What the agent file says, with the default of every key that it leaves out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Name of the node; by default its host name.
+    pub node: String,
+    /// Zone of the node.
+    pub zone: Option<String>,
+    /// Sockets created below this cgroup are balanced. It has no default: a node is not taken over
+    /// by leaving something out.
+    pub cgroup: Option<PathBuf>,
+    /// The API's socket.
+    pub socket: PathBuf,
+    /// What must survive a reboot.
+    pub state_dir: PathBuf,
+    /// Where programs, links and maps are pinned.
+    pub pin_dir: PathBuf,
+    /// Addresses that are refused unless they are a service's. None covers everything, and none
+    /// covers IPv4-mapped addresses.
+    pub virtual_ips: Vec<IpNet>,
+    /// In order of precedence; no directory twice.
+    pub sources: Vec<Source>,
+}
+
+/// Where services are defined.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// Service files.
+    Files {
+        /// An absolute path.
+        directory: PathBuf,
+    },
+}
+
+/// Why there is no configuration. It is shown as one line.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the agent file {}: {error}; {advice}", file.display())]
+    Read {
+        /// Which.
+        file: PathBuf,
+        /// Why.
+        #[source]
+        error: io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The file says something that is not understood.
+    #[error("{}", first(file, problems))]
+    Invalid {
+        /// Which.
+        file: PathBuf,
+        /// What, in the order of the file; at least one.
+        problems: Vec<Problem>,
+    },
+}
+
+/// The first problem, and how many more there are.
+fn first(file: &Path, problems: &[Problem]) -> String {
+    let file = file.display().to_string();
+    let first = problems.first().map_or_else(|| file.clone(), |problem| problem.line(&file));
+    match problems.len() {
+        0 | 1 => first,
+        2 => format!("{first} (and 1 more problem)"),
+        n => format!("{first} (and {} more problems)", n - 1),
+    }
+}
+
+// === impl Config ===
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: host_name(),
+            zone: None,
+            cgroup: None,
+            socket: "/run/mesh/agent.sock".into(),
+            state_dir: "/var/lib/mesh".into(),
+            pin_dir: "/sys/fs/bpf/mesh".into(),
+            virtual_ips: Vec::new(),
+            sources: vec![Source::Files { directory: DEFAULT_SERVICES.into() }],
+        }
+    }
+}
+
+impl Config {
+    /// Reads a named agent file, or [`DEFAULT_FILE`] if it exists.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read (a named one must exist), or has problems.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, named) = match file {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_FILE), false),
+        };
+        let bytes = match read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !named => {
+                return Ok(Self::default());
+            }
+            Err(error) => {
+                let advice = match error.kind() {
+                    io::ErrorKind::NotFound => "name one that exists, or leave out --config",
+                    io::ErrorKind::IsADirectory => "name a file",
+                    _ => "check its permissions",
+                };
+                return Err(ConfigError::Read { file: path.to_owned(), error, advice });
+            }
+        };
+        Self::parse(&bytes)
+            .map_err(|problems| ConfigError::Invalid { file: path.to_owned(), problems })
+    }
+
+    /// Reads the text of an agent file. An empty one has every default.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong, in the order of the file; never an empty list.
+    pub fn parse(bytes: &[u8]) -> Result<Self, Vec<Problem>> {
+        let mut config = Self::default();
+        let root = yaml::parse(bytes).map_err(|problem| vec![problem])?;
+        let Some(root) = root.filter(|root| !is_nothing(root)) else { return Ok(config) };
+        let mut problems = Problems::default();
+        config.fill(&root, &mut problems);
+        problems.finish(config)
+    }
+
+    /// Takes over what the file says. A value with a problem leaves its default; the file is
+    /// refused in any case.
+    fn fill(&mut self, root: &Node, problems: &mut Problems) -> Option<()> {
+        let top = fields(root, &AGENT, problems)?;
+        if let Some(node) = top.get("node").and_then(|node| fields(node, &NODE, problems)) {
+            if let Some(node) = node.get("name")
+                && let Some(name) = name(node, "a node name", problems)
+            {
+                name.clone_into(&mut self.node);
+            }
+            if let Some(node) = node.get("zone") {
+                self.zone = name(node, "a zone name", problems).map(ToOwned::to_owned);
+            }
+        }
+        if let Some(node) = top.get("cgroup") {
+            self.cgroup = path(node, "a cgroup directory", problems);
+        }
+        for (key, what, target) in [
+            ("socket", "a path", &mut self.socket),
+            ("state-dir", "a directory", &mut self.state_dir),
+            ("pin-dir", "a directory", &mut self.pin_dir),
+        ] {
+            if let Some(path) = top.get(key).and_then(|node| path(node, what, problems)) {
+                *target = path;
+            }
+        }
+        if let Some(node) = top.get("virtual-ips") {
+            self.virtual_ips = virtual_ips(node, problems).unwrap_or_default();
+        }
+        if let Some(node) = top.get("sources") {
+            self.sources = sources(node, problems).unwrap_or_default();
+        }
+        Some(())
+    }
+}
+
+fn virtual_ips(node: &Node, problems: &mut Problems) -> Option<Vec<IpNet>> {
+    let mut found = Vec::new();
+    for node in items(node, "a list of networks, or []", problems)? {
+        let Some(network) = network(node, problems) else { continue };
+        if found.contains(&network) {
+            problems.add(node.at, format!("{network} is here twice; keep one"));
+        }
+        found.push(network);
+    }
+    Some(found)
+}
+
+fn sources(node: &Node, problems: &mut Problems) -> Option<Vec<Source>> {
+    let mut found = Vec::new();
+    for node in
+        items(node, "a list such as [{files: {directory: /etc/mesh/services.d}}]", problems)?
+    {
+        let Some(source) = source(node, problems) else { continue };
+        if found.contains(&source) {
+            let Source::Files { directory } = &source;
+            problems.add(
+                node.at,
+                format!(
+                    "the directory {} is here twice; keep one",
+                    excerpt(&directory.to_string_lossy())
+                ),
+            );
+        }
+        found.push(source);
+    }
+    Some(found)
+}
+
+fn source(node: &Node, problems: &mut Problems) -> Option<Source> {
+    let before = problems.count();
+    let source = fields(node, &SOURCE, problems)?;
+    let Some(files) = source.get("files") else {
+        // A source that is refused by name is not also missing.
+        if problems.count() == before {
+            problems
+                .add(source.at, "the kind of source is missing; expected files: {directory: …}");
+        }
+        return None;
+    };
+    if is_nothing(files) {
+        return Some(Source::Files { directory: DEFAULT_SERVICES.into() });
+    }
+    let directory = match fields(files, &FILES, problems)?.get("directory") {
+        Some(node) => path(node, "a directory", problems)?,
+        None => DEFAULT_SERVICES.into(),
+    };
+    Some(Source::Files { directory })
+}
+
+/// Reads a file, but no more of it than tells that it is too large.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    use io::Read as _;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(MAX_SIZE as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The host name; `localhost` where `/proc` is not mounted.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match name.trim() {
+        "" => "localhost".into(),
+        name => name.into(),
+    }
+}

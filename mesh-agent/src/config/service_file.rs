@@ -1,0 +1,379 @@
+//! Service files: `services.d/*.yaml`.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_common::Protocol;
+
+use super::values::{address, duration, name};
+use crate::model::{
+    Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
+};
+use crate::yaml::{
+    self, Fields, Keys, Node, Position, Problem, Problems, excerpt, fields, integer, is_nothing,
+    items, text,
+};
+
+/// The most ports that one service may have.
+pub const MAX_PORTS: usize = 1024;
+
+/// The most addresses that one service may have. With [`MAX_PORTS`] it bounds the frontends of a
+/// service to the 65,536 that a single address could have.
+pub const MAX_ADDRESSES: usize = 64;
+
+/// The shortest interval between two checks of one endpoint.
+const MIN_INTERVAL: Duration = Duration::from_millis(10);
+
+const FILE: Keys = Keys { of: "a service file", known: &["services"], later: &[] };
+
+const SERVICE: Keys = Keys {
+    of: "a service",
+    known: &[
+        "name",
+        "address",
+        "addresses",
+        "ports",
+        "balance",
+        "health",
+        "when-all-unhealthy",
+        "endpoints",
+    ],
+    later: &["affinity"],
+};
+
+const PORT: Keys =
+    Keys { of: "a port", known: &["name", "port", "target", "protocol"], later: &[] };
+
+const ENDPOINT: Keys =
+    Keys { of: "an endpoint", known: &["address", "port", "weight", "zone"], later: &[] };
+
+const HEALTH: Keys = Keys {
+    of: "health",
+    known: &["tcp", "interval", "timeout", "rise", "fall"],
+    later: &["http", "grpc"],
+};
+
+const TCP: Keys = Keys { of: "tcp", known: &[], later: &[] };
+
+/// What to do about a file that says nothing: it may be half written, so it does not mean "none".
+const EMPTY: &str = "write `services: []` for a file that defines none";
+
+/// Reads a service file. What it hands out satisfies what [`Service`] promises.
+///
+/// # Errors
+///
+/// Everything that is wrong, in the order of the file. One mistake refuses the whole file: half of
+/// it would be a state that nobody wrote.
+pub fn parse_services(bytes: &[u8]) -> Result<Vec<Service>, Vec<Problem>> {
+    let root = yaml::parse(bytes).map_err(|problem| vec![problem])?;
+    let Some(root) = root.filter(|root| !is_nothing(root)) else {
+        return Err(vec![Problem::at(Position::START, format!("the file is empty; {EMPTY}"))]);
+    };
+    let mut problems = Problems::default();
+    let services = file(&root, &mut problems).unwrap_or_default();
+    problems.finish(services)
+}
+
+fn file(root: &Node, problems: &mut Problems) -> Option<Vec<Service>> {
+    let fields = fields(root, &FILE, problems)?;
+    let services = fields.require("services", EMPTY, problems)?;
+    let list = items(services, "a list of services, or []", problems)?;
+    let mut names: HashMap<ServiceName, Position> = HashMap::new();
+    let mut services = Vec::with_capacity(list.len());
+    for node in list {
+        let Some((at, service)) = service(node, problems) else { continue };
+        if let Some(first) = names.insert(service.name.clone(), at) {
+            let name = excerpt(service.name.as_str());
+            problems.add(
+                at,
+                format!(
+                    "a service of the name {name} is already at line {}; names are unique",
+                    first.line
+                ),
+            );
+        }
+        services.push(service);
+    }
+    Some(services)
+}
+
+/// A service and where its name stands. Problems of single values do not keep the rest from being
+/// read, so that all of them are found; the file is refused in any case.
+fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> {
+    let fields = fields(node, &SERVICE, problems)?;
+    balance(&fields, problems);
+    let name_node = fields.require("name", "every service has a unique name", problems);
+    let name = name_node.and_then(|node| name(node, "a service name", problems));
+    let addresses = addresses(&fields, problems);
+    let ports = fields
+        .require("ports", "write ports: [{port: 80}] for what clients dial", problems)
+        .and_then(|node| ports(node, problems));
+    let health = fields.get("health").and_then(|node| health(node, problems));
+    let when_all_unhealthy = when_all_unhealthy(&fields, problems);
+    let endpoints = fields
+        .require("endpoints", "write endpoints: [] for a service without any", problems)
+        .and_then(|node| endpoints(node, problems));
+    let (addresses, ports, endpoints) = (addresses?, ports?, endpoints?);
+    check_endpoints(&addresses, &ports, &endpoints, problems);
+    let service = Service {
+        name: ServiceName::new(name?),
+        addresses,
+        ports,
+        health,
+        when_all_unhealthy,
+        endpoints: endpoints.into_iter().map(|(_, endpoint)| endpoint).collect(),
+    };
+    Some((name_node?.at, service))
+}
+
+fn balance(fields: &Fields<'_>, problems: &mut Problems) {
+    let Some(node) = fields.get("balance") else { return };
+    match text(node, "the name of an algorithm: random", problems) {
+        None | Some("random") => {}
+        Some(later @ ("round-robin" | "least-connections" | "latency" | "consistent-hash")) => {
+            problems.add(
+                node.at,
+                format!("balance: {later} is not supported yet; expected random, or no `balance`"),
+            );
+        }
+        Some(other) => {
+            problems.add(node.at, format!("unknown algorithm {}; expected random", excerpt(other)));
+        }
+    }
+}
+
+fn when_all_unhealthy(fields: &Fields<'_>, problems: &mut Problems) -> WhenAllUnhealthy {
+    const EXPECTED: &str = "use-all or refuse";
+    let Some(node) = fields.get("when-all-unhealthy") else { return WhenAllUnhealthy::default() };
+    match text(node, EXPECTED, problems) {
+        Some("use-all") => WhenAllUnhealthy::UseAll,
+        Some("refuse") => WhenAllUnhealthy::Refuse,
+        Some(other) => {
+            problems.add(node.at, format!("expected {EXPECTED}; found {}", excerpt(other)));
+            WhenAllUnhealthy::default()
+        }
+        None => WhenAllUnhealthy::default(),
+    }
+}
+
+fn addresses(fields: &Fields<'_>, problems: &mut Problems) -> Option<Vec<IpAddr>> {
+    match (fields.get("address"), fields.get("addresses")) {
+        (Some(_), Some(_)) => {
+            problems.add(
+                fields.key_at("addresses"),
+                "`address` and `addresses` are both here; put all of them into `addresses`",
+            );
+            None
+        }
+        (Some(node), None) => Some(vec![address(node, problems)?]),
+        (None, Some(node)) => address_list(node, problems),
+        (None, None) => {
+            problems.add(
+                fields.at,
+                "`address` or `addresses` is missing; expected what clients dial (giving out \
+                 addresses from `virtual-ips` is not supported yet)",
+            );
+            None
+        }
+    }
+}
+
+fn address_list(node: &Node, problems: &mut Problems) -> Option<Vec<IpAddr>> {
+    let list = bounded(node, "a list of IP addresses", MAX_ADDRESSES, "addresses", problems)?;
+    let mut found = Vec::with_capacity(list.len());
+    for node in list {
+        let Some(address) = address(node, problems) else { continue };
+        if found.contains(&address) {
+            problems.add(node.at, format!("the address {address} is here twice; keep one"));
+        }
+        found.push(address);
+    }
+    Some(found)
+}
+
+/// The items of a list that has at least one and at most `limit`.
+fn bounded<'n>(
+    node: &'n Node,
+    expected: &str,
+    limit: usize,
+    of: &str,
+    problems: &mut Problems,
+) -> Option<&'n [std::rc::Rc<Node>]> {
+    let list = items(node, expected, problems)?;
+    if list.is_empty() {
+        problems.add(node.at, format!("the list is empty; expected at least one of the {of}"));
+        return None;
+    }
+    if list.len() > limit {
+        problems.add(
+            node.at,
+            format!("{} {of}; the limit of one service is {limit}: split it", list.len()),
+        );
+        return None;
+    }
+    Some(list)
+}
+
+fn ports(node: &Node, problems: &mut Problems) -> Option<Vec<ServicePort>> {
+    let list = bounded(node, "a list such as [{port: 80}]", MAX_PORTS, "ports", problems)?;
+    let mut seen = HashSet::new();
+    let mut found = Vec::with_capacity(list.len());
+    for node in list {
+        let Some(port) = port(node, problems) else { continue };
+        if !seen.insert((port.port, port.protocol)) {
+            problems.add(
+                node.at,
+                format!("the port {}/{} is here twice; keep one", port.port, port.protocol.name()),
+            );
+        }
+        found.push(port);
+    }
+    Some(found)
+}
+
+fn port(node: &Node, problems: &mut Problems) -> Option<ServicePort> {
+    let fields = fields(node, &PORT, problems)?;
+    let protocol = fields.get("protocol").map_or(Some(Protocol::Tcp), |node| {
+        match text(node, "tcp", problems)? {
+            "tcp" => Some(Protocol::Tcp),
+            "udp" => {
+                problems.add(node.at, "protocol: udp is not supported yet; expected tcp");
+                None
+            }
+            other => {
+                problems.add(node.at, format!("unknown protocol {}; expected tcp", excerpt(other)));
+                None
+            }
+        }
+    });
+    let port = fields
+        .require("port", "expected the number that clients dial", problems)
+        .and_then(|node| port_number(node, "port", problems));
+    let target = match fields.get("target") {
+        Some(node) => port_number(node, "target", problems),
+        None => port,
+    };
+    let name = match fields.get("name") {
+        Some(node) => name(node, "a port name", problems)?.to_owned(),
+        None => String::new(),
+    };
+    Some(ServicePort { name, port: port?, target: target?, protocol: protocol? })
+}
+
+fn port_number(node: &Node, what: &str, problems: &mut Problems) -> Option<u16> {
+    integer(node, what, 1..=u64::from(u16::MAX), problems)
+}
+
+fn health(node: &Node, problems: &mut Problems) -> Option<HealthPolicy> {
+    let before = problems.count();
+    let fields = fields(node, &HEALTH, problems)?;
+    match fields.get("tcp") {
+        // `tcp:` with nothing behind it is how YAML is often written for `tcp: {}`.
+        Some(node) if is_nothing(node) => {}
+        Some(node) => drop(self::fields(node, &TCP, problems)),
+        // A check that is refused by name is not also missing.
+        None if problems.count() > before => {}
+        None => problems.add(fields.at, "the kind of check is missing; expected tcp: {}"),
+    }
+    let mut time = |key, least, default| match fields.get(key) {
+        Some(node) => duration(node, key, least, problems),
+        None => Some(default),
+    };
+    let interval = time("interval", MIN_INTERVAL, HealthPolicy::INTERVAL);
+    let timeout = time("timeout", Duration::from_millis(1), HealthPolicy::TIMEOUT);
+    let mut count = |key, default| match fields.get(key) {
+        Some(node) => integer(node, key, 1..=1000, problems),
+        None => Some(default),
+    };
+    let rise = count("rise", HealthPolicy::RISE);
+    let fall = count("fall", HealthPolicy::FALL);
+    Some(HealthPolicy {
+        check: HealthCheck::Tcp,
+        interval: interval?,
+        timeout: timeout?,
+        rise: rise?,
+        fall: fall?,
+    })
+}
+
+fn endpoints(node: &Node, problems: &mut Problems) -> Option<Vec<(Position, Endpoint)>> {
+    let list = items(node, "a list such as [{address: 10.0.0.1}], or []", problems)?;
+    Some(list.iter().filter_map(|node| Some((node.at, endpoint(node, problems)?))).collect())
+}
+
+fn endpoint(node: &Node, problems: &mut Problems) -> Option<Endpoint> {
+    let fields = fields(node, &ENDPOINT, problems)?;
+    let address = fields
+        .require("address", "expected the IP address of a server", problems)
+        .and_then(|node| address(node, problems));
+    // A key that is absent is nothing; one that is there and wrong has been reported.
+    let port = fields.get("port").map(|node| port_number(node, "port", problems));
+    let weight =
+        fields.get("weight").map(|node| integer(node, "weight", 0..=u64::from(u16::MAX), problems));
+    let zone = fields.get("zone").map(|node| name(node, "a zone name", problems));
+    Some(Endpoint {
+        address: address?,
+        port: port.flatten(),
+        weight: weight.flatten().unwrap_or(Endpoint::DEFAULT_WEIGHT),
+        zone: zone.flatten().map(Arc::from),
+    })
+}
+
+/// What is wrong with endpoints only together with the rest of their service.
+///
+/// Its time is the number of endpoints plus the number of ports, not their product.
+fn check_endpoints(
+    addresses: &[IpAddr],
+    ports: &[ServicePort],
+    endpoints: &[(Position, Endpoint)],
+    problems: &mut Problems,
+) {
+    let dialled: HashSet<(u16, Protocol)> = ports.iter().map(|p| (p.port, p.protocol)).collect();
+    let targets: HashSet<u16> = ports.iter().map(|p| p.target).collect();
+    // The port of an endpoint without one that leads back to the service.
+    let back = ports.iter().map(|p| p.target).find(|&target| {
+        ports.iter().any(|p| p.target == target && dialled.contains(&(target, p.protocol)))
+    });
+    let default_port: HashSet<IpAddr> =
+        endpoints.iter().filter(|(_, e)| e.port.is_none()).map(|(_, e)| e.address).collect();
+    let mut seen = HashSet::new();
+    for (at, endpoint) in endpoints {
+        let ip = endpoint.address;
+        if !addresses.iter().any(|address| address.is_ipv4() == ip.is_ipv4()) {
+            let (is, needs) = if ip.is_ipv4() { ("IPv4", "IPv6") } else { ("IPv6", "IPv4") };
+            problems.add(
+                *at,
+                format!(
+                    "the endpoint {ip} is {is} and every address of the service is {needs}, so no \
+                     connect could go there; add an {is} address to `addresses`"
+                ),
+            );
+        }
+        // An endpoint whose own port is a target meets the one without a port there.
+        let repeats =
+            endpoint.port.is_some_and(|port| targets.contains(&port) && default_port.contains(&ip));
+        if !seen.insert((ip, endpoint.port)) || repeats {
+            let port = endpoint.port.map_or_else(String::new, |port| format!(" port {port}"));
+            problems.add(*at, format!("the endpoint {ip}{port} is here twice; keep one"));
+        }
+        let own = match endpoint.port {
+            Some(port) => [Protocol::Tcp, Protocol::Udp]
+                .iter()
+                .any(|&protocol| dialled.contains(&(port, protocol)))
+                .then_some(port),
+            None => back,
+        };
+        if let Some(port) = own.filter(|_| addresses.contains(&ip)) {
+            problems.add(
+                *at,
+                format!(
+                    "the endpoint {} is the service's own address, a loop; expected the address \
+                     and port of a server",
+                    std::net::SocketAddr::new(ip, port)
+                ),
+            );
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Values that both kinds of files share: addresses, names, durations, paths.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::yaml::{Node, Problems, excerpt, text};
+
+/// The longest name of anything, in characters: that of a DNS name.
+const MAX_NAME: usize = 253;
+
+/// The longest duration that makes sense between two checks.
+const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A name that can be typed on a command line and shown in a column.
+pub(super) fn name<'n>(node: &'n Node, what: &str, problems: &mut Problems) -> Option<&'n str> {
+    let name = text(node, what, problems)?;
+    let wrong = if name.is_empty() {
+        "it is empty"
+    } else if name.chars().count() > MAX_NAME {
+        "it is longer than 253 characters"
+    } else if name.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        "it has spaces or control characters"
+    } else {
+        return Some(name);
+    };
+    problems.add(
+        node.at,
+        format!(
+            "expected {what} of 1 to {MAX_NAME} visible characters; {wrong}: {}",
+            excerpt(name)
+        ),
+    );
+    None
+}
+
+/// The address of one host, with IPv4-mapped IPv6 made IPv4.
+pub(super) fn address(node: &Node, problems: &mut Problems) -> Option<IpAddr> {
+    const EXPECTED: &str = "an IP address such as 10.0.0.1 or \"fd00::1\"";
+    let written = text(node, EXPECTED, problems)?;
+    let Ok(address) = written.parse::<IpAddr>().map(|address| address.to_canonical()) else {
+        let hint = if written.parse::<std::net::SocketAddr>().is_ok() {
+            "; the port goes into `port`"
+        } else if written.parse::<IpNet>().is_ok() {
+            "; a prefix is not an address"
+        } else if written.contains('%') {
+            "; an address with a scope is not supported"
+        } else if written.contains(|c: char| c.is_ascii_alphabetic()) && !written.contains(':') {
+            "; host names are not looked up"
+        } else {
+            ""
+        };
+        problems.add(node.at, format!("expected {EXPECTED}; found {}{hint}", excerpt(written)));
+        return None;
+    };
+    let kind = if address.is_unspecified() {
+        "the unspecified address"
+    } else if address.is_multicast() {
+        "a multicast address"
+    } else if address == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        "the broadcast address"
+    } else {
+        return Some(address);
+    };
+    problems.add(node.at, format!("{address} is {kind}; expected the address of one host"));
+    None
+}
+
+/// A network in CIDR notation; a bare address is a network of one.
+pub(super) fn network(node: &Node, problems: &mut Problems) -> Option<IpNet> {
+    const EXPECTED: &str = "a network such as 10.96.0.0/16 or \"fd00:96::/64\"";
+    let written = text(node, EXPECTED, problems)?;
+    let parsed = written.parse::<IpNet>().or_else(|_| written.parse::<IpAddr>().map(IpNet::from));
+    let Ok(network) = parsed else {
+        problems.add(node.at, format!("expected {EXPECTED}; found {}", excerpt(written)));
+        return None;
+    };
+    let wrong = if network.addr() != network.network() {
+        format!("{network} has bits set behind its prefix; write {}", network.trunc())
+    } else if network.prefix_len() == 0 {
+        format!(
+            "{network} covers every address, so every other connect would be refused; expected a prefix of your own"
+        )
+    } else if covers_mapped(&network) {
+        format!("{network} covers IPv4-mapped addresses; write IPv4 networks as IPv4")
+    } else {
+        return Some(network);
+    };
+    problems.add(node.at, wrong);
+    None
+}
+
+/// Whether an IPv6 network and `::ffff:0:0/96` have an address in common.
+fn covers_mapped(network: &IpNet) -> bool {
+    let mapped = IpNet::V6(ipnet::Ipv6Net::new_assert(Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(), 96));
+    network.contains(&mapped) || mapped.contains(network)
+}
+
+/// A duration with a unit, from `least` to a day.
+pub(super) fn duration(
+    node: &Node,
+    what: &str,
+    least: Duration,
+    problems: &mut Problems,
+) -> Option<Duration> {
+    let expected = format!(
+        "a duration with a unit from {} to {}, such as 300ms or 1s, for `{what}`",
+        humantime::format_duration(least),
+        humantime::format_duration(MAX_DURATION),
+    );
+    let written = text(node, &expected, problems)?;
+    let duration = humantime::parse_duration(written).ok();
+    let duration = duration.filter(|duration| (least..=MAX_DURATION).contains(duration));
+    if duration.is_none() {
+        problems.add(node.at, format!("expected {expected}; found {}", excerpt(written)));
+    }
+    duration
+}
+
+/// An absolute path: the agent's working directory is nobody's business.
+pub(super) fn path(node: &Node, what: &str, problems: &mut Problems) -> Option<PathBuf> {
+    let written = text(node, what, problems)?;
+    let path = PathBuf::from(written);
+    if path.is_absolute() && !written.contains('\0') {
+        return Some(path);
+    }
+    problems
+        .add(node.at, format!("expected {what} that begins with /; found {}", excerpt(written)));
+    None
+}

@@ -1,0 +1,107 @@
+//! The agent file: defaults, every key, and what is said about what is refused.
+
+use std::path::Path;
+
+use mesh_agent::config::{Config, ConfigError, Source};
+
+fn refused(text: &str) -> Vec<String> {
+    let problems = Config::parse(text.as_bytes()).expect_err("a refused file");
+    problems.iter().map(|problem| problem.line("a")).collect()
+}
+
+#[test]
+fn every_key_has_its_default() {
+    let config = Config::parse(b"# nothing\n").expect("valid");
+    assert_eq!(config, Config::default());
+    assert!(!config.node.is_empty());
+    assert_eq!(config.cgroup, None);
+    assert_eq!(config.socket, Path::new("/run/mesh/agent.sock"));
+    assert_eq!(config.state_dir, Path::new("/var/lib/mesh"));
+    assert_eq!(config.pin_dir, Path::new("/sys/fs/bpf/mesh"));
+    assert_eq!(config.sources, [Source::Files { directory: "/etc/mesh/services.d".into() }]);
+}
+
+#[test]
+fn every_key_is_read() {
+    let text = r#"
+node: {name: node-a, zone: eu-west-1a}
+cgroup: /sys/fs/cgroup
+socket: /run/a.sock
+state-dir: /var/a
+pin-dir: /sys/fs/bpf/a
+virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
+sources:
+- files: {directory: /a}
+- files: {directory: /b}
+- files:
+"#;
+    let config = Config::parse(text.as_bytes()).expect("valid");
+    let directories = ["/a", "/b", "/etc/mesh/services.d"];
+    let expected = Config {
+        node: "node-a".into(),
+        zone: Some("eu-west-1a".into()),
+        cgroup: Some("/sys/fs/cgroup".into()),
+        socket: "/run/a.sock".into(),
+        state_dir: "/var/a".into(),
+        pin_dir: "/sys/fs/bpf/a".into(),
+        virtual_ips: ["10.96.0.0/16", "fd00:96::/64", "10.97.0.1/32"]
+            .map(|net| net.parse().expect("a network"))
+            .into(),
+        sources: directories.map(|d| Source::Files { directory: d.into() }).into(),
+    };
+    assert_eq!(config, expected);
+}
+
+#[test]
+fn refusals_name_the_place_and_what_was_expected() {
+    let said = refused(
+        r#"metrics: {listen: 127.0.0.1:9464}
+nod: {}
+node: {name: "a b"}
+cgroup: sys/fs/cgroup
+virtual-ips: [10.96.0.1/16, 0.0.0.0/0, "::/64", "::ffff:10.0.0.0/112", ten, 10.1.0.0/16, 10.1.0.0/16]
+sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directory: a}}]
+"#,
+    );
+    let expected = [
+        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, socket, state-dir, pin-dir, virtual-ips, sources)",
+        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, socket, state-dir, pin-dir, virtual-ips, sources",
+        "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
+        "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",
+        "a:5:15: 10.96.0.1/16 has bits set behind its prefix; write 10.96.0.0/16",
+        "a:5:29: 0.0.0.0/0 covers every address, so every other connect would be refused; expected a prefix of your own",
+        "a:5:40: ::/64 covers IPv4-mapped addresses; write IPv4 networks as IPv4",
+        "a:5:49: ::ffff:10.0.0.0/112 covers IPv4-mapped addresses; write IPv4 networks as IPv4",
+        "a:5:72: expected a network such as 10.96.0.0/16 or \"fd00:96::/64\"; found \"ten\"",
+        "a:5:90: 10.1.0.0/16 is here twice; keep one",
+        "a:6:12: `kubernetes` is not supported yet; remove it (allowed in a source: files)",
+        "a:6:30: unknown key \"file\"; allowed in a source: files",
+        "a:6:41: the kind of source is missing; expected files: {directory: …}",
+        "a:6:54: unknown key \"dir\"; allowed in files: directory",
+        "a:6:85: expected a directory that begins with /; found \"a\"",
+    ];
+    assert_eq!(said, expected);
+    assert_eq!(
+        refused("sources: [{files: {directory: /a}}, {files: {directory: /a}}]"),
+        ["a:1:37: the directory \"/a\" is here twice; keep one"]
+    );
+}
+
+#[test]
+fn errors_are_one_line_with_the_file() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("agent.yaml");
+    let missing = Config::load(Some(&file)).expect_err("no such file");
+    assert!(matches!(missing, ConfigError::Read { .. }));
+    let missing = missing.to_string();
+    assert!(
+        missing.contains("agent.yaml") && missing.ends_with("or leave out --config"),
+        "{missing}"
+    );
+
+    std::fs::write(&file, "a: 1\nb: 2\n").expect("written");
+    let invalid = Config::load(Some(&file)).expect_err("unknown keys").to_string();
+    let place = format!("{}:1:1: unknown key \"a\"", file.display());
+    assert!(invalid.starts_with(&place), "{invalid}");
+    assert!(invalid.ends_with(" (and 1 more problem)"), "{invalid}");
+}

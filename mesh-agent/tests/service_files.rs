@@ -1,0 +1,124 @@
+//! What is said about service files that are refused: `testdata/service-files.txt`.
+
+use mesh_agent::config::{MAX_ADDRESSES, MAX_PORTS, parse_services};
+use mesh_agent::model::WhenAllUnhealthy;
+
+/// A case: what it shows, the file, the lines that are expected.
+struct Case {
+    title: String,
+    file: String,
+    expected: Vec<String>,
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    for line in include_str!("testdata/service-files.txt").lines() {
+        if let Some(title) = line.strip_prefix("== ") {
+            cases.push(Case { title: title.into(), file: String::new(), expected: Vec::new() });
+        } else if let Some(case) = cases.last_mut() {
+            match line.strip_prefix("-- ") {
+                Some(expected) => case.expected.push(expected.into()),
+                None => case.file.extend([line, "\n"]),
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn refusals_name_the_place_and_what_was_expected() {
+    let cases = cases();
+    assert!(!cases.is_empty());
+    let mut wrong = String::new();
+    for case in cases {
+        let said: Vec<String> = match parse_services(case.file.as_bytes()) {
+            Ok(services) => vec![format!("accepted: {services:?}")],
+            Err(problems) => problems.iter().map(|problem| problem.line("f.yaml")).collect(),
+        };
+        if said != case.expected {
+            wrong.push_str(&format!("== {}\n-- {}\n\n", case.title, said.join("\n-- ")));
+        }
+    }
+    assert!(wrong.is_empty(), "said, but not expected:\n{wrong}");
+}
+
+#[test]
+fn garbage_is_refused_in_few_words() {
+    let mut state = 1_u32;
+    let garbage: Vec<u8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        b' ' + state.to_be_bytes()[0] % 95
+    })
+    .take(1 << 20)
+    .collect();
+    let one_word = vec![b'x'; 1 << 20];
+    for file in [garbage, one_word] {
+        let problems = parse_services(&file).expect_err("garbage");
+        let said: usize = problems.iter().map(|problem| problem.line("f.yaml").len()).sum();
+        assert!(said < 300, "{problems:?}");
+        assert_eq!(problems[0].at.map(|at| at.line), Some(1));
+    }
+}
+
+#[test]
+fn every_supported_key_is_read() {
+    let file = br#"
+services:
+- name: orders
+  addresses: [10.96.0.10, "fd00:96::10"]
+  ports:
+  - {name: http, port: 80, target: 8080}
+  - {port: 443, protocol: tcp}
+  balance: random
+  health: {tcp: , interval: 2s, timeout: 50ms, rise: 1, fall: 4}
+  when-all-unhealthy: refuse
+  endpoints: &servers
+  - {address: "::ffff:10.0.0.1", weight: 0, zone: eu-west-1a}
+  - {address: "fd00::1", port: 81}
+- {name: idle, address: 10.96.0.11, ports: [{port: 1}], endpoints: []}
+"#;
+    let services = parse_services(file).expect("a valid file");
+    let orders = &services[0];
+    let addresses: Vec<_> = orders.addresses.iter().map(ToString::to_string).collect();
+    assert_eq!(addresses, ["10.96.0.10", "fd00:96::10"]);
+    let ports: Vec<_> = orders.ports.iter().map(|p| (&*p.name, p.port, p.target)).collect();
+    assert_eq!(ports, [("http", 80, 8080), ("", 443, 443)]);
+    let health = orders.health.as_ref().expect("a policy");
+    let times = (health.interval.as_millis(), health.timeout.as_millis());
+    assert_eq!((times, health.rise, health.fall), ((2000, 50), 1, 4));
+    assert_eq!(orders.when_all_unhealthy, WhenAllUnhealthy::Refuse);
+    let endpoints: Vec<_> = orders
+        .endpoints
+        .iter()
+        .map(|e| (e.address.to_string(), e.port, e.weight, e.zone.as_deref()))
+        .collect();
+    assert_eq!(
+        endpoints,
+        [("10.0.0.1".into(), None, 0, Some("eu-west-1a")), ("fd00::1".into(), Some(81), 100, None)]
+    );
+    assert!(services[1].endpoints.is_empty());
+    assert!(parse_services(b"services: []").expect("valid").is_empty());
+}
+
+#[test]
+fn limits_are_named() {
+    let list = |count: usize, item: fn(usize) -> String| {
+        (0..count).map(item).collect::<Vec<_>>().join(", ")
+    };
+    let file = |addresses: usize, ports: usize| {
+        let addresses = list(addresses, |i| format!("10.96.0.{i}"));
+        let ports = list(ports, |i| format!("{{port: {}}}", i + 1));
+        let text = format!(
+            "services:\n- name: a\n  addresses: [{addresses}]\n  ports: [{ports}]\n  endpoints: []\n"
+        );
+        parse_services(text.as_bytes())
+    };
+    assert_eq!(file(MAX_ADDRESSES, MAX_PORTS).map(|s| s.len()), Ok(1));
+    for (result, limit) in [
+        (file(MAX_ADDRESSES, 65_536), "65536 ports; the limit of one service is 1024: split it"),
+        (file(MAX_ADDRESSES + 1, 1), "65 addresses; the limit of one service is 64: split it"),
+    ] {
+        let problems = result.expect_err("above the limit");
+        assert_eq!(problems.iter().map(|p| &*p.text).collect::<Vec<_>>(), [limit]);
+    }
+}
