@@ -5,5 +5,8 @@
 //! reconciler never decides policy.
 
 pub mod api;
+pub mod check;
+pub mod dataplane;
 pub mod discovery;
+pub mod explain;
 pub mod model;

@@ -1,0 +1,3 @@
+//! The kernel side as the agent sees it.
+
+pub mod sys;
