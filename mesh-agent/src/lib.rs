@@ -5,10 +5,12 @@
 //! reconciler never decides policy.
 
 pub mod api;
-pub mod compile;
-pub mod dataplane;
 pub mod catalog;
+pub mod check;
+pub mod compile;
 pub mod config;
+pub mod dataplane;
 pub mod discovery;
+pub mod explain;
 pub mod model;
 pub mod yaml;

@@ -214,6 +214,17 @@ pub enum Answer {
     },
 }
 
+/// `GET /v1/version`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct Version {
+    /// Version of the agent.
+    pub version: String,
+    /// Version of the map layouts, see `mesh_common::ABI_VERSION`.
+    pub abi: u32,
+    /// Process id of the agent.
+    pub pid: u32,
+}
+
 /// The body of every answer that is not a success.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
 pub struct ErrorBody {

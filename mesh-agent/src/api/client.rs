@@ -1,0 +1,243 @@
+//! The asking end, used by the command line.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::Request;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use super::server::ExplainQuery;
+use super::types;
+
+/// How long one question may take. The agent answers from memory.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Asks the agent behind a socket. Each question has a connection of its own.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+/// Why there is no answer. Each is one line for people that says what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error(
+        "no agent answers on {}: {reason}; start it with `mesh-agent run --cgroup DIR` or \
+         `systemctl start mesh-agent`, or name its socket with --socket",
+        socket.display()
+    )]
+    NotRunning {
+        /// Path of the socket.
+        socket: PathBuf,
+        /// What was found there.
+        reason: String,
+    },
+    /// The socket is there, but not for this user.
+    #[error(
+        "{}: permission denied: an agent may be running; run this as root, or as a member of the \
+         socket's group",
+        socket.display()
+    )]
+    Permission {
+        /// Path of the socket.
+        socket: PathBuf,
+    },
+    /// The agent listens, but does not answer.
+    #[error(
+        "the agent on {} did not answer within {} s: see its log, or restart it",
+        socket.display(),
+        TIMEOUT.as_secs()
+    )]
+    Timeout {
+        /// Path of the socket.
+        socket: PathBuf,
+    },
+    /// What answers speaks another language.
+    #[error(
+        "{}: not the answer of an agent of this version: {reason}; compare with `mesh-agent version`",
+        socket.display()
+    )]
+    Protocol {
+        /// Path of the socket.
+        socket: PathBuf,
+        /// What is wrong with the answer.
+        reason: String,
+    },
+    /// The agent answered that it cannot.
+    #[error("{message}")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// What it said.
+        message: String,
+    },
+}
+
+// === impl Client ===
+
+impl Client {
+    /// A client of the agent at this socket path. Nothing is asked yet.
+    #[must_use]
+    pub fn new(socket: &Path) -> Self {
+        Self { socket: socket.to_path_buf() }
+    }
+
+    /// One service, or all.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`]; so for each question.
+    pub async fn services(&self, name: Option<&str>) -> Result<Vec<types::Service>, ClientError> {
+        self.get("/v1/services", &[("name", name)]).await
+    }
+
+    /// The backends of one service, or of all.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn backends(
+        &self,
+        service: Option<&str>,
+    ) -> Result<Vec<types::Backend>, ClientError> {
+        self.get("/v1/backends", &[("service", service)]).await
+    }
+
+    /// The state of the agent.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn status(&self) -> Result<types::Status, ClientError> {
+        self.get("/v1/status", &[]).await
+    }
+
+    /// The version of the agent.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn version(&self) -> Result<types::Version, ClientError> {
+        self.get("/v1/version", &[]).await
+    }
+
+    /// What a connect would do.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn explain(&self, query: &ExplainQuery) -> Result<types::Explanation, ClientError> {
+        let address = query.address.to_string();
+        let query = [
+            ("address", Some(address.as_str())),
+            ("protocol", Some(query.protocol.name())),
+            ("from", query.from.as_deref()),
+        ];
+        self.get("/v1/explain", &query).await
+    }
+
+    async fn get<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, Option<&str>)],
+    ) -> Result<T, ClientError> {
+        let (status, body) = tokio::time::timeout(TIMEOUT, self.ask(path, query))
+            .await
+            .map_err(|_| ClientError::Timeout { socket: self.socket.clone() })??;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|error| self.protocol(&error));
+        }
+        let error: types::ErrorBody =
+            serde_json::from_slice(&body).map_err(|error| self.protocol(&error))?;
+        Err(ClientError::Refused { status: status.as_u16(), message: error.error })
+    }
+
+    async fn ask(
+        &self,
+        path: &str,
+        query: &[(&str, Option<&str>)],
+    ) -> Result<(hyper::StatusCode, Bytes), ClientError> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.absent(error))?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.protocol(&error))?;
+        let request = Request::get(uri(path, query))
+            // HTTP/1.1 demands it; a unix socket has no name to put there.
+            .header(hyper::header::HOST, "localhost")
+            .body(Empty::<Bytes>::new())
+            .map_err(|error| self.protocol(&error))?;
+        let answer = async {
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
+        };
+        // The connection is driven here and not in a task, so that nothing outlives the question.
+        let mut connection = std::pin::pin!(connection);
+        let mut answer = std::pin::pin!(answer);
+        let result = tokio::select! {
+            result = &mut answer => result,
+            result = &mut connection => match result {
+                // The connection can end in the same moment in which the answer is complete.
+                Ok(()) => answer.await,
+                Err(error) => Err(error),
+            },
+        };
+        result.map_err(|error| self.protocol(&error))
+    }
+
+    fn absent(&self, error: io::Error) -> ClientError {
+        let socket = self.socket.clone();
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => ClientError::Permission { socket },
+            io::ErrorKind::NotFound => {
+                ClientError::NotRunning { socket, reason: "there is no such socket".into() }
+            }
+            io::ErrorKind::ConnectionRefused => ClientError::NotRunning {
+                socket,
+                reason: "the socket is left from an agent that is gone".into(),
+            },
+            _ => ClientError::NotRunning { socket, reason: error.to_string() },
+        }
+    }
+
+    fn protocol(&self, error: &dyn std::error::Error) -> ClientError {
+        ClientError::Protocol { socket: self.socket.clone(), reason: error.to_string() }
+    }
+}
+
+/// Path and query; every byte of a value that could mean something is escaped (RFC 3986, 2.1).
+fn uri(path: &str, query: &[(&str, Option<&str>)]) -> String {
+    let mut uri = path.to_owned();
+    let given = query.iter().filter_map(|(key, value)| Some((key, (*value)?)));
+    for (index, (key, value)) in given.enumerate() {
+        uri.push(if index == 0 { '?' } else { '&' });
+        uri.push_str(key);
+        uri.push('=');
+        for byte in value.bytes() {
+            if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+                uri.push(char::from(byte));
+            } else {
+                uri.push_str(&format!("%{byte:02X}"));
+            }
+        }
+    }
+    uri
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_escaped() {
+        let text = uri("/v1/x", &[("a", None), ("b", Some("ä &=#?/")), ("c", Some("[::1]:80"))]);
+        assert_eq!(text, "/v1/x?b=%C3%A4%20%26%3D%23%3F%2F&c=%5B%3A%3A1%5D%3A80");
+        assert!(text.parse::<hyper::Uri>().is_ok());
+    }
+}

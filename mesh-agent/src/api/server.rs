@@ -1,0 +1,253 @@
+//! The serving end: HTTP over the agent's socket, read-only, generic over what it shows.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use mesh_common::{ABI_VERSION, Protocol};
+use serde::Deserialize;
+use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
+
+use super::socket::Listener;
+use super::types;
+
+/// How long answers under way may take once the agent stops.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// What the server shows: the engine, or a stand-in of the tests.
+pub trait View: Clone + Send + Sync + 'static {
+    /// All services, in the order in which they are to be shown.
+    fn services(&self) -> impl Future<Output = Result<Vec<types::Service>, ViewError>> + Send;
+
+    /// The backends of one service, or of all. An unknown service is [`ViewError::NotFound`].
+    fn backends(
+        &self,
+        service: Option<String>,
+    ) -> impl Future<Output = Result<Vec<types::Backend>, ViewError>> + Send;
+
+    /// The state of the agent.
+    fn status(&self) -> impl Future<Output = Result<types::Status, ViewError>> + Send;
+
+    /// What a connect would do.
+    fn explain(
+        &self,
+        query: ExplainQuery,
+    ) -> impl Future<Output = Result<types::Explanation, ViewError>> + Send;
+}
+
+/// The question of `GET /v1/explain`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ExplainQuery {
+    /// What is dialled.
+    pub address: SocketAddr,
+    /// With which protocol.
+    pub protocol: Protocol,
+    /// Who dials: a process id or an absolute cgroup directory, for
+    /// [`ClientView::resolve`](crate::explain::ClientView::resolve).
+    pub from: Option<String>,
+}
+
+/// Why there is no answer. The texts are for people, and say what to do next.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ViewError {
+    /// What was asked for does not exist: status 404.
+    #[error("{0}")]
+    NotFound(String),
+    /// The question makes no sense: status 400.
+    #[error("{0}")]
+    BadRequest(String),
+    /// The agent is stopping, or not there yet: status 503.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The agent failed: status 500.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Serves until `cancel`, then ends what is under way, within a second, and removes the socket.
+///
+/// # Errors
+///
+/// When the socket can no longer be accepted from.
+pub async fn serve<V: View>(
+    listener: Listener,
+    view: V,
+    cancel: CancellationToken,
+) -> io::Result<()> {
+    let server = axum::serve(Accept(listener), router(view))
+        .with_graceful_shutdown(cancel.clone().cancelled_owned());
+    let too_late = async {
+        cancel.cancelled().await;
+        tokio::time::sleep(GRACE).await;
+    };
+    tokio::select! {
+        result = server => result,
+        () = too_late => Ok(()),
+    }
+}
+
+/// The listener as axum takes it; it keeps the claim to the socket until the server ends.
+struct Accept(Listener);
+
+impl axum::serve::Listener for Accept {
+    type Io = UnixStream;
+    type Addr = ();
+
+    async fn accept(&mut self) -> (UnixStream, ()) {
+        loop {
+            match self.0.get().accept().await {
+                Ok((stream, _)) => return (stream, ()),
+                Err(error) => {
+                    // Most likely no file descriptor is free. Without a pause this would spin.
+                    tracing::warn!(%error, socket = %self.0.path().display(), "cannot accept");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn router<V: View>(view: V) -> Router {
+    Router::new()
+        .route("/v1/version", get(async || Json(version())))
+        .route("/v1/status", get(status::<V>))
+        .route("/v1/services", get(services::<V>))
+        .route("/v1/services/{name}", get(service::<V>))
+        .route("/v1/backends", get(backends::<V>))
+        .route("/v1/explain", get(explain::<V>))
+        .fallback(async || {
+            ViewError::NotFound(
+                "no such path: there are /v1/services, /v1/services/NAME, /v1/backends, \
+                 /v1/status, /v1/explain and /v1/version"
+                    .into(),
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            problem(StatusCode::METHOD_NOT_ALLOWED, "only GET is understood here".into())
+        })
+        .with_state(view)
+}
+
+fn version() -> types::Version {
+    types::Version {
+        version: env!("CARGO_PKG_VERSION").into(),
+        abi: ABI_VERSION,
+        pid: std::process::id(),
+    }
+}
+
+// === handlers ===
+
+type Answer<T> = Result<Json<T>, ViewError>;
+type Asked<T> = Result<Query<T>, QueryRejection>;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ByName {
+    name: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ByService {
+    service: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ByAddress {
+    address: String,
+    protocol: Option<String>,
+    from: Option<String>,
+}
+
+async fn status<V: View>(State(view): State<V>) -> Answer<types::Status> {
+    view.status().await.map(Json)
+}
+
+async fn services<V: View>(
+    State(view): State<V>,
+    query: Asked<ByName>,
+) -> Answer<Vec<types::Service>> {
+    match query?.0.name {
+        None => view.services().await.map(Json),
+        Some(name) => Ok(Json(vec![find(&view, &name).await?])),
+    }
+}
+
+async fn service<V: View>(
+    State(view): State<V>,
+    Path(name): Path<String>,
+) -> Answer<types::Service> {
+    find(&view, &name).await.map(Json)
+}
+
+async fn find<V: View>(view: &V, name: &str) -> Result<types::Service, ViewError> {
+    let services = view.services().await?;
+    services.into_iter().find(|service| service.name == name).ok_or_else(|| {
+        ViewError::NotFound(format!("no service {name:?}: `mesh-agent services` lists all"))
+    })
+}
+
+async fn backends<V: View>(
+    State(view): State<V>,
+    query: Asked<ByService>,
+) -> Answer<Vec<types::Backend>> {
+    view.backends(query?.0.service).await.map(Json)
+}
+
+async fn explain<V: View>(
+    State(view): State<V>,
+    query: Asked<ByAddress>,
+) -> Answer<types::Explanation> {
+    let ByAddress { address, protocol, from } = query?.0;
+    let address = address.parse().map_err(|_| {
+        ViewError::BadRequest(format!(
+            "address {address:?}: expected IP:PORT, like 10.96.0.10:80 or [fd00:96::10]:80"
+        ))
+    })?;
+    let protocol = match protocol.as_deref() {
+        None | Some("tcp") => Protocol::Tcp,
+        Some("udp") => Protocol::Udp,
+        Some(other) => {
+            return Err(ViewError::BadRequest(format!("protocol {other:?}: expected tcp or udp")));
+        }
+    };
+    view.explain(ExplainQuery { address, protocol, from }).await.map(Json)
+}
+
+// === errors ===
+
+impl From<QueryRejection> for ViewError {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::BadRequest(rejection.body_text())
+    }
+}
+
+impl IntoResponse for ViewError {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        problem(status, self.to_string())
+    }
+}
+
+fn problem(status: StatusCode, error: String) -> Response {
+    (status, Json(types::ErrorBody { error })).into_response()
+}

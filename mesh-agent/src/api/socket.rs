@@ -1,0 +1,226 @@
+//! The agent's socket: one agent at a time, and nothing left of the last one.
+//!
+//! A file lock on `<socket>.lock` decides who is the agent. It ends with the process, however that
+//! ends, so a socket file whose lock is free is stale. The lock file holds the process id of its
+//! holder, for messages only.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
+    PermissionsExt as _,
+};
+use std::path::{Path, PathBuf};
+
+use tokio::net::{UnixListener, UnixSocket, UnixStream};
+
+/// Mode of the socket: its owner and its group may talk to the agent.
+const MODE: u32 = 0o660;
+
+/// How many clients may wait to be accepted.
+const BACKLOG: u32 = 128;
+
+/// The right to be the agent at a socket path. Held as long as this lives; dropping it removes the
+/// lock file.
+#[derive(Debug)]
+pub struct Claim {
+    socket: PathBuf,
+    lock: PathBuf,
+    /// The lock is this open file's.
+    _file: File,
+}
+
+/// A socket that listens. Dropping it removes the socket and the lock file.
+#[derive(Debug)]
+pub struct Listener {
+    listener: UnixListener,
+    claim: Claim,
+}
+
+/// Why the socket cannot be had. Each is for people, and says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Another agent is there.
+    #[error(
+        "an agent already answers on {}{}: stop it first, with {} or systemctl stop mesh-agent",
+        socket.display(),
+        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(),
+        pid.map_or_else(|| "kill".into(), |pid| format!("kill {pid}"))
+    )]
+    Taken {
+        /// Path of the socket.
+        socket: PathBuf,
+        /// Its process id, unless it is in another PID namespace.
+        pid: Option<u32>,
+    },
+    /// Something else has this name.
+    #[error("{} exists and is not a socket: move it away, or name another with --socket", .0.display())]
+    NotASocket(PathBuf),
+    /// The system refuses.
+    #[error("{}: {action}: {source}; run as root, or name another path with --socket", path.display())]
+    Io {
+        /// What was to be done.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What the kernel says.
+        source: io::Error,
+    },
+}
+
+// === impl Claim ===
+
+impl Claim {
+    /// Becomes the only agent at `socket`, or learns who is. What a dead agent left is removed.
+    ///
+    /// # Errors
+    ///
+    /// [`SocketError::Taken`] when an agent is there, and whatever keeps the files from being made.
+    pub async fn take(socket: &Path) -> Result<Self, SocketError> {
+        let mut name = OsString::from(socket);
+        name.push(".lock");
+        let lock = PathBuf::from(name);
+        let file = lock_file(socket, &lock)?;
+        let claim = Self { socket: socket.to_path_buf(), lock, _file: file };
+        claim.remove_stale().await?;
+        Ok(claim)
+    }
+
+    /// The path of the socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Binds the socket and listens.
+    ///
+    /// # Errors
+    ///
+    /// What the system says: most often a missing right to write the directory, or a path longer
+    /// than the 107 bytes of `sockaddr_un`.
+    pub fn listen(self) -> Result<Listener, SocketError> {
+        let listener = bind(&self.socket).map_err(failed("cannot listen", &self.socket))?;
+        Ok(Listener { listener, claim: self })
+    }
+
+    /// Removes the socket of an agent that is gone.
+    async fn remove_stale(&self) -> Result<(), SocketError> {
+        let socket = &self.socket;
+        match fs::symlink_metadata(socket) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(failed("cannot be looked at", socket)(error)),
+            Ok(metadata) if !metadata.file_type().is_socket() => {
+                return Err(SocketError::NotASocket(socket.clone()));
+            }
+            Ok(_) => {}
+        }
+        // Whoever answers without having the lock is not of this version, but is an agent all the
+        // same.
+        match UnixStream::connect(socket).await {
+            Ok(stream) => Err(SocketError::Taken { socket: socket.clone(), pid: peer(&stream) }),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(socket).map_err(failed("cannot remove the stale socket", socket))
+            }
+            Err(error) => Err(failed("cannot ask who is there", socket)(error)),
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Still under the lock, which ends with the file. That it is already gone is as good.
+        let _ = fs::remove_file(&self.lock);
+    }
+}
+
+// === impl Listener ===
+
+impl Listener {
+    /// The listening socket.
+    pub(super) fn get(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// The path of the socket.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.claim.socket()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Before the claim is dropped, so nobody else can have made a socket of this name.
+        let _ = fs::remove_file(self.path());
+    }
+}
+
+/// The process at the other end, unless it is in another PID namespace.
+fn peer(stream: &UnixStream) -> Option<u32> {
+    let pid = stream.peer_cred().ok()?.pid()?;
+    u32::try_from(pid).ok().filter(|&pid| pid != 0)
+}
+
+fn failed<'a>(
+    action: &'static str,
+    path: &'a Path,
+) -> impl Fn(io::Error) -> SocketError + Copy + use<'a> {
+    move |source| SocketError::Io { action, path: path.to_path_buf(), source }
+}
+
+/// Opens and locks the lock file, and writes this process's id into it.
+fn lock_file(socket: &Path, lock: &Path) -> Result<File, SocketError> {
+    let fail = failed("cannot lock", lock);
+    if let Some(directory) = lock.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(directory)
+            .map_err(failed("cannot make the directory", directory))?;
+    }
+    loop {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o644)
+            .open(lock)
+            .map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut text = String::new();
+                let pid =
+                    file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                return Err(SocketError::Taken { socket: socket.to_path_buf(), pid });
+            }
+            Err(TryLockError::Error(error)) => return Err(fail(error)),
+        }
+        // The former holder removes the file before it lets go of the lock: then this is a lock on
+        // a file without a name, which keeps nobody out.
+        let same = |named: &fs::Metadata, held: &fs::Metadata| {
+            (named.dev(), named.ino()) == (held.dev(), held.ino())
+        };
+        let held = file.metadata().map_err(fail)?;
+        if fs::metadata(lock).is_ok_and(|named| same(&named, &held)) {
+            file.set_len(0)
+                .and_then(|()| writeln!(file, "{}", std::process::id()))
+                .map_err(fail)?;
+            return Ok(file);
+        }
+    }
+}
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    let socket = UnixSocket::new_stream()?;
+    // The mode that bind gives the file is that of the socket's own inode less the umask
+    // (`unix_bind`), so set here it is never wider than it should be, not even for a moment.
+    File::from(socket.as_fd().try_clone_to_owned()?)
+        .set_permissions(Permissions::from_mode(MODE))?;
+    socket.bind(path)?;
+    fs::set_permissions(path, Permissions::from_mode(MODE))?;
+    socket.listen(BACKLOG)
+}

@@ -1,0 +1,182 @@
+//! Both ends over a real socket, and the life of the socket.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+
+use mesh_common::Protocol;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::client::{Client, ClientError};
+use super::server::{ExplainQuery, View, ViewError, serve};
+use super::socket::{Claim, SocketError};
+use super::types::{self, BackendCounts};
+
+/// One service, and explanations that repeat the question.
+#[derive(Clone)]
+struct Fixed;
+
+const NAME: &str = "orders & co/1";
+
+impl View for Fixed {
+    async fn services(&self) -> Result<Vec<types::Service>, ViewError> {
+        Ok(vec![types::Service {
+            name: NAME.into(),
+            source: "files".into(),
+            balance: "random".into(),
+            frontends: Vec::new(),
+            backends: BackendCounts { total: 2, healthy: 1 },
+            problems: Vec::new(),
+        }])
+    }
+
+    async fn backends(&self, service: Option<String>) -> Result<Vec<types::Backend>, ViewError> {
+        match service {
+            None => Ok(Vec::new()),
+            Some(name) => Err(ViewError::NotFound(format!("no service {name}"))),
+        }
+    }
+
+    async fn status(&self) -> Result<types::Status, ViewError> {
+        Err(ViewError::Unavailable("stopping".into()))
+    }
+
+    async fn explain(&self, query: ExplainQuery) -> Result<types::Explanation, ViewError> {
+        Ok(types::Explanation {
+            client: query.from,
+            frontend: format!("{}/{}", query.address, query.protocol.name()),
+            service: None,
+            algorithm: None,
+            steps: Vec::new(),
+            candidates: Vec::new(),
+            answer: None,
+        })
+    }
+}
+
+struct Running {
+    socket: PathBuf,
+    cancel: CancellationToken,
+    task: JoinHandle<std::io::Result<()>>,
+    _directory: TempDir,
+}
+
+async fn start() -> Running {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let socket = directory.path().join("run/agent.sock");
+    let listener = Claim::take(&socket).await.and_then(Claim::listen).expect("free socket");
+    let cancel = CancellationToken::new();
+    let task = tokio::spawn(serve(listener, Fixed, cancel.clone()));
+    Running { socket, cancel, task, _directory: directory }
+}
+
+#[tokio::test]
+async fn answers_arrive_and_errors_keep_their_status() {
+    let server = start().await;
+    let client = Client::new(&server.socket);
+    let services = client.services(Some(NAME)).await.expect("services");
+    assert_eq!(services, Fixed.services().await.expect("services"));
+    assert_eq!(client.version().await.expect("version").pid, std::process::id());
+
+    let query = ExplainQuery {
+        address: "[fd00:96::10]:80".parse().expect("address"),
+        protocol: Protocol::Udp,
+        from: Some("/sys/fs/cgroup/a b".into()),
+    };
+    let explanation = client.explain(&query).await.expect("explanation");
+    assert_eq!(explanation.frontend, "[fd00:96::10]:80/udp");
+    assert_eq!(explanation.client, query.from);
+
+    let status = |error| match error {
+        ClientError::Refused { status, message } => (status, message),
+        other => panic!("{other}"),
+    };
+    let (code, message) = status(client.services(Some("x")).await.expect_err("unknown"));
+    assert_eq!(code, 404);
+    assert!(message.contains("\"x\""), "{message}");
+    assert_eq!(status(client.backends(Some("x")).await.expect_err("unknown")).0, 404);
+    assert_eq!(status(client.status().await.expect_err("stopping")).0, 503);
+}
+
+/// As `curl --unix-socket` does it.
+async fn raw(server: &Running, request: &str) -> String {
+    let mut stream = UnixStream::connect(&server.socket).await.expect("connect");
+    let request = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("send");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("receive");
+    answer
+}
+
+#[tokio::test]
+async fn wrong_requests_are_told_so_in_json() {
+    let server = start().await;
+    for (request, status, words) in [
+        ("GET /v2/services", "404", "no such path"),
+        ("POST /v1/services", "405", "only GET"),
+        ("GET /v1/services?nmae=x", "400", "unknown field"),
+        ("GET /v1/explain", "400", "missing field"),
+        ("GET /v1/explain?address=10.0.0.1", "400", "expected IP:PORT"),
+        ("GET /v1/explain?address=10.0.0.1:80&protocol=sctp", "400", "expected tcp or udp"),
+        ("GET /v1/services/x", "404", "no service"),
+    ] {
+        let answer = raw(&server, request).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{request}: {answer}");
+        assert!(answer.contains(words) && answer.contains("{\"error\":"), "{request}: {answer}");
+    }
+    let answer = raw(&server, "GET /v1/services/orders%20%26%20co%2F1").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_second_agent_is_refused_and_names_the_first() {
+    let server = start().await;
+    let mode = fs::metadata(&server.socket).expect("socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o660);
+    let refused = Claim::take(&server.socket).await.expect_err("taken");
+    let SocketError::Taken { pid, .. } = refused else { panic!("{refused}") };
+    assert_eq!(pid, Some(std::process::id()));
+    // An agent that lost its lock file still answers.
+    fs::remove_file(server.socket.with_extension("sock.lock")).expect("lock file");
+    let refused = Claim::take(&server.socket).await.expect_err("taken");
+    let SocketError::Taken { pid, .. } = refused else { panic!("{refused}") };
+    assert_eq!(pid, Some(std::process::id()));
+    Client::new(&server.socket).version().await.expect("the first still answers");
+}
+
+#[tokio::test]
+async fn a_stop_removes_the_socket_and_waits_for_nobody_long() {
+    let server = start().await;
+    // A client that never finishes its request must not keep the agent alive.
+    let mut stuck = UnixStream::connect(&server.socket).await.expect("connect");
+    stuck.write_all(b"GET /v1/ver").await.expect("send");
+    Client::new(&server.socket).version().await.expect("accepted in order");
+    server.cancel.cancel();
+    let stopped = tokio::time::timeout(std::time::Duration::from_secs(5), server.task).await;
+    stopped.expect("in time").expect("no panic").expect("no error");
+    let left: Vec<_> =
+        fs::read_dir(server.socket.parent().expect("directory")).expect("directory").collect();
+    assert!(left.is_empty(), "{left:?}");
+    let error = Client::new(&server.socket).version().await.expect_err("gone");
+    assert!(matches!(error, ClientError::NotRunning { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn what_a_dead_agent_left_is_removed_and_nothing_else() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let socket = directory.path().join("agent.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).expect("bind"));
+    fs::write(socket.with_extension("sock.lock"), "1\n").expect("lock file");
+    let error = Client::new(&socket).version().await.expect_err("stale");
+    assert!(error.to_string().contains("left from an agent"), "{error}");
+    drop(Claim::take(&socket).await.and_then(Claim::listen).expect("stale, so free"));
+
+    fs::write(&socket, "precious").expect("file");
+    let error = Claim::take(&socket).await.expect_err("not a socket");
+    assert!(matches!(error, SocketError::NotASocket(_)), "{error}");
+    assert_eq!(fs::read(&socket).expect("still there"), b"precious");
+}

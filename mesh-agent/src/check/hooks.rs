@@ -1,0 +1,101 @@
+//! Programs of others on the hooks that this project uses: two balancers on one hook both rewrite
+//! the address, and whoever looks for a fault should know of both.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use aya::programs::loaded_programs;
+
+use super::Check;
+use super::cgroup::Cgroup;
+use super::mounts::Mounts;
+use crate::dataplane::sys::attached::{Hook, program_ids};
+
+/// One line for the cgroup and all its ancestors. Never required: others may be there with good
+/// reason.
+pub(super) fn checks(mounts: &Mounts, named: Option<&Path>) -> Option<Check> {
+    let named = named.or_else(|| mounts.points("cgroup2").next())?;
+    // What is wrong with the directory is said by its own check.
+    let cgroup = Cgroup::open(named).ok()?;
+    let top = mounts.holding(&cgroup.directory)?.point.clone();
+    let name = "other programs";
+    let check = match attached(&cgroup.directory, &top) {
+        Ok(found) if found.is_empty() => {
+            Check::good(name, format!("none on {} and above", cgroup.directory.display()))
+        }
+        Ok(found) => Check::bad(
+            name,
+            describe(&found, &names()),
+            "make sure that they leave the addresses of \
+                 your services alone; `bpftool cgroup tree` shows them",
+        ),
+        Err(error) => Check::bad(
+            name,
+            format!("{} cannot be asked: {error}", cgroup.directory.display()),
+            "run as root, or with CAP_NET_ADMIN",
+        ),
+    };
+    Some(check.optional())
+}
+
+/// A cgroup directory and a program's id, with the hooks where it is attached there.
+type Found = BTreeMap<(PathBuf, u32), Vec<Hook>>;
+
+/// What is attached to `directory` and its ancestors up to `top`.
+fn attached(directory: &Path, top: &Path) -> io::Result<Found> {
+    let mut found = Found::new();
+    for directory in directory.ancestors().take_while(|ancestor| ancestor.starts_with(top)) {
+        for hook in Hook::ALL {
+            let ids = match program_ids(directory, hook) {
+                Ok(ids) => ids,
+                // A hook that this kernel does not have holds nobody's program.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
+                Err(error) => return Err(error),
+            };
+            for id in ids {
+                found.entry((directory.to_path_buf(), id)).or_default().push(hook);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The names of the loaded programs by id; empty without `CAP_SYS_ADMIN`.
+fn names() -> HashMap<u32, String> {
+    loaded_programs()
+        .filter_map(Result::ok)
+        .filter_map(|program| Some((program.id(), program.name_as_str()?.to_owned())))
+        .collect()
+}
+
+fn describe(found: &Found, names: &HashMap<u32, String>) -> String {
+    let lines: Vec<_> = found
+        .iter()
+        .map(|((directory, id), hooks)| {
+            let name = names.get(id).map_or("(name unknown)", String::as_str);
+            let hooks: Vec<_> = hooks.iter().map(|hook| hook.name()).collect();
+            format!("{name} (id {id}) at {} of {}", hooks.join(", "), directory.display())
+        })
+        .collect();
+    lines.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_named_once_with_all_their_hooks() {
+        let found = Found::from([
+            (("/c".into(), 7), vec![Hook::Connect4, Hook::Connect6]),
+            (("/c/web".into(), 9), vec![Hook::GetPeerName4]),
+        ]);
+        let names = HashMap::from([(7, "cil_sock4".to_owned())]);
+        assert_eq!(
+            describe(&found, &names),
+            "cil_sock4 (id 7) at connect4, connect6 of /c; \
+             (name unknown) (id 9) at getpeername4 of /c/web"
+        );
+    }
+}

@@ -1,0 +1,154 @@
+//! What the kernel can do, by probing: each probe makes the map, or loads the program, and lets it
+//! go again.
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+
+use aya::maps::{Array, MapData, MapType};
+use aya::programs::ProgramType;
+use aya::sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported};
+use aya_obj::generated::BPF_F_MMAPABLE;
+
+use super::Check;
+use super::mounts::Mounts;
+
+/// Maps that the agent makes, or will make, with what they hold.
+const MAPS: [(MapType, &str, bool); 6] = [
+    (MapType::Hash, "hash", true),
+    (MapType::LpmTrie, "LPM trie", true),
+    (MapType::SkStorage, "socket storage", true),
+    (MapType::PerCpuArray, "per-CPU array", true),
+    (MapType::ArrayOfMaps, "array of maps", false),
+    (MapType::RingBuf, "ring buffer", false),
+];
+
+/// Helpers that the connect programs call. `bpf_set_retval` (Linux 5.18) is the youngest, and
+/// younger than the getpeername hooks (5.8), which cannot be probed without attaching.
+const HELPERS: [(BpfHelper, &str); 3] = [
+    (BpfHelper::BPF_FUNC_set_retval, "bpf_set_retval"),
+    (BpfHelper::BPF_FUNC_sk_storage_get, "bpf_sk_storage_get"),
+    (BpfHelper::BPF_FUNC_get_prandom_u32, "bpf_get_prandom_u32"),
+];
+
+const TOO_OLD: &str = "run Linux 5.18 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF";
+const DENIED: &str = "the kernel does not let this process ask: run as root, and in a container \
+                      allow the bpf system call (seccomp)";
+
+/// Everything about the kernel, and the programs in this binary.
+pub(super) fn checks(mounts: &Mounts, object: &[u8]) -> Vec<Check> {
+    let mut checks =
+        vec![Check::good("kernel", release()).optional(), btf(), bpffs(mounts), embedded(object)];
+    checks.extend(MAPS.map(|(kind, name, required)| {
+        let check = probed(&format!("map: {name}"), is_map_supported(kind));
+        if required { check } else { check.optional() }
+    }));
+    checks.push(mappable());
+    checks.push(probed("program: connect", is_program_supported(ProgramType::CgroupSockAddr)));
+    checks.extend(HELPERS.map(|(helper, name)| {
+        probed(&format!("helper: {name}"), is_helper_supported(ProgramType::CgroupSockAddr, helper))
+    }));
+    checks
+}
+
+/// The kernel's release, for people.
+pub(super) fn release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "unknown".into(), |release| release.trim().to_owned())
+}
+
+/// What a probe says. A probe that fails is not a probe that says no.
+fn probed<E: Error>(name: &str, answer: Result<bool, E>) -> Check {
+    match answer {
+        Ok(true) => Check::good(name, "supported"),
+        Ok(false) => Check::bad(name, "not supported by this kernel", TOO_OLD),
+        Err(error) => Check::bad(name, format!("cannot be probed: {}", chain(&error)), DENIED),
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+/// Arrays that the agent maps into its memory (Linux 5.5).
+fn mappable() -> Check {
+    const NAME: &str = "map: mapped array";
+    match Array::<MapData, u64>::create(1, BPF_F_MMAPABLE) {
+        Ok(_) => Check::good(NAME, "supported"),
+        Err(error) => {
+            let advice = if is_map_supported(MapType::Array).is_ok() { TOO_OLD } else { DENIED };
+            Check::bad(NAME, chain(&error), advice)
+        }
+    }
+}
+
+/// Type information of the kernel. No program of this version reads kernel structures.
+fn btf() -> Check {
+    let path = Path::new("/sys/kernel/btf/vmlinux");
+    let check = match fs::metadata(path) {
+        Ok(_) => Check::good("BTF", path.display().to_string()),
+        Err(error) => Check::bad(
+            "BTF",
+            format!("{}: {error}", path.display()),
+            "nothing needs it yet; a kernel with CONFIG_DEBUG_INFO_BTF has it",
+        ),
+    };
+    check.optional()
+}
+
+/// Where maps and programs can be pinned. This version pins nothing.
+fn bpffs(mounts: &Mounts) -> Check {
+    let check = match mounts.points("bpf").next() {
+        Some(point) => Check::good("bpffs", format!("mounted at {}", point.display())),
+        None => Check::bad(
+            "bpffs",
+            "not mounted",
+            "nothing needs it yet; mount -t bpf bpf /sys/fs/bpf mounts it",
+        ),
+    };
+    check.optional()
+}
+
+/// The kernel programs inside this binary.
+fn embedded(object: &[u8]) -> Check {
+    const NAME: &str = "kernel programs";
+    const BUILD: &str = "build the agent with `cargo xtask build`";
+    if object.is_empty() {
+        return Check::bad(NAME, "this binary was built without them", BUILD);
+    }
+    match aya_obj::Object::parse(object) {
+        Ok(object) => {
+            let mut names: Vec<_> = object.programs.into_keys().collect();
+            names.sort();
+            Check::good(NAME, names.join(", "))
+        }
+        Err(error) => Check::bad(NAME, format!("damaged: {}", chain(&error)), BUILD),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_that_fails_is_not_a_no() {
+        let denied = probed("x", Err(std::io::Error::from(std::io::ErrorKind::PermissionDenied)));
+        assert!(!denied.ok);
+        assert_eq!(denied.advice, DENIED);
+        assert_eq!(probed::<std::io::Error>("x", Ok(false)).advice, TOO_OLD);
+    }
+
+    #[test]
+    fn a_damaged_object_is_found() {
+        assert!(!embedded(b"").ok);
+        let damaged = embedded(b"\x7fELF");
+        assert!(!damaged.ok && damaged.detail.starts_with("damaged"), "{damaged:?}");
+    }
+}

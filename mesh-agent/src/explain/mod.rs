@@ -1,0 +1,190 @@
+//! What a connect would do, and why, in plain words.
+//!
+//! The decision itself is [`mesh_common::translate`], the same code that the kernel runs, on the
+//! agent's view of the same tables; this module only watches it and says what it saw.
+
+pub mod client;
+mod words;
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+
+use mesh_common::{
+    FrontendKey, FrontendValue, Protocol, Service, Slot, State, Table, Tables, Verdict, translate,
+};
+
+use crate::api::types;
+pub use client::{ClientError, ClientView};
+
+/// A connect that somebody asks about.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Query {
+    /// What is dialled.
+    pub address: SocketAddr,
+    /// With which protocol.
+    pub protocol: Protocol,
+}
+
+/// What people know of the numbers in the tables.
+pub trait Names {
+    /// Who owns a frontend; nothing when no service has it.
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendInfo>;
+}
+
+/// A frontend as people know it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct FrontendInfo {
+    /// The service.
+    pub service: String,
+    /// How it balances.
+    pub algorithm: String,
+    /// Every endpoint of the service behind this frontend, also those that take no connection.
+    pub backends: Vec<BackendInfo>,
+}
+
+/// A backend as people know it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackendInfo {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its state.
+    pub state: State,
+    /// Why it is in that state; may be empty.
+    pub reason: String,
+    /// Its weight.
+    pub weight: u32,
+}
+
+/// Explains what a connect from `client` would do; without a client, what one from a socket made
+/// inside the balanced cgroup would do.
+///
+/// `answer` is `None` when the connect is not touched: the client is not balanced, or the address
+/// is no service.
+pub fn explain(
+    query: Query,
+    client: Option<&ClientView>,
+    tables: &impl Tables,
+    names: &impl Names,
+) -> types::Explanation {
+    let key = FrontendKey::new(query.address.ip().into(), query.address.port(), query.protocol);
+    let info = names.frontend(&key);
+    let mut story = words::Story::new(query, client, info);
+    if !client.is_none_or(|client| client.inside) {
+        return story.not_balanced();
+    }
+    if query.protocol != Protocol::Tcp {
+        return story.not_tcp();
+    }
+    let traced = Traced::new(tables);
+    let verdict = translate(&traced, &key);
+    story.looked_up(&traced.seen());
+    match verdict {
+        Verdict::Pass => story.passed(),
+        Verdict::Balance(slot) => {
+            let shares = traced.shares();
+            story.balanced(&slot, &shares)
+        }
+        Verdict::Refuse(reason) => story.refused(reason),
+    }
+}
+
+/// What a run of the decision read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Seen {
+    /// The frontend's entry, at the last attempt.
+    frontend: Option<FrontendValue>,
+    /// Whether the address is virtual, if that was asked.
+    is_virtual: Option<bool>,
+    /// The random number that was drawn.
+    random: Option<u32>,
+    /// Attempts that found the tables changed.
+    retries: u32,
+    /// The service's table, at the time of the last look at its record.
+    table: Option<Table>,
+}
+
+/// Tables that note what is read from them.
+struct Traced<'a, T> {
+    tables: &'a T,
+    seen: Cell<Seen>,
+}
+
+impl<'a, T: Tables> Traced<'a, T> {
+    fn new(tables: &'a T) -> Self {
+        Self { tables, seen: Cell::default() }
+    }
+
+    fn seen(&self) -> Seen {
+        self.seen.get()
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Seen)) {
+        let mut seen = self.seen.get();
+        change(&mut seen);
+        self.seen.set(seen);
+    }
+
+    /// Each slot of the table with the probability that a draw ends at it.
+    ///
+    /// A column of an alias table takes `1 / len` of all draws; of these its own slot gets what
+    /// lies below the threshold, and its alias the rest.
+    fn shares(&self) -> Vec<(Slot, f64)> {
+        let Some(table) = self.seen().table else { return Vec::new() };
+        let slots: Vec<Slot> = (0..table.len())
+            .filter_map(|column| self.tables.slot(table.base().checked_add(column)?).copied())
+            .collect();
+        let mut shares: Vec<_> = slots.iter().map(|slot| (*slot, 0.0)).collect();
+        let whole = 2f64.powi(32);
+        for (column, slot) in slots.iter().enumerate() {
+            // A column that is its own alias is all its own, see `mesh_common::alias`.
+            let own = f64::from(slot.threshold) / whole;
+            let len = f64::from(table.len());
+            shares[column].1 += own / len;
+            if let Some(alias) = shares.get_mut(slot.alias as usize) {
+                alias.1 += (1.0 - own) / len;
+            }
+        }
+        shares
+    }
+}
+
+impl<T: Tables> Tables for Traced<'_, T> {
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        let value = self.tables.frontend(key);
+        // Entries of protocol 0 only say that the address belongs to somebody.
+        if key.protocol != 0 {
+            self.note(|seen| seen.frontend = value);
+        }
+        value
+    }
+
+    fn service(&self, index: u32) -> Option<&Service> {
+        let service = self.tables.service(index);
+        self.note(|seen| seen.table = service.map(Service::table));
+        service
+    }
+
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        self.tables.slot(index)
+    }
+
+    fn is_virtual(&self, addr: &mesh_common::Addr) -> bool {
+        let answer = self.tables.is_virtual(addr);
+        self.note(|seen| seen.is_virtual = Some(answer));
+        answer
+    }
+
+    fn random(&self) -> u32 {
+        let random = self.tables.random();
+        self.note(|seen| seen.random = Some(random));
+        random
+    }
+
+    fn retried(&self) {
+        self.note(|seen| seen.retries += 1);
+        self.tables.retried();
+    }
+}
+
+#[cfg(test)]
+mod tests;

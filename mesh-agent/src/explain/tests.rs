@@ -1,0 +1,187 @@
+//! Explanations over tables in memory, built with the same functions as the real ones.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+
+use mesh_common::{Addr, Reason, alias};
+
+use super::*;
+use crate::api::types::Answer;
+
+#[derive(Default)]
+struct Memory {
+    frontends: HashMap<FrontendKey, FrontendValue>,
+    services: Vec<Service>,
+    slots: Vec<Slot>,
+    virtual_ip: Option<Addr>,
+    random: Cell<u32>,
+}
+
+impl Memory {
+    /// A frontend with these weighted backends; none refuses for `reason`.
+    fn serve(&mut self, key: FrontendKey, backends: &[(&str, u32)], reason: Reason) {
+        let weights: Vec<u32> = backends.iter().map(|(_, weight)| *weight).collect();
+        let mut columns = vec![alias::Column::default(); weights.len()];
+        let mut scratch = vec![alias::Entry::default(); weights.len()];
+        let table = if alias::build(&weights, &mut columns, &mut scratch) {
+            let base = u32::try_from(self.slots.len()).expect("few");
+            Table::slots(base, u32::try_from(weights.len()).expect("few"))
+        } else {
+            Table::refuse(reason)
+        };
+        for ((address, _), column) in backends.iter().zip(columns) {
+            let address: SocketAddr = address.parse().expect("address");
+            self.slots.push(Slot {
+                addr: address.ip().into(),
+                port: address.port().to_be(),
+                threshold: column.threshold,
+                alias: column.alias,
+                ..Slot::default()
+            });
+        }
+        let service = u32::try_from(self.services.len()).expect("few");
+        self.services.push(Service { table: table.0.into(), key, generation: 1.into() });
+        self.frontends.insert(key, FrontendValue { service, generation: 1 });
+    }
+}
+
+impl Tables for Memory {
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.frontends.get(key).copied()
+    }
+    fn service(&self, index: u32) -> Option<&Service> {
+        self.services.get(index as usize)
+    }
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        self.slots.get(index as usize)
+    }
+    fn is_virtual(&self, addr: &Addr) -> bool {
+        self.virtual_ip == Some(*addr)
+    }
+    fn random(&self) -> u32 {
+        self.random.get()
+    }
+}
+
+/// One service, known by these backends.
+struct Known(Vec<BackendInfo>);
+
+impl Names for Known {
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendInfo> {
+        (*key == key_of(ORDERS)).then(|| FrontendInfo {
+            service: "orders".into(),
+            algorithm: "random".into(),
+            backends: self.0.clone(),
+        })
+    }
+}
+
+const ORDERS: &str = "10.96.0.10:80";
+
+fn query(address: &str) -> Query {
+    Query { address: address.parse().expect("address"), protocol: Protocol::Tcp }
+}
+
+fn key_of(address: &str) -> FrontendKey {
+    let Query { address, protocol } = query(address);
+    FrontendKey::new(address.ip().into(), address.port(), protocol)
+}
+
+fn backend(address: &str, state: State, weight: u32) -> BackendInfo {
+    let address = address.parse().expect("address");
+    BackendInfo { address, state, reason: "3 checks failed".into(), weight }
+}
+
+fn detail<'a>(explanation: &'a types::Explanation, step: &str) -> Option<&'a str> {
+    explanation.steps.iter().find(|s| s.step == step).map(|s| s.detail.as_str())
+}
+
+#[test]
+fn probabilities_are_the_weights_and_the_answer_is_the_draw() {
+    let mut tables = Memory::default();
+    let weights = [("10.0.0.1:80", 1), ("10.0.0.2:80", 5), ("[fd00::3]:80", 4)];
+    tables.serve(key_of(ORDERS), &weights, Reason::NoEndpoint);
+    let mut known: Vec<_> =
+        weights.iter().map(|(address, weight)| backend(address, State::Healthy, *weight)).collect();
+    known.push(backend("10.0.0.4:80", State::Unhealthy, 100));
+    known.push(backend("10.0.0.5:80", State::Healthy, 0));
+    let names = Known(known);
+    let mut answered = std::collections::BTreeSet::new();
+    for step in 0..64 {
+        tables.random.set(step << 26);
+        let explanation = explain(query(ORDERS), None, &tables, &names);
+        let scores: Vec<_> = explanation.candidates.iter().map(|c| c.score).collect();
+        for (score, expected) in scores.iter().zip([0.1, 0.5, 0.4, 0.0, 0.0]) {
+            assert!((score - expected).abs() < 1e-8, "{scores:?}");
+        }
+        assert_eq!(
+            detail(&explanation, "left out"),
+            Some("10.0.0.4:80: unhealthy (3 checks failed); 10.0.0.5:80: weight 0")
+        );
+        assert_eq!(detail(&explanation, "panic"), None);
+        let Verdict::Balance(slot) = translate(&tables, &key_of(ORDERS)) else {
+            panic!("the kernel's decision is a backend");
+        };
+        let expected = SocketAddr::new(slot.addr.ip(), 80).to_string();
+        assert_eq!(explanation.answer, Some(Answer::Backend { backend: expected.clone() }));
+        answered.insert(expected);
+    }
+    assert_eq!(answered.len(), 3, "every backend is drawn by some number");
+}
+
+#[test]
+fn panic_is_named() {
+    let mut tables = Memory::default();
+    tables.serve(key_of(ORDERS), &[("10.0.0.1:80", 1)], Reason::NoEndpoint);
+    let names = Known(vec![backend("10.0.0.1:80", State::Unhealthy, 1)]);
+    let explanation = explain(query(ORDERS), None, &tables, &names);
+    assert!(detail(&explanation, "panic").is_some());
+    assert!(matches!(explanation.answer, Some(Answer::Backend { .. })));
+}
+
+#[test]
+fn refusals_carry_their_reason() {
+    let mut tables = Memory::default();
+    tables.serve(key_of(ORDERS), &[("10.0.0.1:80", 0)], Reason::NoWeight);
+    let names = Known(vec![backend("10.0.0.1:80", State::Unknown, 0)]);
+    let explanation = explain(query(ORDERS), None, &tables, &names);
+    let refused = |reason: Reason| {
+        Some(Answer::Refused { errno: "ECONNREFUSED".into(), reason: reason.name().into() })
+    };
+    assert_eq!(explanation.answer, refused(Reason::NoWeight));
+    assert_eq!(detail(&explanation, "left out"), Some("10.0.0.1:80: weight 0"));
+
+    tables.virtual_ip = Some(key_of(ORDERS).addr);
+    let explanation = explain(query("10.96.0.10:81"), None, &tables, &names);
+    assert_eq!(explanation.answer, refused(Reason::NoService));
+    assert_eq!(explanation.service, None);
+}
+
+#[test]
+fn what_is_no_service_is_passed() {
+    let tables = Memory::default();
+    let explanation = explain(query("192.0.2.1:443"), None, &tables, &Known(Vec::new()));
+    assert_eq!(explanation.answer, None);
+    assert_eq!(explanation.service, None);
+    assert!(detail(&explanation, "answer").is_some_and(|d| d.starts_with("passed: not a service")));
+}
+
+#[test]
+fn a_client_outside_is_not_balanced() {
+    let mut tables = Memory::default();
+    tables.serve(key_of(ORDERS), &[("10.0.0.1:80", 1)], Reason::NoEndpoint);
+    let names = Known(vec![backend("10.0.0.1:80", State::Healthy, 1)]);
+    let mut client = ClientView {
+        name: "pid 7 (curl)".into(),
+        cgroup: "/other".into(),
+        balanced: "/web".into(),
+        inside: false,
+    };
+    let explanation = explain(query(ORDERS), Some(&client), &tables, &names);
+    assert_eq!(explanation.answer, None);
+    assert_eq!(explanation.client.as_deref(), Some("pid 7 (curl)"));
+    assert!(detail(&explanation, "answer").is_some_and(|d| d.starts_with("not balanced")));
+
+    client.inside = true;
+    assert!(explain(query(ORDERS), Some(&client), &tables, &names).answer.is_some());
+}

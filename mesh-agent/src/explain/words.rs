@@ -1,0 +1,218 @@
+//! The sentences of an explanation.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use mesh_common::{Reason, Slot, State};
+
+use super::{BackendInfo, ClientView, FrontendInfo, Query, Seen};
+use crate::api::types::{Answer, Candidate, Explanation, Step};
+
+/// How many endpoints that take no connection are named one by one; the candidates list them all.
+const NAMED: usize = 8;
+
+/// An explanation in the making.
+pub(super) struct Story {
+    explanation: Explanation,
+    backends: Vec<BackendInfo>,
+}
+
+impl Story {
+    /// Begins with who asks.
+    pub(super) fn new(
+        query: Query,
+        client: Option<&ClientView>,
+        info: Option<FrontendInfo>,
+    ) -> Self {
+        let (service, algorithm, backends) = match info {
+            Some(info) => (Some(info.service), Some(info.algorithm), info.backends),
+            None => (None, None, Vec::new()),
+        };
+        let mut story = Self {
+            explanation: Explanation {
+                client: client.map(|client| client.name.clone()),
+                frontend: format!("{}/{}", query.address, query.protocol.name()),
+                service,
+                algorithm,
+                steps: Vec::new(),
+                candidates: Vec::new(),
+                answer: None,
+            },
+            backends,
+        };
+        story.step(
+            "client",
+            client.map_or_else(
+                || {
+                    "not named (--from): taken as a socket created inside the balanced cgroup"
+                        .into()
+                },
+                ClientView::describe,
+            ),
+        );
+        story
+    }
+
+    fn step(&mut self, step: &str, detail: impl Into<String>) {
+        self.explanation.steps.push(Step { step: step.into(), detail: detail.into() });
+    }
+
+    /// The client is outside.
+    pub(super) fn not_balanced(mut self) -> Explanation {
+        self.step("answer", "not balanced: connects of this client are not touched");
+        self.explanation
+    }
+
+    /// The protocol is not balanced.
+    pub(super) fn not_tcp(mut self) -> Explanation {
+        self.step("answer", "passed: this version balances TCP only, so this is not touched");
+        self.explanation
+    }
+
+    /// What the look-ups found.
+    pub(super) fn looked_up(&mut self, seen: &Seen) {
+        if seen.retries > 0 {
+            let times = seen.retries;
+            self.step("retry", format!("the tables changed meanwhile: looked again ({times})"));
+        }
+        let frontend = &self.explanation.frontend;
+        let found = match (seen.frontend, &self.explanation.service) {
+            (Some(value), Some(service)) => {
+                format!("{frontend} is service {service} (record {})", value.service)
+            }
+            (Some(value), None) => {
+                format!("{frontend} is record {}, of a service that has just gone", value.service)
+            }
+            (None, Some(service)) => format!(
+                "{frontend} is defined by service {service}, but is not in the kernel's tables: \
+                 `mesh-agent services {service} -o wide` says why"
+            ),
+            (None, None) => format!("{frontend} is not an address and port of any service"),
+        };
+        self.step("frontend", found);
+        if let Some(is_virtual) = seen.is_virtual {
+            let found = if is_virtual {
+                "the address is inside virtual-ips, so the connect must not leave the node"
+            } else {
+                "the address is not inside virtual-ips"
+            };
+            self.step("virtual-ips", found);
+        }
+        if let Some(table) = seen.table {
+            let found = match table.len() {
+                0 => "empty: no endpoint can be chosen".into(),
+                1 => "1 slot".into(),
+                len => format!("{len} slots, one for each endpoint that can be chosen"),
+            };
+            self.step("table", found);
+        }
+    }
+
+    /// Not ours.
+    pub(super) fn passed(mut self) -> Explanation {
+        self.step("answer", "passed: not a service, the connect goes where it was going");
+        self.explanation
+    }
+
+    /// Refused.
+    pub(super) fn refused(mut self, reason: Reason) -> Explanation {
+        self.candidates(&[]);
+        self.step("answer", format!("refused with ECONNREFUSED: {}", reason.describe()));
+        self.explanation.answer =
+            Some(Answer::Refused { errno: "ECONNREFUSED".into(), reason: reason.name().into() });
+        self.explanation
+    }
+
+    /// A backend was drawn.
+    pub(super) fn balanced(mut self, drawn: &Slot, shares: &[(Slot, f64)]) -> Explanation {
+        self.candidates(shares);
+        let backend = address(drawn).to_string();
+        let percent = shares
+            .iter()
+            .filter(|(slot, _)| address(slot) == address(drawn))
+            .map(|(_, share)| share * 100.0)
+            .sum::<f64>();
+        self.step(
+            "choice",
+            format!(
+                "random by weight, drawn anew for each connect; this draw: {backend} \
+                 (probability {percent:.1} %)"
+            ),
+        );
+        self.step("answer", format!("the connect goes to {backend}"));
+        self.explanation.answer = Some(Answer::Backend { backend });
+        self.explanation
+    }
+
+    /// Which backends can be chosen, and why the others cannot.
+    fn candidates(&mut self, shares: &[(Slot, f64)]) {
+        let share = |wanted: SocketAddr| {
+            let mut of_it = shares.iter().filter(|(slot, _)| address(slot) == wanted).peekable();
+            of_it.peek()?;
+            Some(of_it.map(|(_, share)| share).sum::<f64>())
+        };
+        let backends = std::mem::take(&mut self.backends);
+        let (inside, outside): (Vec<_>, Vec<_>) =
+            backends.iter().partition(|backend| share(backend.address).is_some());
+        self.explanation.candidates = backends
+            .iter()
+            .map(|backend| Candidate {
+                address: backend.address.to_string(),
+                state: backend.state.name().into(),
+                score: share(backend.address).unwrap_or(0.0),
+            })
+            .collect();
+        // In the table, but no longer (or not yet) known by name.
+        for (slot, share) in shares {
+            if !backends.iter().any(|backend| backend.address == address(slot)) {
+                self.explanation.candidates.push(Candidate {
+                    address: address(slot).to_string(),
+                    state: State::Unknown.name().into(),
+                    score: *share,
+                });
+            }
+        }
+        if !shares.is_empty() {
+            let (can, all) = (shares.len(), self.explanation.candidates.len());
+            self.step("candidates", format!("{can} of {all} endpoints can be chosen"));
+        }
+        if !outside.is_empty() {
+            self.step("left out", left_out(&outside));
+        }
+        if !inside.is_empty() && inside.iter().all(|backend| !backend.state.is_usable()) {
+            self.step(
+                "panic",
+                "no endpoint is usable, so all are used: when every check fails, the checks are \
+                 the likelier culprit (when-all-unhealthy: refuse changes that)",
+            );
+        }
+    }
+}
+
+/// Why each of these takes no connection.
+fn left_out(backends: &[&BackendInfo]) -> String {
+    let mut text = String::new();
+    for backend in backends.iter().take(NAMED) {
+        let separator = if text.is_empty() { "" } else { "; " };
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{separator}{}: {}", backend.address, why_not(backend));
+    }
+    if backends.len() > NAMED {
+        let _ = write!(text, "; and {} more", backends.len() - NAMED);
+    }
+    text
+}
+
+fn why_not(backend: &BackendInfo) -> String {
+    match (backend.state.is_usable(), backend.reason.as_str()) {
+        _ if backend.weight == 0 => "weight 0".into(),
+        (false, "") => backend.state.name().into(),
+        (false, reason) => format!("{} ({reason})", backend.state.name()),
+        (true, _) => "not in the table that is in force".into(),
+    }
+}
+
+/// Where a slot leads.
+fn address(slot: &Slot) -> SocketAddr {
+    SocketAddr::new(slot.addr.ip(), u16::from_be(slot.port))
+}
