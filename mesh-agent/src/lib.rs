@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod check;
+pub mod cli;
 pub mod dataplane;
 pub mod discovery;
 pub mod explain;
