@@ -7,6 +7,7 @@
 pub mod api;
 pub mod catalog;
 pub mod check;
+pub mod cli;
 pub mod compile;
 pub mod config;
 pub mod dataplane;

@@ -1,2 +1,9 @@
 //! The node agent binary.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mesh_agent::cli::main(|_config| {
+        anyhow::bail!("this build has no data plane: it can only check, ask and clean up")
+    })
+}

@@ -164,7 +164,8 @@ impl Client {
         path: &str,
         query: &[(&str, Option<&str>)],
     ) -> Result<(hyper::StatusCode, Bytes), ClientError> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.absent(error))?;
+        let stream =
+            UnixStream::connect(&self.socket).await.map_err(|error| self.absent(&error))?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.protocol(&error))?;
         let request = Request::get(uri(path, query))
@@ -191,7 +192,7 @@ impl Client {
         result.map_err(|error| self.protocol(&error))
     }
 
-    fn absent(&self, error: io::Error) -> ClientError {
+    fn absent(&self, error: &io::Error) -> ClientError {
         let socket = self.socket.clone();
         match error.kind() {
             io::ErrorKind::PermissionDenied => ClientError::Permission { socket },

@@ -230,6 +230,12 @@ async fn explain<V: View>(
 
 // === errors ===
 
+impl From<crate::explain::ClientError> for ViewError {
+    fn from(error: crate::explain::ClientError) -> Self {
+        Self::BadRequest(error.to_string())
+    }
+}
+
 impl From<QueryRejection> for ViewError {
     fn from(rejection: QueryRejection) -> Self {
         Self::BadRequest(rejection.body_text())

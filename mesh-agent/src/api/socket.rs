@@ -79,13 +79,19 @@ impl Claim {
     ///
     /// [`SocketError::Taken`] when an agent is there, and whatever keeps the files from being made.
     pub async fn take(socket: &Path) -> Result<Self, SocketError> {
-        let mut name = OsString::from(socket);
-        name.push(".lock");
-        let lock = PathBuf::from(name);
+        let lock = Self::lock_path(socket);
         let file = lock_file(socket, &lock)?;
         let claim = Self { socket: socket.to_path_buf(), lock, _file: file };
         claim.remove_stale().await?;
         Ok(claim)
+    }
+
+    /// Where the lock file of a socket is.
+    #[must_use]
+    pub fn lock_path(socket: &Path) -> PathBuf {
+        let mut name = OsString::from(socket);
+        name.push(".lock");
+        name.into()
     }
 
     /// The path of the socket.

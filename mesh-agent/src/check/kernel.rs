@@ -32,8 +32,8 @@ const HELPERS: [(BpfHelper, &str); 3] = [
 ];
 
 const TOO_OLD: &str = "run Linux 5.18 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF";
-const DENIED: &str = "the kernel does not let this process ask: run as root, and in a container \
-                      allow the bpf system call (seccomp)";
+const DENIED: &str =
+    "needs CAP_BPF and CAP_NET_ADMIN, and in a container a seccomp profile with bpf";
 
 /// Everything about the kernel, and the programs in this binary.
 pub(super) fn checks(mounts: &Mounts, object: &[u8]) -> Vec<Check> {
@@ -62,19 +62,17 @@ fn probed<E: Error>(name: &str, answer: Result<bool, E>) -> Check {
     match answer {
         Ok(true) => Check::good(name, "supported"),
         Ok(false) => Check::bad(name, "not supported by this kernel", TOO_OLD),
-        Err(error) => Check::bad(name, format!("cannot be probed: {}", chain(&error)), DENIED),
+        Err(error) => Check::bad(name, format!("cannot be probed: {}", cause(&error)), DENIED),
     }
 }
 
-/// An error with its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
+/// What is at the bottom of an error: what the kernel said.
+fn cause(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
     }
-    text
+    cause.to_string()
 }
 
 /// Arrays that the agent maps into its memory (Linux 5.5).
@@ -84,7 +82,7 @@ fn mappable() -> Check {
         Ok(_) => Check::good(NAME, "supported"),
         Err(error) => {
             let advice = if is_map_supported(MapType::Array).is_ok() { TOO_OLD } else { DENIED };
-            Check::bad(NAME, chain(&error), advice)
+            Check::bad(NAME, cause(&error), advice)
         }
     }
 }
@@ -129,7 +127,7 @@ fn embedded(object: &[u8]) -> Check {
             names.sort();
             Check::good(NAME, names.join(", "))
         }
-        Err(error) => Check::bad(NAME, format!("damaged: {}", chain(&error)), BUILD),
+        Err(error) => Check::bad(NAME, format!("damaged: {}", cause(&error)), BUILD),
     }
 }
 

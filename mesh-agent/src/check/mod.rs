@@ -68,7 +68,7 @@ pub fn passed(checks: &[Check]) -> bool {
 
 impl Check {
     /// Required, and there.
-    fn good(name: impl Into<String>, detail: impl Into<String>) -> Self {
+    pub(crate) fn good(name: impl Into<String>, detail: impl Into<String>) -> Self {
         Self {
             name: name.into(),
             ok: true,
@@ -79,7 +79,11 @@ impl Check {
     }
 
     /// Required, and missing.
-    fn bad(name: impl Into<String>, detail: impl Into<String>, advice: impl Into<String>) -> Self {
+    pub(crate) fn bad(
+        name: impl Into<String>,
+        detail: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
         Self {
             name: name.into(),
             ok: false,
@@ -90,7 +94,7 @@ impl Check {
     }
 
     /// The agent can do without it.
-    fn optional(self) -> Self {
+    pub(crate) fn optional(self) -> Self {
         Self { required: false, ..self }
     }
 }

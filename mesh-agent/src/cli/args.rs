@@ -1,0 +1,233 @@
+//! The arguments, and the help that teaches them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  mesh-agent check                                   can this node run it?
+  mesh-agent run --cgroup /sys/fs/cgroup/web.slice   balance what is started in web.slice
+  mesh-agent status                                  is it ready, and if not, why?
+  mesh-agent services                                what is balanced
+  mesh-agent backends orders                         who answers for the service orders
+  mesh-agent explain 10.96.0.10:80 --from 4711       what a connect of process 4711 would do
+  mesh-agent services -o json | jq '.[].name'        for scripts
+
+Exit status: 0 done; 1 failed; 2 wrong usage; 3 the agent does not answer.
+Colour is used on a terminal only, and not when NO_COLOR is set.";
+
+/// Balances connections to service addresses in the kernel, for unmodified programs.
+#[derive(Parser, Debug)]
+#[command(name = "mesh-agent", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub(super) struct Cli {
+    /// The agent's socket [default: that of the agent file, or /run/mesh/agent.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(super) socket: Option<PathBuf>,
+
+    /// How to print
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    pub(super) output: Format,
+
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// How to print.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub(super) enum Format {
+    /// Aligned columns, 100 wide at most
+    #[default]
+    Table,
+    /// Everything, however wide
+    Wide,
+    /// JSON: RFC 3339 times, plain numbers
+    Json,
+    /// The same as YAML
+    Yaml,
+}
+
+#[derive(Subcommand, Debug)]
+pub(super) enum Command {
+    /// Run the agent in the foreground
+    Run(RunArgs),
+    /// Say whether this node can run the agent, and what to do about what is missing
+    Check(CheckArgs),
+    /// Show whether the agent is ready and why not, its programs, sources and tables
+    Status,
+    /// List services
+    Services {
+        /// Only this one
+        name: Option<String>,
+    },
+    /// List backends with their state
+    Backends {
+        /// Only those of this service
+        service: Option<String>,
+    },
+    /// Say what a connect would do, step by step, and why
+    Explain(ExplainArgs),
+    /// Remove what an agent that is gone has left: its socket and its pins, nothing of others
+    Cleanup(CleanupArgs),
+    /// Print the version of this program, and of the agent that runs
+    Version,
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  mesh-agent completions bash \
+                            > /usr/share/bash-completion/completions/mesh-agent")]
+    Completions {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Arguments of `run`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Sockets created in the cgroup, or below it, are balanced; sockets that exist already are not. There is
+no default: naming the root of the hierarchy takes over every program of the node.
+
+Examples:
+  mesh-agent run --cgroup /sys/fs/cgroup/web.slice
+  mesh-agent run --config ./agent.yaml --socket /tmp/mesh.sock")]
+pub(super) struct RunArgs {
+    /// The agent file [default: /etc/mesh/agent.yaml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// The cgroup2 directory to balance; wins over the file, like the others below
+    #[arg(long, value_name = "DIR")]
+    pub(super) cgroup: Option<PathBuf>,
+    /// What must survive a reboot
+    #[arg(long, value_name = "DIR")]
+    pub(super) state_dir: Option<PathBuf>,
+    /// Where programs and maps are pinned (this version pins nothing)
+    #[arg(long, value_name = "DIR")]
+    pub(super) pin_dir: Option<PathBuf>,
+}
+
+/// Arguments of `check`.
+#[derive(Args, Debug)]
+pub(super) struct CheckArgs {
+    /// The agent file [default: /etc/mesh/agent.yaml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// The cgroup2 directory that is to be balanced
+    #[arg(long, value_name = "DIR")]
+    pub(super) cgroup: Option<PathBuf>,
+}
+
+/// Arguments of `explain`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  mesh-agent explain 10.96.0.10:80
+  mesh-agent explain '[fd00:96::10]:80' --from 4711
+  mesh-agent explain 10.96.0.10:80 --from /sys/fs/cgroup/web.slice
+
+The exit status is 1 when the connect would not be touched.")]
+pub(super) struct ExplainArgs {
+    /// What is dialled: IP:PORT, or [IPV6]:PORT
+    #[arg(value_name = "ADDRESS:PORT", value_parser = dialled)]
+    pub(super) address: SocketAddr,
+    /// Who dials: a process id, or a cgroup directory
+    #[arg(long, value_name = "PID|CGROUP")]
+    pub(super) from: Option<String>,
+    /// With which protocol
+    #[arg(long, value_enum, default_value_t)]
+    pub(super) protocol: Protocol,
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub(super) enum Protocol {
+    /// TCP
+    #[default]
+    Tcp,
+    /// UDP
+    Udp,
+}
+
+/// Arguments of `cleanup`.
+#[derive(Args, Debug)]
+pub(super) struct CleanupArgs {
+    /// The agent file [default: /etc/mesh/agent.yaml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Where to look for pins [default: that of the agent file, or /sys/fs/bpf/mesh]
+    #[arg(long, value_name = "DIR")]
+    pub(super) pin_dir: Option<PathBuf>,
+}
+
+impl From<Protocol> for mesh_common::Protocol {
+    fn from(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Tcp => Self::Tcp,
+            Protocol::Udp => Self::Udp,
+        }
+    }
+}
+
+/// Reads what is dialled, and says what is wrong in words of the person who typed it.
+fn dialled(text: &str) -> Result<SocketAddr, String> {
+    const EXPECTED: &str = "expected IP:PORT, like 10.96.0.10:80 or [fd00:96::10]:80";
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() == 0 => Err("port 0: expected 1 to 65535".into()),
+        // `::ffff:10.0.0.1` is what a program that dials 10.0.0.1 on an IPv6 socket writes.
+        Ok(address) => Ok(SocketAddr::new(address.ip().to_canonical(), address.port())),
+        Err(_) => Err(match text.trim_matches(['[', ']']).parse::<IpAddr>() {
+            Ok(_) => format!("the port is missing: {EXPECTED}"),
+            Err(_) if text.contains(|c: char| c.is_ascii_alphabetic()) && !text.contains("::") => {
+                format!("names are not looked up: {EXPECTED}")
+            }
+            Err(_) => EXPECTED.into(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses() {
+        let ok = |text| dialled(text).map(|address| address.to_string());
+        assert_eq!(ok("10.96.0.10:80").as_deref(), Ok("10.96.0.10:80"));
+        assert_eq!(ok("[fd00:96::10]:80").as_deref(), Ok("[fd00:96::10]:80"));
+        assert_eq!(ok("[::ffff:10.96.0.10]:80").as_deref(), Ok("10.96.0.10:80"));
+        for (text, words) in [
+            ("10.96.0.10", "port is missing"),
+            ("fd00:96::10", "port is missing"),
+            ("[fd00:96::10]", "port is missing"),
+            ("10.96.0.10:0", "port 0"),
+            ("10.96.0.10:65536", "expected IP:PORT"),
+            ("orders:80", "names are not looked up"),
+            ("", "expected IP:PORT"),
+        ] {
+            let error = dialled(text).expect_err(text);
+            assert!(error.contains(words), "{text}: {error}");
+        }
+    }
+
+    /// Commands of later versions are unknown, not accepted and ignored.
+    #[test]
+    fn only_what_exists_is_offered() {
+        for command in ["drain", "top", "events", "connections", "register"] {
+            let error = Cli::try_parse_from(["mesh-agent", command]).expect_err(command);
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn global_options_go_anywhere() {
+        let cli = Cli::try_parse_from(["mesh-agent", "services", "-o", "json", "--socket", "/x"])
+            .expect("valid");
+        assert_eq!((cli.output, cli.socket), (Format::Json, Some("/x".into())));
+    }
+}

@@ -1,0 +1,135 @@
+//! The commands that ask the agent.
+
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use mesh_common::ABI_VERSION;
+use serde::Serialize;
+
+use super::args::ExplainArgs;
+use super::failure::Failure;
+use super::output::{self, Output};
+use super::tables;
+use crate::api::client::{Client, ClientError};
+use crate::api::server::ExplainQuery;
+use crate::api::types;
+use crate::config::Config;
+
+/// The socket to use: the one that was named, or the one of the agent file. A file that cannot be
+/// read does not matter here: whoever asks need not be allowed to read it.
+pub(super) fn socket(named: Option<PathBuf>, config: Option<&Path>) -> PathBuf {
+    named.unwrap_or_else(|| Config::load(config).unwrap_or_default().socket)
+}
+
+/// Asks one question.
+fn ask<T>(
+    named: Option<PathBuf>,
+    question: impl AsyncFnOnce(&Client) -> Result<T, ClientError>,
+) -> Result<T, Failure> {
+    let client = Client::new(&socket(named, None));
+    Ok(block_on(question(&client))??)
+}
+
+/// Runs a future to its end. One thread is enough to wait for one answer.
+pub(super) fn block_on<F: Future>(future: F) -> Result<F::Output, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("cannot start: {error}; see `ulimit -n`")))?;
+    Ok(runtime.block_on(future))
+}
+
+pub(super) fn status(named: Option<PathBuf>, output: &Output) -> Result<(), Failure> {
+    let status = ask(named, Client::status)?;
+    output.print(&status, tables::status)
+}
+
+pub(super) fn services(
+    named: Option<PathBuf>,
+    name: Option<&str>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let services = ask(named, async |client: &Client| client.services(name).await)?;
+    if services.is_empty() && output.is_for_people() {
+        output::complain("no services: `mesh-agent status` says what the sources hold");
+        return Ok(());
+    }
+    output.print(&services, |services, style| tables::services(services, style))
+}
+
+pub(super) fn backends(
+    named: Option<PathBuf>,
+    service: Option<&str>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let backends = ask(named, async |client: &Client| client.backends(service).await)?;
+    if backends.is_empty() && output.is_for_people() {
+        output::complain("no backends: `mesh-agent services` lists the services");
+        return Ok(());
+    }
+    output.print(&backends, |backends, style| tables::backends(backends, style, SystemTime::now()))
+}
+
+pub(super) fn explain(
+    named: Option<PathBuf>,
+    args: ExplainArgs,
+    output: &Output,
+) -> Result<(), Failure> {
+    let from = args.from.map(absolute).transpose()?;
+    let query = ExplainQuery { address: args.address, protocol: args.protocol.into(), from };
+    let explanation = ask(named, async |client: &Client| client.explain(&query).await)?;
+    output.print(&explanation, tables::explanation)?;
+    if explanation.answer.is_some() {
+        return Ok(());
+    }
+    Err(Failure::failed(match explanation.service {
+        Some(service) => format!(
+            "{} of service {service} would not be balanced: the steps say why",
+            explanation.frontend
+        ),
+        None => format!(
+            "{} is no service: `mesh-agent services -o wide` lists what is",
+            explanation.frontend
+        ),
+    }))
+}
+
+/// A directory is relative to this process, and the agent works elsewhere. A number is a process.
+fn absolute(from: String) -> Result<String, Failure> {
+    if from.parse::<u32>().is_ok() {
+        return Ok(from);
+    }
+    std::path::absolute(&from)
+        .map(|path| path.to_string_lossy().into_owned())
+        .map_err(|error| Failure::failed(format!("--from {from:?}: {error}; name a directory")))
+}
+
+/// What `version -o json` prints.
+#[derive(Serialize)]
+struct Versions {
+    version: &'static str,
+    abi: u32,
+    /// `null` when no agent answers, which is no failure here.
+    agent: Option<types::Version>,
+}
+
+pub(super) fn version(named: Option<PathBuf>, output: &Output) -> Result<(), Failure> {
+    let client = Client::new(&socket(named, None));
+    let agent = block_on(client.version())?;
+    let silent = agent.as_ref().err().map(ToString::to_string);
+    let versions =
+        Versions { version: env!("CARGO_PKG_VERSION"), abi: ABI_VERSION, agent: agent.ok() };
+    output.print(&versions, |versions, _| {
+        let mut out = format!("mesh-agent {} (maps {})\n", versions.version, versions.abi);
+        match (&versions.agent, silent) {
+            (Some(agent), _) => tables::line(
+                &mut out,
+                format_args!("running: {} (maps {}, pid {})", agent.version, agent.abi, agent.pid),
+            ),
+            (None, silent) => {
+                tables::line(&mut out, format_args!("running: {}", silent.unwrap_or_default()));
+            }
+        }
+        out
+    })
+}

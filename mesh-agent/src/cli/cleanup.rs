@@ -1,0 +1,244 @@
+//! `cleanup`: removes what an agent that is gone has left, and only that.
+//!
+//! Programs that are not pinned are detached by the kernel when their agent ends, however it ends;
+//! what can be left is the socket with its lock file, and pins.
+
+use std::fs::{self, DirEntry};
+use std::io;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::args::CleanupArgs;
+use super::failure::Failure;
+use super::output::{Output, Style, clean};
+use super::{ask, tables};
+use crate::api::socket::Claim;
+use crate::check::mounts::Mounts;
+use crate::config::Config;
+
+/// What this project pins in a directory `v<N>`, besides what begins with [`PREFIX`].
+const MAPS: [&str; 9] = [
+    "FRONTENDS",
+    "SERVICES",
+    "SLOTS",
+    "BACKENDS",
+    "BACKEND_STATS",
+    "FLOWS",
+    "SETTINGS",
+    "VIRTUAL_IPS",
+    "COUNTERS",
+];
+
+/// How the names of programs and links begin.
+const PREFIX: &str = "mesh_";
+
+/// What was done; `cleanup -o json` prints it.
+#[derive(Serialize, PartialEq, Eq, Debug, Default)]
+struct Report {
+    /// What was removed, in that order.
+    removed: Vec<PathBuf>,
+    /// What is not this project's, and was left alone.
+    kept: Vec<PathBuf>,
+}
+
+pub(super) fn cleanup(
+    args: CleanupArgs,
+    socket: Option<PathBuf>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let socket = ask::socket(socket, args.config.as_deref());
+    let pins = args
+        .pin_dir
+        .unwrap_or_else(|| Config::load(args.config.as_deref()).unwrap_or_default().pin_dir);
+    let mut report = Report::default();
+    // Held to the end, so that no agent starts and pins while its pins are taken away.
+    let claim = claim(&socket, &mut report)?;
+    let swept = sweep_pins(&pins, &mut report);
+    drop(claim);
+    output.print(&report, describe)?;
+    swept
+}
+
+/// Makes sure that no agent runs, and removes its socket and lock file. Nothing is done where no
+/// agent ever was.
+fn claim(socket: &Path, report: &mut Report) -> Result<Option<Claim>, Failure> {
+    if !socket.parent().is_some_and(Path::is_dir) {
+        return Ok(None);
+    }
+    let lock = Claim::lock_path(socket);
+    let left = [is_socket(socket).then(|| socket.to_path_buf()), lock.exists().then_some(lock)];
+    let claim = ask::block_on(Claim::take(socket))?.map_err(Failure::failed)?;
+    report.removed.extend(left.into_iter().flatten());
+    Ok(Some(claim))
+}
+
+fn is_socket(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// Removes this project's pins below `directory`, which must be on a BPF file system: elsewhere a
+/// file with one of these names is somebody's data.
+fn sweep_pins(directory: &Path, report: &mut Report) -> Result<(), Failure> {
+    let fail = |error: io::Error| {
+        Failure::failed(format!(
+            "{}: {error}; run as root, or name another with --pin-dir",
+            directory.display()
+        ))
+    };
+    let directory = match fs::canonicalize(directory) {
+        Ok(directory) => directory,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(fail(error)),
+    };
+    let mounts = Mounts::read().map_err(fail)?;
+    let kind = mounts.holding(&directory).map_or("nothing", |mount| mount.kind.as_str());
+    if kind != "bpf" {
+        return Err(Failure::failed(format!(
+            "{} is on {kind} and not on a BPF file system, so nothing in it is a pin; name the \
+             right directory with --pin-dir",
+            directory.display()
+        )));
+    }
+    sweep(&directory, report).map_err(fail)
+}
+
+/// As [`sweep_pins`], wherever `directory` is.
+fn sweep(directory: &Path, report: &mut Report) -> io::Result<()> {
+    for version in entries(directory)? {
+        let is_directory = version.file_type()?.is_dir();
+        if !is_directory || !is_version(&version.file_name().to_string_lossy()) {
+            report.kept.push(version.path());
+            continue;
+        }
+        for pin in entries(&version.path())? {
+            let is_pin = pin.file_type()?.is_file();
+            if is_pin && is_ours(&pin.file_name().to_string_lossy()) {
+                fs::remove_file(pin.path())?;
+                report.removed.push(pin.path());
+            } else {
+                report.kept.push(pin.path());
+            }
+        }
+        remove_if_empty(&version.path(), report)?;
+    }
+    remove_if_empty(directory, report)
+}
+
+/// What is in a directory, in the order of names.
+fn entries(directory: &Path) -> io::Result<Vec<DirEntry>> {
+    let mut entries = fs::read_dir(directory)?.collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(DirEntry::file_name);
+    Ok(entries)
+}
+
+/// Whether a directory is one of map layouts: `v` and their version.
+fn is_version(name: &str) -> bool {
+    name.strip_prefix('v').is_some_and(|number| {
+        !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+    })
+}
+
+fn is_ours(name: &str) -> bool {
+    MAPS.contains(&name) || name.starts_with(PREFIX)
+}
+
+fn remove_if_empty(directory: &Path, report: &mut Report) -> io::Result<()> {
+    match fs::remove_dir(directory) {
+        Ok(()) => {
+            report.removed.push(directory.to_path_buf());
+            Ok(())
+        }
+        // What was kept is in it; or it is a mount point.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy
+            ) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn describe(report: &Report, _: Style) -> String {
+    let mut out = String::new();
+    for path in &report.removed {
+        tables::line(&mut out, format_args!("removed {}", shown(path)));
+    }
+    for path in &report.kept {
+        tables::line(&mut out, format_args!("left alone {}: not of this project", shown(path)));
+    }
+    if report.removed.is_empty() {
+        tables::line(&mut out, format_args!("nothing to remove"));
+    }
+    out
+}
+
+fn shown(path: &Path) -> String {
+    clean(&path.to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_ours_goes() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let root = directory.path().join("mesh");
+        for path in ["v1/other", "vmlinux", "v2"] {
+            fs::create_dir_all(root.join(path)).expect("directory");
+        }
+        for path in ["v1/FRONTENDS", "v1/mesh_connect4", "v1/cilium_lb", "vmlinux/SLOTS", "SLOTS"] {
+            fs::write(root.join(path), "").expect("file");
+        }
+        let mut report = Report::default();
+        sweep(&root, &mut report).expect("swept");
+        let under = |paths: &[&str]| paths.iter().map(|path| root.join(path)).collect::<Vec<_>>();
+        assert_eq!(report.removed, under(&["v1/FRONTENDS", "v1/mesh_connect4", "v2"]));
+        assert_eq!(report.kept, under(&["SLOTS", "v1/cilium_lb", "v1/other", "vmlinux"]));
+        assert!(root.join("vmlinux/SLOTS").exists());
+    }
+
+    #[test]
+    fn an_empty_place_goes_whole() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let root = directory.path().join("mesh");
+        fs::create_dir_all(root.join("v1")).expect("directory");
+        fs::write(root.join("v1/COUNTERS"), "").expect("file");
+        let mut report = Report::default();
+        sweep(&root, &mut report).expect("swept");
+        assert!(!root.exists() && report.kept.is_empty());
+    }
+
+    #[test]
+    fn what_is_not_on_a_bpf_file_system_is_never_touched() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let pin = directory.path().join("v1/FRONTENDS");
+        fs::create_dir_all(directory.path().join("v1")).expect("directory");
+        fs::write(&pin, "data").expect("file");
+        let failure = sweep_pins(directory.path(), &mut Report::default()).expect_err("refused");
+        assert!(failure.message().is_some_and(|m| m.contains("not on a BPF file system")));
+        assert!(pin.exists());
+        assert_eq!(sweep_pins(&directory.path().join("none"), &mut Report::default()), Ok(()));
+    }
+
+    #[test]
+    fn a_stale_socket_goes_with_its_lock() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let socket = directory.path().join("agent.sock");
+        drop(std::os::unix::net::UnixListener::bind(&socket).expect("bind"));
+        fs::write(Claim::lock_path(&socket), "1\n").expect("lock file");
+        let mut report = Report::default();
+        drop(claim(&socket, &mut report).expect("no agent"));
+        assert_eq!(report.removed, [socket.clone(), Claim::lock_path(&socket)]);
+        assert_eq!(fs::read_dir(directory.path()).expect("directory").count(), 0);
+
+        let mut report = Report::default();
+        drop(claim(&socket, &mut report).expect("no agent"));
+        assert_eq!(report, Report::default(), "nothing was there");
+    }
+}

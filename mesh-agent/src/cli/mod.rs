@@ -1,0 +1,62 @@
+//! The command line: what a person types and reads.
+//!
+//! Every command ends with one of four exit statuses ([`failure::Failure`]), and writes what was
+//! asked for to standard output and everything else to standard error, so that output can be piped.
+
+mod args;
+mod ask;
+mod check;
+mod cleanup;
+pub mod failure;
+mod output;
+mod run;
+mod tables;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use self::args::{Cli, Command};
+use self::failure::Failure;
+use self::output::{Output, Style};
+use crate::config::Config;
+
+/// Parses the arguments of this process and does what they say. `agent` is what `run` runs, until
+/// it is told to stop; it gets a configuration whose `cgroup` is there and is a cgroup2 directory.
+pub fn main(agent: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
+    // Wrong usage ends here, with exit status 2.
+    let cli = Cli::parse();
+    match execute(cli, agent) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if let Some(message) = failure.message() {
+                output::complain(message);
+            }
+            failure.exit_code()
+        }
+    }
+}
+
+fn execute(cli: Cli, agent: impl FnOnce(Config) -> anyhow::Result<()>) -> Result<(), Failure> {
+    let Cli { socket, output: format, command } = cli;
+    let output = Output::new(format, Style::of_stdout(format));
+    match command {
+        Command::Run(args) => {
+            let config = run::config(args, socket)?;
+            run::log();
+            agent(config).map_err(|error| Failure::failed(format!("{error:#}")))
+        }
+        Command::Check(args) => check::check(&args, &output),
+        Command::Cleanup(args) => cleanup::cleanup(args, socket, &output),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "mesh-agent", &mut script);
+            output::write(&script)
+        }
+        Command::Status => ask::status(socket, &output),
+        Command::Services { name } => ask::services(socket, name.as_deref(), &output),
+        Command::Backends { service } => ask::backends(socket, service.as_deref(), &output),
+        Command::Explain(args) => ask::explain(socket, args, &output),
+        Command::Version => ask::version(socket, &output),
+    }
+}

@@ -1,0 +1,87 @@
+//! `run`: from the agent file and the flags to a configuration that the agent can start with.
+
+use std::io::{self, IsTerminal as _};
+use std::path::{Path, PathBuf};
+
+use tracing_subscriber::EnvFilter;
+
+use super::args::RunArgs;
+use super::failure::Failure;
+use crate::check::cgroup::Cgroup;
+use crate::check::mounts::Mounts;
+use crate::config::Config;
+
+/// The configuration of this run: flags win over the file. Its `cgroup` is there.
+pub(super) fn config(args: RunArgs, socket: Option<PathBuf>) -> Result<Config, Failure> {
+    let mut config = Config::load(args.config.as_deref()).map_err(Failure::failed)?;
+    let take = |flag: Option<PathBuf>, value: &mut PathBuf| {
+        if let Some(flag) = flag {
+            *value = flag;
+        }
+    };
+    take(socket, &mut config.socket);
+    take(args.state_dir, &mut config.state_dir);
+    take(args.pin_dir, &mut config.pin_dir);
+    let named = args.cgroup.or(config.cgroup.take()).ok_or_else(|| no_cgroup(&mount_point()))?;
+    config.cgroup = Some(Cgroup::open(&named).map_err(Failure::failed)?.directory);
+    Ok(config)
+}
+
+/// Says what naming the root means, and how to name less.
+fn no_cgroup(mount: &Path) -> Failure {
+    let mount = mount.display();
+    Failure::failed(format!(
+        "no cgroup is named, and there is no default: every socket created below it is balanced. \
+         Name one, like `run --cgroup {mount}/web.slice`, or `cgroup:` in the agent file; `run \
+         --cgroup {mount}` takes over every program of this node"
+    ))
+}
+
+fn mount_point() -> PathBuf {
+    let mounts = Mounts::read().unwrap_or_default();
+    mounts.points("cgroup2").next().unwrap_or(Path::new("/sys/fs/cgroup")).to_path_buf()
+}
+
+/// Logs to standard error; `RUST_LOG` says how much.
+pub(super) fn log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    // A second call, as in tests, keeps the first subscriber.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(!plain && io::stderr().is_terminal())
+        .with_target(false)
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(config: PathBuf, cgroup: Option<PathBuf>) -> RunArgs {
+        RunArgs { config: Some(config), cgroup, state_dir: Some("/flag".into()), pin_dir: None }
+    }
+
+    #[test]
+    fn flags_win_and_the_cgroup_must_be_one() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let file = directory.path().join("agent.yaml");
+        std::fs::write(&file, "state-dir: /file\nsocket: /file.sock\n").expect("file");
+
+        let failure = config(args(file.clone(), None), None).expect_err("no cgroup");
+        let message = failure.message().expect("a message");
+        assert!(message.contains("--cgroup") && message.contains("every program"), "{message}");
+
+        let plain = directory.path().to_path_buf();
+        let failure = config(args(file.clone(), Some(plain)), None).expect_err("no cgroup2");
+        let message = failure.message().expect("a message");
+        assert!(message.contains("not a cgroup2 directory"), "{message}");
+
+        let mount = mount_point();
+        let config = config(args(file, Some(mount.clone())), None).expect("cgroup2 is mounted");
+        assert_eq!(config.cgroup, Some(mount));
+        assert_eq!(config.state_dir, Path::new("/flag"));
+        assert_eq!(config.socket, Path::new("/file.sock"));
+    }
+}

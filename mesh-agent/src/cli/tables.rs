@@ -1,0 +1,195 @@
+//! What people see of each answer.
+
+use std::fmt::Write as _;
+use std::time::SystemTime;
+
+use comfy_table::Cell;
+
+use super::output::{Style, age, clean, coloured, lines, number, text};
+use crate::api::types::{Answer, Backend, Explanation, Frontend, Service, Status};
+use crate::check::Check;
+
+/// How many frontends of a service are shown before `-o wide` is needed.
+const FRONTENDS: usize = 1;
+
+/// `services`.
+pub(super) fn services(services: &[Service], style: Style) -> String {
+    let mut list = style.list(&["NAME", "BALANCE", "HEALTHY", "FRONTENDS", "SOURCE"]);
+    for service in services {
+        list.row([
+            text(&service.name),
+            text(&service.balance),
+            number(format!("{}/{}", service.backends.healthy, service.backends.total)),
+            text(frontends(&service.frontends, style.wide)),
+            text(&service.source),
+        ]);
+    }
+    let mut out = list.finish();
+    for service in services {
+        for problem in &service.problems {
+            line(&mut out, format_args!("{}: {}", clean(&service.name), clean(problem)));
+        }
+    }
+    out
+}
+
+fn frontends(frontends: &[Frontend], all: bool) -> String {
+    let shown = if all { frontends.len() } else { FRONTENDS };
+    let mut words: Vec<String> = frontends.iter().take(shown).map(frontend).collect();
+    if frontends.len() > shown {
+        words.push(format!("+{}", frontends.len() - shown));
+    }
+    words.join(" ")
+}
+
+fn frontend(frontend: &Frontend) -> String {
+    let Frontend { address, port, protocol } = frontend;
+    if address.contains(':') {
+        format!("[{address}]:{port}/{protocol}")
+    } else {
+        format!("{address}:{port}/{protocol}")
+    }
+}
+
+/// `backends`.
+pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> String {
+    let mut header = vec!["SERVICE", "PORT", "ADDRESS", "STATE", "WEIGHT", "OPENED", "AGE"];
+    if style.wide {
+        header.extend(["ACTIVE", "FAILED", "ZONE"]);
+    }
+    header.push("REASON");
+    let mut list = style.list(&header);
+    for backend in backends {
+        let mut row = vec![
+            text(&backend.service),
+            text(format!("{}/{}", backend.port, backend.protocol)),
+            text(&backend.address),
+            coloured(&backend.state),
+            number(backend.weight),
+            number(backend.opened),
+            number(age(&backend.since, now)),
+        ];
+        if style.wide {
+            row.extend([
+                counted(backend.active),
+                counted(backend.failed),
+                text(backend.zone.as_deref().unwrap_or("-")),
+            ]);
+        }
+        row.push(text(&backend.reason));
+        list.row(row);
+    }
+    list.finish()
+}
+
+/// A number that the kernel may not count.
+fn counted(count: Option<u64>) -> Cell {
+    count.map_or_else(|| text("-"), number)
+}
+
+/// `status`.
+pub(super) fn status(status: &Status, style: Style) -> String {
+    let mut head = style.text(&[]);
+    let zone = status.zone.as_ref().map(|zone| format!(" (zone {zone})")).unwrap_or_default();
+    head.row([text("node"), text(format!("{}{zone}", status.node))]);
+    head.row([text("agent"), text(format!("{} (pid {})", status.version, status.pid))]);
+    head.row([text("ready"), coloured(if status.ready { "yes" } else { "no" })]);
+    for reason in &status.reasons {
+        head.row([text("reason"), text(reason)]);
+    }
+    head.row([text("cgroup"), text(&status.cgroup)]);
+    head.row([text("last error"), text(status.last_error.as_deref().unwrap_or("none"))]);
+    let mut out = head.finish();
+
+    let mut programs = style.list(&["PROGRAM", "HOOK", "ATTACHED"]);
+    for program in &status.programs {
+        let attached = coloured(if program.attached { "yes" } else { "no" });
+        programs.row([text(&program.name), text(&program.hook), attached]);
+    }
+    // An error of a source names file, line and column: it is wrapped and never cut.
+    let mut sources = style.text(&["SOURCE", "STATE", "SERVICES", "ERROR"]);
+    for source in &status.sources {
+        sources.row([
+            text(&source.name),
+            coloured(&source.state),
+            number(source.services),
+            lines(source.error.as_deref().unwrap_or("-")),
+        ]);
+    }
+    let mut maps = style.list(&["MAP", "USED", "MAX", "FULL"]);
+    for map in &status.maps {
+        let full = (map.used * 100).checked_div(map.max).unwrap_or(0);
+        maps.row([text(&map.name), number(map.used), number(map.max), number(format!("{full}%"))]);
+    }
+    let mut counters = style.list(&["CONNECTS", "COUNT"]);
+    counters.row([text("balanced"), number(status.counters.balanced)]);
+    for refused in &status.counters.refused {
+        counters.row([text(format!("refused: {}", refused.reason)), number(refused.count)]);
+    }
+    counters.row([text("retries"), number(status.counters.retries)]);
+    counters.row([text("no flow record"), number(status.counters.no_flow_record)]);
+    for part in [programs, sources, maps, counters] {
+        out.push('\n');
+        out.push_str(&part.finish());
+    }
+    out
+}
+
+/// `explain`.
+pub(super) fn explanation(explanation: &Explanation, style: Style) -> String {
+    let mut head = style.text(&[]);
+    head.row([text("frontend"), text(&explanation.frontend)]);
+    head.row([text("service"), text(explanation.service.as_deref().unwrap_or("-"))]);
+    head.row([text("algorithm"), text(explanation.algorithm.as_deref().unwrap_or("-"))]);
+    let answer = match &explanation.answer {
+        Some(Answer::Backend { backend }) => backend.clone(),
+        Some(Answer::Refused { errno, reason }) => format!("{errno} ({reason})"),
+        None => "not touched".into(),
+    };
+    head.row([text("answer"), text(answer)]);
+
+    let mut steps = style.text(&["STEP", "DETAIL"]);
+    for step in &explanation.steps {
+        steps.row([text(&step.step), text(&step.detail)]);
+    }
+    let mut out = format!("{}\n{}", head.finish(), steps.finish());
+    if !explanation.candidates.is_empty() {
+        let mut list = style.list(&["CANDIDATE", "STATE", "PROBABILITY"]);
+        for candidate in &explanation.candidates {
+            list.row([
+                text(&candidate.address),
+                coloured(&candidate.state),
+                number(format!("{:.2}%", candidate.score * 100.0)),
+            ]);
+        }
+        out.push('\n');
+        out.push_str(&list.finish());
+    }
+    out
+}
+
+/// `check`.
+pub(super) fn checks(checks: &[Check], style: Style) -> String {
+    let mut list = style.text(&["RESULT", "CHECK", "DETAIL"]);
+    for check in checks {
+        let result = match (check.ok, check.required) {
+            (true, _) => "ok",
+            (false, true) => "fail",
+            (false, false) => "warn",
+        };
+        list.row([coloured(result), text(&check.name), text(&check.detail)]);
+        if !check.advice.is_empty() {
+            list.row([text(""), text(""), text(format!("→ {}", check.advice))]);
+        }
+    }
+    list.finish()
+}
+
+/// Appends a line.
+pub(super) fn line(out: &mut String, line: std::fmt::Arguments<'_>) {
+    // Writing to a string cannot fail.
+    let _ = writeln!(out, "{line}");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,195 @@
+//! Each table against a whole example, so that what people see changes only on purpose.
+
+use super::*;
+use crate::api::types::{BackendCounts, Candidate, Counters, Map, Program, Refused, Source, Step};
+
+const PLAIN: Style = Style { wide: false, colour: false };
+const WIDE: Style = Style { wide: true, colour: false };
+
+fn assert_table(shown: &str, expected: &str) {
+    let expected = expected.trim_start_matches('\n');
+    assert_eq!(shown, expected, "\n{shown}");
+}
+
+fn service(name: &str, frontends: &[&str]) -> Service {
+    Service {
+        name: name.into(),
+        source: "files /etc/mesh/services.d".into(),
+        balance: "random".into(),
+        frontends: frontends
+            .iter()
+            .map(|address| Frontend {
+                address: (*address).into(),
+                port: 80,
+                protocol: "tcp".into(),
+            })
+            .collect(),
+        backends: BackendCounts { total: 12, healthy: 3 },
+        problems: Vec::new(),
+    }
+}
+
+#[test]
+fn services_are_short_and_wide() {
+    let mut shadowed = service("web", &["10.96.0.11"]);
+    shadowed.problems.push("10.96.0.10:80/tcp is taken by service orders".into());
+    let list = [service("orders", &["10.96.0.10", "fd00:96::10"]), shadowed];
+    assert_table(
+        &services(&list, PLAIN),
+        "
+NAME    BALANCE  HEALTHY  FRONTENDS             SOURCE
+orders  random   3/12     10.96.0.10:80/tcp +1  files /etc/mesh/services.d
+web     random   3/12     10.96.0.11:80/tcp     files /etc/mesh/services.d
+web: 10.96.0.10:80/tcp is taken by service orders
+",
+    );
+    assert!(services(&list, WIDE).contains("10.96.0.10:80/tcp [fd00:96::10]:80/tcp"));
+}
+
+#[test]
+fn backends_fit_the_width() {
+    let now = humantime::parse_rfc3339("2026-01-10T00:03:00Z").expect("time");
+    let backend = Backend {
+        service: "orders".into(),
+        port: 80,
+        protocol: "tcp".into(),
+        address: "10.0.0.1:8080".into(),
+        state: "unhealthy".into(),
+        reason: "connection refused".into(),
+        weight: 100,
+        zone: Some("eu-west-1a".into()),
+        active: None,
+        opened: 7,
+        failed: Some(2),
+        since: "2026-01-10T00:00:00Z".into(),
+    };
+    assert_table(
+        &backends(std::slice::from_ref(&backend), PLAIN, now),
+        "
+SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  AGE  REASON
+orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       3m   connection refused
+",
+    );
+    assert_table(
+        &backends(std::slice::from_ref(&backend), WIDE, now),
+        "
+SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  AGE  ACTIVE  FAILED  ZONE        REASON
+orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       3m   -       2       eu-west-1a  connection refused
+",
+    );
+    let long = Backend {
+        service: "a-service-with-a-long-name.in-a-namespace.svc.cluster.local".into(),
+        address: "[2001:db8:1111:2222:3333:4444:5555:6666]:65535".into(),
+        reason: "no answer within 300 ms, three times in a row, most lately a second ago".into(),
+        opened: u64::MAX,
+        weight: 65_535,
+        port: 65_535,
+        ..backend
+    };
+    let shown = backends(&[long], PLAIN, now);
+    assert!(shown.lines().all(|line| line.chars().count() <= 100), "{shown}");
+    assert_eq!(shown.lines().count(), 2, "{shown}");
+}
+
+#[test]
+fn status_names_everything_that_is_wrong() {
+    let shown = status(
+        &Status {
+            version: "0.1.0".into(),
+            node: "node-a".into(),
+            zone: Some("eu-west-1a".into()),
+            ready: false,
+            reasons: vec!["the source files /etc/mesh/services.d was never read".into()],
+            pid: 42,
+            cgroup: "/sys/fs/cgroup/web.slice".into(),
+            programs: vec![Program {
+                name: "mesh_connect4".into(),
+                hook: "connect4".into(),
+                attached: true,
+            }],
+            sources: vec![Source {
+                name: "files /etc/mesh/services.d".into(),
+                state: "error".into(),
+                services: 3,
+                error: Some("/etc/mesh/services.d/a.yaml:3:9: port 0; expected 1 to 65535".into()),
+            }],
+            maps: vec![Map { name: "SLOTS".into(), used: 512, max: 1024 }],
+            counters: Counters {
+                balanced: 10,
+                refused: vec![Refused { reason: "no-port".into(), count: 2 }],
+                ..Counters::default()
+            },
+            last_error: None,
+        },
+        PLAIN,
+    );
+    assert_table(
+        &shown,
+        "
+node        node-a (zone eu-west-1a)
+agent       0.1.0 (pid 42)
+ready       no
+reason      the source files /etc/mesh/services.d was never read
+cgroup      /sys/fs/cgroup/web.slice
+last error  none
+
+PROGRAM        HOOK      ATTACHED
+mesh_connect4  connect4  yes
+
+SOURCE                      STATE  SERVICES  ERROR
+files /etc/mesh/services.d  error  3         /etc/mesh/services.d/a.yaml:3:9: port 0; expected 1
+                                             to 65535
+
+MAP    USED  MAX   FULL
+SLOTS  512   1024  50%
+
+CONNECTS          COUNT
+balanced          10
+refused: no-port  2
+retries           0
+no flow record    0
+",
+    );
+}
+
+#[test]
+fn explanations_and_checks_read_as_text() {
+    let explained = Explanation {
+        client: None,
+        frontend: "10.96.0.10:80/tcp".into(),
+        service: Some("orders".into()),
+        algorithm: Some("random".into()),
+        steps: vec![Step { step: "table".into(), detail: "2 slots".into() }],
+        candidates: vec![Candidate {
+            address: "10.0.0.1:8080".into(),
+            state: "healthy".into(),
+            score: 1.0 / 3.0,
+        }],
+        answer: Some(Answer::Backend { backend: "10.0.0.1:8080".into() }),
+    };
+    assert_table(
+        &explanation(&explained, PLAIN),
+        "
+frontend   10.96.0.10:80/tcp
+service    orders
+algorithm  random
+answer     10.0.0.1:8080
+
+STEP   DETAIL
+table  2 slots
+
+CANDIDATE      STATE    PROBABILITY
+10.0.0.1:8080  healthy  33.33%
+",
+    );
+    let missing = Check::bad("cgroup2", "not mounted", "mount it");
+    assert_table(
+        &checks(&[Check::good("kernel", "6.1"), missing], PLAIN),
+        "
+RESULT  CHECK    DETAIL
+ok      kernel   6.1
+fail    cgroup2  not mounted
+                 → mount it
+",
+    );
+}

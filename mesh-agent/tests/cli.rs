@@ -1,0 +1,127 @@
+//! The binary as a person or a script uses it, against a server with a fixed view.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use mesh_agent::api::server::{ExplainQuery, View, ViewError, serve};
+use mesh_agent::api::socket::Claim;
+use mesh_agent::api::types;
+use tokio_util::sync::CancellationToken;
+
+#[derive(Clone)]
+struct Fixed;
+
+const ORDERS: &str = "10.96.0.10:80";
+
+impl View for Fixed {
+    async fn services(&self) -> Result<Vec<types::Service>, ViewError> {
+        Ok(vec![types::Service {
+            name: "orders".into(),
+            source: "files".into(),
+            balance: "random".into(),
+            frontends: Vec::new(),
+            backends: types::BackendCounts { total: 2, healthy: 1 },
+            problems: Vec::new(),
+        }])
+    }
+
+    async fn backends(&self, _: Option<String>) -> Result<Vec<types::Backend>, ViewError> {
+        Ok(Vec::new())
+    }
+
+    async fn status(&self) -> Result<types::Status, ViewError> {
+        Err(ViewError::Failed("the engine has stopped: see the log".into()))
+    }
+
+    async fn explain(&self, query: ExplainQuery) -> Result<types::Explanation, ViewError> {
+        let known = query.address.to_string() == ORDERS;
+        Ok(types::Explanation {
+            client: query.from,
+            frontend: query.address.to_string(),
+            service: None,
+            algorithm: None,
+            steps: Vec::new(),
+            candidates: Vec::new(),
+            answer: known.then(|| types::Answer::Refused {
+                errno: "ECONNREFUSED".into(),
+                reason: "no-endpoint".into(),
+            }),
+        })
+    }
+}
+
+fn mesh(socket: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mesh-agent"))
+        .arg("--socket")
+        .arg(socket)
+        .args(args)
+        .output()
+        .expect("the binary runs")
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("UTF-8")
+}
+
+/// Exit status, standard output and standard error that a person sees.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_way_a_command_can_end() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let socket = directory.path().join("agent.sock");
+    let listener = Claim::take(&socket).await.and_then(Claim::listen).expect("free socket");
+    let server = tokio::spawn(serve(listener, Fixed, CancellationToken::new()));
+
+    for (args, status, stdout, stderr) in [
+        (&["services"] as &[&str], 0, "orders  random   1/2", ""),
+        (&["services", "orders", "-o", "json"], 0, r#""name": "orders""#, ""),
+        (&["services", "-o", "yaml"], 0, "- name: orders", ""),
+        (&["services", "nosuch"], 1, "", "no service \"nosuch\""),
+        (&["backends"], 0, "", "no backends"),
+        (&["backends", "-o", "json"], 0, "[]", ""),
+        (&["status"], 1, "", "see the log"),
+        (&["version"], 0, "running: ", ""),
+        (&["explain", ORDERS], 0, "ECONNREFUSED (no-endpoint)", ""),
+        (&["explain", "192.0.2.1:80"], 1, "not touched", "192.0.2.1:80 is no service"),
+        (&["explain", "192.0.2.1"], 2, "", "the port is missing"),
+        (&["cleanup"], 1, "", "an agent already answers"),
+        (&["drain"], 2, "", "unrecognized subcommand"),
+    ] {
+        let output = mesh(&socket, args);
+        let shown = format!("{args:?}: {output:?}");
+        assert_eq!(output.status.code(), Some(status), "{shown}");
+        assert!(text(&output.stdout).contains(stdout), "{shown}");
+        assert!(text(&output.stderr).contains(stderr), "{shown}");
+        if status == 1 {
+            assert_eq!(text(&output.stderr).lines().count(), 1, "{shown}");
+        }
+    }
+    assert!(socket.exists(), "cleanup left the socket of the agent that answers");
+    server.abort();
+}
+
+#[test]
+fn no_agent_is_a_status_of_its_own() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let socket = directory.path().join("agent.sock");
+    for command in [&["status"] as &[&str], &["services"], &["backends"], &["explain", ORDERS]] {
+        let output = mesh(&socket, command);
+        assert_eq!(output.status.code(), Some(3), "{command:?}: {output:?}");
+        assert!(text(&output.stderr).contains(&socket.display().to_string()), "{output:?}");
+        assert!(text(&output.stderr).contains("mesh-agent run"), "{output:?}");
+    }
+}
+
+/// `mesh-agent completions bash | head -0`: the reader is gone before anything is written.
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_mesh-agent"))
+        .args(["completions", "bash"])
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .output()
+        .expect("the binary runs");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
