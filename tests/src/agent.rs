@@ -283,6 +283,56 @@ impl Agent {
         })
     }
 
+    /// Waits until a source reports an error of which one line contains all these texts; gives the
+    /// whole error.
+    ///
+    /// # Errors
+    ///
+    /// It does not within a bounded time: then with what it reported last.
+    pub fn until_error(&self, texts: &[&str]) -> Result<String> {
+        let mut last = None;
+        until(&format!("an error with {texts:?}"), LIMIT, || {
+            last = self.errors()?;
+            let has = |line: &str| texts.iter().all(|text| line.contains(text));
+            Ok(last.clone().filter(|error| error.lines().any(has)))
+        })
+        .with_context(|| format!("reported: {last:?}"))
+    }
+
+    /// Waits until no source reports an error.
+    ///
+    /// # Errors
+    ///
+    /// One does for longer than a bounded time.
+    pub fn until_no_error(&self) -> Result<()> {
+        let mut last = None;
+        until("the error to be gone", LIMIT, || {
+            last = self.errors()?;
+            Ok(last.is_none().then_some(()))
+        })
+        .with_context(|| format!("reported: {last:?}"))
+    }
+
+    /// Waits until there is no such service.
+    ///
+    /// # Errors
+    ///
+    /// It is there for longer than a bounded time.
+    pub fn until_gone(&self, service: &str) -> Result<()> {
+        until("a service to be gone", LIMIT, || {
+            let services: Vec<serde_json::Value> = self.get("/v1/services")?;
+            let gone = services.iter().all(|found| found["name"] != service);
+            Ok(gone.then_some(()))
+        })
+    }
+
+    /// What the sources report as wrong.
+    fn errors(&self) -> Result<Option<String>> {
+        let errors: Vec<_> =
+            self.status()?.sources.into_iter().filter_map(|source| source.error).collect();
+        Ok((!errors.is_empty()).then(|| errors.join("\n")))
+    }
+
     /// How many connects were refused so far, by reason.
     ///
     /// # Errors

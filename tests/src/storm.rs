@@ -31,12 +31,14 @@ pub struct Report {
 pub struct Connect {
     /// When it started, `CLOCK_MONOTONIC` in nanoseconds.
     pub start: u64,
+    /// When the answer was there, the same.
+    pub end: u64,
     /// Who answered.
     pub backend: String,
 }
 
 /// Connects in `threads` threads until standard input ends or `bound` is over. What was answered is
-/// written to `record`, one line for each: start and name.
+/// written to `record`, one line for each: start, end and name.
 ///
 /// # Errors
 ///
@@ -51,7 +53,8 @@ pub fn run(address: SocketAddr, threads: usize, bound: Duration, record: &Path) 
             let mut results = Vec::new();
             while !stop.load(Ordering::Relaxed) && Instant::now() < deadline {
                 let start = monotonic_nanos();
-                results.push((start, ask_fast(address)));
+                let result = ask_fast(address);
+                results.push((start, monotonic_nanos(), result));
             }
             results
         };
@@ -67,11 +70,11 @@ pub fn run(address: SocketAddr, threads: usize, bound: Duration, record: &Path) 
         stop.store(true, Ordering::Relaxed);
         for worker in workers {
             let results = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            for (start, result) in results {
+            for (start, end, result) in results {
                 report.connects += 1;
                 match result {
                     Ok(backend) => {
-                        writeln!(out, "{start} {backend}")?;
+                        writeln!(out, "{start} {end} {backend}")?;
                         *report.by_backend.entry(backend).or_default() += 1;
                     }
                     Err(failure) => *report.failed.entry(failure.to_string()).or_default() += 1,
@@ -93,8 +96,10 @@ pub fn read(record: &Path) -> Result<Vec<Connect>> {
         .with_context(|| format!("cannot read {}", record.display()))?;
     let mut connects = Vec::new();
     for line in text.lines() {
-        let Some((start, backend)) = line.split_once(' ') else { bail!("not a record: {line}") };
-        connects.push(Connect { start: start.parse()?, backend: backend.to_owned() });
+        let parts: Vec<_> = line.split(' ').collect();
+        let [start, end, backend] = parts[..] else { bail!("not a record: {line}") };
+        let backend = backend.to_owned();
+        connects.push(Connect { start: start.parse()?, end: end.parse()?, backend });
     }
     connects.sort_by_key(|connect| connect.start);
     Ok(connects)
