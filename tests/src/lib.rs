@@ -1,1 +1,26 @@
-//! End-to-end tests: real programs in network namespaces and cgroups against the real agent and kernel.
+//! End-to-end tests: real programs in network namespaces and cgroups against the real agent and
+//! kernel.
+//!
+//! A [`Node`] is one node in miniature: a network namespace without a default route, a cgroup whose
+//! sockets are balanced, named backends ([`server`]), and the agent as a person would start it
+//! ([`agent`]). A test builds one, runs a client in it, and asserts *who* answered: that something
+//! answered proves nothing. Its control is the same client with the agent stopped
+//! ([`check::balanced`]).
+//!
+//! Nothing is skipped: a missing privilege, program or kernel feature is a failure that says what
+//! is missing. Nothing is left behind, however a test ends: see [`cgroup`].
+
+pub mod agent;
+pub mod cgroup;
+pub mod check;
+pub mod client;
+pub mod node;
+pub mod process;
+pub mod server;
+pub mod service;
+pub mod storm;
+pub mod sys;
+
+pub use agent::Agent;
+pub use node::{Builder, Node};
+pub use service::Service;

@@ -1,0 +1,77 @@
+//! Clients for the tests: each prints what came of it as one line of JSON.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Parser;
+use mesh_tests::client::{self, Way};
+use mesh_tests::storm;
+
+/// Connects, asks who answers, and prints what came of it as JSON.
+#[derive(Parser)]
+enum Client {
+    /// One connection.
+    Ask {
+        /// How to connect.
+        #[arg(long, value_enum, default_value = "blocking")]
+        way: Way,
+        /// Where to.
+        address: SocketAddr,
+    },
+    /// One socket, connected to one place and then to another.
+    Reconnect {
+        /// Where to first.
+        first: SocketAddr,
+        /// Where to then.
+        second: SocketAddr,
+    },
+    /// How often each backend answers, or each error comes.
+    Histogram {
+        /// Where to.
+        address: SocketAddr,
+        /// How often.
+        times: u32,
+    },
+    /// Connects without pause until standard input ends.
+    Storm {
+        /// Where to.
+        address: SocketAddr,
+        /// Threads.
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+        /// The longest time, in seconds.
+        #[arg(long, default_value_t = 120)]
+        bound: u64,
+        /// Where to write when each connect started and who answered it.
+        #[arg(long)]
+        record: PathBuf,
+    },
+}
+
+fn main() -> Result<()> {
+    let text =
+        match Client::parse() {
+            Client::Ask { way, address } => serde_json::to_string(&client::ask(way, address)),
+            Client::Reconnect { first, second } => {
+                serde_json::to_string(&client::reconnect(first, second))
+            }
+            Client::Histogram { address, times } => {
+                let mut histogram = BTreeMap::<_, u32>::new();
+                for _ in 0..times {
+                    let outcome = client::ask(Way::Blocking, address);
+                    *histogram.entry(outcome.error.or(outcome.backend)).or_default() += 1;
+                }
+                let named: BTreeMap<_, _> =
+                    histogram.into_iter().map(|(k, v)| (k.unwrap_or_default(), v)).collect();
+                serde_json::to_string(&named)
+            }
+            Client::Storm { address, threads, bound, record } => serde_json::to_string(
+                &storm::run(address, threads, Duration::from_secs(bound), &record)?,
+            ),
+        };
+    println!("{}", text?);
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! A named server: whoever sends a line, or an HTTP request, gets its name.
+//!
+//! `mesh-server NAME ADDRESS:PORT…`
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use mesh_tests::sys::socket::allow_fast_open;
+
+/// Tells its name to whoever asks.
+#[derive(Parser)]
+struct Server {
+    /// Its name.
+    name: String,
+    /// Where it listens.
+    #[arg(required = true)]
+    addresses: Vec<SocketAddr>,
+}
+
+/// Threads that accept on each listener: one silent client does not keep the others waiting.
+const THREADS: usize = 4;
+
+/// A client that says nothing for this long is let go.
+const SILENCE: Duration = Duration::from_secs(2);
+
+fn main() -> Result<()> {
+    let Server { name, addresses } = Server::parse();
+    let listeners = addresses.iter().map(|address| {
+        let listener = TcpListener::bind(address)
+            .with_context(|| format!("{name} cannot listen on {address}"))?;
+        allow_fast_open(&listener, 64)?;
+        Ok(listener)
+    });
+    let listeners = listeners.collect::<Result<Vec<_>>>()?;
+    thread::scope(|scope| {
+        for listener in &listeners {
+            for _ in 0..THREADS {
+                scope.spawn(|| serve(listener, &name));
+            }
+        }
+    });
+    Ok(())
+}
+
+fn serve(listener: &TcpListener, name: &str) {
+    for stream in listener.incoming().flatten() {
+        // A client that goes away, or a health check that says nothing, is its own affair.
+        let _ = answer(stream, name);
+    }
+}
+
+fn answer(mut stream: TcpStream, name: &str) -> io::Result<()> {
+    stream.set_read_timeout(Some(SILENCE))?;
+    let (mut buffer, mut filled) = ([0; 4096], 0);
+    loop {
+        let count = stream.read(&mut buffer[filled..])?;
+        filled += count;
+        let request = &buffer[..filled];
+        if count == 0 || filled == buffer.len() {
+            return Ok(());
+        }
+        if request.starts_with(b"GET ") {
+            if request.ends_with(b"\r\n\r\n") {
+                let length = name.len() + 1;
+                return write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{name}\n"
+                );
+            }
+        } else if request.ends_with(b"\n") {
+            return writeln!(stream, "{name}");
+        }
+    }
+}

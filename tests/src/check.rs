@@ -1,0 +1,145 @@
+//! What most tests assert, each with its control.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::client::Outcome;
+use crate::node::Node;
+use crate::process;
+
+/// Connects after which one of up to four backends of equal weight has been missed with a
+/// probability of less than 1e-11.
+const ENOUGH: usize = 100;
+
+/// Runs a client again and again: each answer must come from one of `backends`, and each of them
+/// must have answered. Then the control: with the agent stopped the same client must fail.
+///
+/// # Errors
+///
+/// Any of that is not so.
+pub fn balanced(
+    node: &mut Node,
+    backends: &[&str],
+    client: impl Fn(&Node) -> Result<String>,
+) -> Result<()> {
+    let wanted: BTreeSet<_> = backends.iter().copied().map(str::to_owned).collect();
+    let mut seen = BTreeSet::new();
+    for _ in 0..ENOUGH {
+        let name = client(node).context("with the agent running")?;
+        ensure!(wanted.contains(&name), "{name:?} answered, and is none of {backends:?}");
+        seen.insert(name);
+        if seen == wanted {
+            break;
+        }
+    }
+    ensure!(seen == wanted, "after {ENOUGH} connects only {seen:?} of {backends:?} have answered");
+
+    node.agent.stop()?;
+    match client(node) {
+        Ok(name) => bail!("control: with the agent stopped, {name:?} answered all the same"),
+        Err(_) => Ok(()),
+    }
+}
+
+/// A `mesh-client` command that will run balanced.
+///
+/// # Errors
+///
+/// The program has not been built.
+pub fn mesh_client(node: &Node) -> Result<Command> {
+    Ok(node.command(process::binary("mesh-client")?))
+}
+
+/// Asks who answers, with `mesh-client ask --way WAY ADDRESS`, balanced.
+///
+/// # Errors
+///
+/// The client cannot be run. A connect that fails is an [`Outcome`].
+pub fn ask(node: &Node, way: &str, address: &str) -> Result<Outcome> {
+    ask_by(mesh_client(node)?, way, address)
+}
+
+/// As [`ask`], from outside the balanced cgroup.
+///
+/// # Errors
+///
+/// As [`ask`].
+pub fn ask_outside(node: &Node, way: &str, address: &str) -> Result<Outcome> {
+    ask_by(node.outside(process::binary("mesh-client")?), way, address)
+}
+
+fn ask_by(mut command: Command, way: &str, address: &str) -> Result<Outcome> {
+    command.args(["ask", "--way", way, address]);
+    let text = process::stdout(command)?;
+    serde_json::from_str(&text).with_context(|| format!("mesh-client printed {text}"))
+}
+
+/// Who answers, by a blocking connect; fails when nobody does.
+///
+/// # Errors
+///
+/// The connect failed: then naming step and error.
+pub fn who(node: &Node, address: &str) -> Result<String> {
+    ask(node, "blocking", address)?.name()
+}
+
+/// How often each backend answered (or each error came) in `times` connects.
+///
+/// # Errors
+///
+/// The client cannot be run.
+pub fn histogram(node: &Node, address: &str, times: u32) -> Result<BTreeMap<String, u32>> {
+    let mut command = mesh_client(node)?;
+    command.args(["histogram", address, &times.to_string()]);
+    let text = process::stdout(command)?;
+    serde_json::from_str(&text).with_context(|| format!("mesh-client printed {text}"))
+}
+
+/// Connects, and demands that it is refused, and counted for this reason and no other.
+///
+/// # Errors
+///
+/// Any of that is not so.
+pub fn refused(node: &Node, address: &str, reason: &str) -> Result<()> {
+    let before = node.agent.refused_by_reason()?;
+    let outcome = ask(node, "blocking", address)?;
+    ensure!(outcome.error.as_deref() == Some("connect: ECONNREFUSED"), "{address}: {outcome:?}");
+    let after = node.agent.refused_by_reason()?;
+    for (name, count) in &after {
+        let more = count - before.get(name).copied().unwrap_or_default();
+        ensure!(more == u64::from(name == reason), "{address}: {more} more refused for {name}");
+    }
+    ensure!(after.contains_key(reason), "{reason} is not among the counters: {after:?}");
+    Ok(())
+}
+
+/// Connects, and demands that the programs leave it alone: it fails (or is answered) exactly as it
+/// does for a client that is not balanced.
+///
+/// # Errors
+///
+/// The client cannot be run, or it is treated otherwise.
+pub fn untouched(node: &Node, address: &str) -> Result<Outcome> {
+    let parsed: SocketAddr = address.parse()?;
+    let (inside, outside) =
+        (ask(node, "blocking", address)?, ask_outside(node, "blocking", address)?);
+    ensure!(inside == outside, "{parsed}: balanced {inside:?}, not balanced {outside:?}");
+    Ok(inside)
+}
+
+impl Outcome {
+    /// Who answered.
+    ///
+    /// # Errors
+    ///
+    /// Nobody did: then what failed.
+    pub fn name(self) -> Result<String> {
+        match (self.backend, self.error) {
+            (Some(name), None) if !name.is_empty() => Ok(name),
+            (backend, error) => bail!("no answer: {backend:?} {error:?}"),
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! A node in miniature: network namespace, cgroup, files, backends and the agent.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::agent::Agent;
+use crate::cgroup::{self, Cgroup};
+use crate::process::{self, Echo, Process};
+use crate::server::{self, Kind};
+use crate::service::Service;
+use crate::sys;
+
+/// What a node will be.
+#[derive(Debug)]
+pub struct Builder {
+    servers: Vec<(Kind, String, String)>,
+    services: Vec<Service>,
+    virtual_ips: Vec<String>,
+    echo: Echo,
+}
+
+/// A node. Dropped, everything of it is gone: processes, cgroup, namespace, files.
+///
+/// The order of the fields is the order in which they go: processes before what they are in.
+#[derive(Debug)]
+pub struct Node {
+    /// The agent, whose cgroup is the node's.
+    pub agent: Agent,
+    servers: BTreeMap<String, Process>,
+    addresses: RefCell<BTreeSet<IpAddr>>,
+    procs: Arc<File>,
+    cgroup: Cgroup,
+    namespace: Namespace,
+    directory: PathBuf,
+}
+
+/// Where processes run that are not balanced.
+#[derive(Clone, Debug)]
+pub struct Namespace(Arc<OwnedFd>);
+
+// === impl Builder ===
+
+impl Builder {
+    /// A backend of this crate's own at `ip:port` or `[ip]:port`.
+    #[must_use]
+    pub fn backend(self, name: &str, place: &str) -> Self {
+        self.server(Kind::Plain, name, place)
+    }
+
+    /// A backend of any kind.
+    #[must_use]
+    pub fn server(mut self, kind: Kind, name: &str, place: &str) -> Self {
+        self.servers.push((kind, name.to_owned(), place.to_owned()));
+        self
+    }
+
+    /// A service, in the file `test.yaml`.
+    #[must_use]
+    pub fn service(mut self, service: Service) -> Self {
+        self.services.push(service);
+        self
+    }
+
+    /// A prefix of `virtual-ips`.
+    #[must_use]
+    pub fn virtual_ips(mut self, prefix: &str) -> Self {
+        self.virtual_ips.push(prefix.to_owned());
+        self
+    }
+
+    /// Keeps what the agent prints out of the output.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.echo = Echo::Off;
+        self
+    }
+
+    /// Makes the node and starts everything; the agent is ready when this returns.
+    ///
+    /// # Errors
+    ///
+    /// Something is missing on this machine, or does not start.
+    pub fn start(self) -> Result<Node> {
+        let mut node = self.start_without_agent()?;
+        node.agent.start()?;
+        Ok(node)
+    }
+
+    /// As [`Builder::start`], but the agent's files only.
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::start`].
+    pub fn start_without_agent(self) -> Result<Node> {
+        ensure!(
+            sys::process::is_root(),
+            "root is needed for network namespaces, cgroups and BPF: run as root"
+        );
+        let directory = tempfile::Builder::new().prefix("mesh-test-").tempdir()?;
+        let cgroup = Cgroup::create(directory.path())?;
+        // From here on removed by the cgroup's janitor, which also works when this process is killed.
+        let directory = directory.keep();
+        let netns = sys::netns::create().context("cannot make a network namespace")?;
+        let namespace = Namespace(Arc::new(netns));
+        let procs = cgroup::procs(cgroup.path())?;
+        let agent = Agent::new(
+            &directory.join("agent"),
+            cgroup.path(),
+            namespace.clone(),
+            &self.virtual_ips,
+            self.echo,
+        )?;
+        let mut node = Node {
+            agent,
+            servers: BTreeMap::new(),
+            addresses: RefCell::default(),
+            procs,
+            cgroup,
+            namespace,
+            directory,
+        };
+        node.ip(&["link", "set", "lo", "up"])?;
+        for (kind, name, place) in self.servers {
+            node.start_server(kind, &name, &place)?;
+        }
+        node.agent.write_services("test.yaml", &Service::file(&self.services))?;
+        Ok(node)
+    }
+
+    const fn new() -> Self {
+        Self { servers: Vec::new(), services: Vec::new(), virtual_ips: Vec::new(), echo: Echo::On }
+    }
+}
+
+// === impl Node ===
+
+impl Node {
+    /// A node without anything yet.
+    #[must_use]
+    pub const fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// A command that will run in the node's namespace and cgroup: its sockets are balanced.
+    #[must_use]
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        self.namespace.command(program, Some(&self.procs))
+    }
+
+    /// A command that will run in the node's namespace and in another cgroup.
+    ///
+    /// # Errors
+    ///
+    /// It is not a cgroup.
+    pub fn command_in(&self, cgroup: &Path, program: impl AsRef<OsStr>) -> Result<Command> {
+        Ok(self.namespace.command(program, Some(&cgroup::procs(cgroup)?)))
+    }
+
+    /// A command that will run in the node's namespace, but in the cgroup of this process: its
+    /// sockets are not balanced.
+    #[must_use]
+    pub fn outside(&self, program: impl AsRef<OsStr>) -> Command {
+        self.namespace.command(program, None)
+    }
+
+    /// Starts a backend; its name must be new or that of a stopped one.
+    ///
+    /// # Errors
+    ///
+    /// A program is missing, or does not serve within a bounded time.
+    pub fn start_server(&mut self, kind: Kind, name: &str, place: &str) -> Result<()> {
+        ensure!(!self.servers.contains_key(name), "a backend {name} exists already");
+        let place: SocketAddr = place.parse().with_context(|| format!("{place} is no address"))?;
+        let server = server::start(self, kind, name, place)?;
+        self.servers.insert(name.to_owned(), server);
+        Ok(())
+    }
+
+    /// Kills a backend: its port is closed then.
+    ///
+    /// # Errors
+    ///
+    /// There is none of this name.
+    pub fn kill_server(&mut self, name: &str) -> Result<()> {
+        let mut server =
+            self.servers.remove(name).with_context(|| format!("there is no backend {name}"))?;
+        server.kill().map(drop)
+    }
+
+    /// The programs that are attached to the node's cgroup.
+    ///
+    /// # Errors
+    ///
+    /// Those of bpf(2).
+    pub fn attached(&self) -> Result<Vec<sys::bpf::Attached>> {
+        sys::bpf::attached(self.cgroup.path()).context("cannot ask for attached programs")
+    }
+
+    /// The node's cgroup.
+    #[must_use]
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// Where the node's files are.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The node's network namespace.
+    #[must_use]
+    pub fn netns(&self) -> &OwnedFd {
+        &self.namespace.0
+    }
+
+    /// What starts processes in the node's namespace.
+    #[must_use]
+    pub fn namespace(&self) -> Namespace {
+        self.namespace.clone()
+    }
+
+    /// Sets a sysctl of the node's own network namespace, for instance `net/ipv4/tcp_fastopen`.
+    ///
+    /// # Errors
+    ///
+    /// There is no such setting in a namespace.
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
+        ensure!(name.starts_with("net/"), "{name} is not a namespace's own");
+        let path = Path::new("/proc/sys").join(name);
+        // /proc/sys/net is that of the thread which looks.
+        sys::netns::inside(self.netns(), || std::fs::write(&path, value))?
+            .with_context(|| format!("cannot set {}", path.display()))
+    }
+
+    /// Makes an address the namespace's own.
+    ///
+    /// # Errors
+    ///
+    /// Those of `ip address add`.
+    pub fn add_address(&self, ip: IpAddr) -> Result<()> {
+        if ip.is_loopback() || !self.addresses.borrow_mut().insert(ip) {
+            return Ok(());
+        }
+        match ip {
+            IpAddr::V4(ip) => self.ip(&["address", "add", &format!("{ip}/32"), "dev", "lo"]),
+            IpAddr::V6(ip) => {
+                self.ip(&["address", "add", &format!("{ip}/128"), "dev", "lo", "nodad"])
+            }
+        }
+    }
+
+    fn ip(&self, arguments: &[&str]) -> Result<()> {
+        let mut command = self.outside("ip");
+        command.args(arguments);
+        process::stdout(command).map(drop)
+    }
+}
+
+// === impl Namespace ===
+
+impl Namespace {
+    /// A command that will run in this namespace and in the cgroup of this process.
+    #[must_use]
+    pub fn outside(&self, program: impl AsRef<OsStr>) -> Command {
+        self.command(program, None)
+    }
+
+    fn command(&self, program: impl AsRef<OsStr>, procs: Option<&Arc<File>>) -> Command {
+        let mut command = Command::new(program);
+        sys::process::confine(&mut command, &self.0, procs);
+        // A proxy of the machine would answer in place of a backend.
+        for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"] {
+            command.env_remove(name);
+        }
+        command
+    }
+}

@@ -1,0 +1,124 @@
+//! What the kernel says about the programs attached to a cgroup, and what they cost.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_info, bpf_stats_type};
+
+/// A program attached to a cgroup.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Attached {
+    /// Its id.
+    pub id: u32,
+    /// Its name, cut by the kernel to 15 bytes.
+    pub name: String,
+    /// Nanoseconds spent in it while a [`StatsGuard`] existed, the measurement itself included.
+    pub run_time_ns: u64,
+    /// How often it ran while a [`StatsGuard`] existed.
+    pub run_count: u64,
+}
+
+/// The hooks that this project uses or may come to use.
+const HOOKS: [bpf_attach_type; 9] = [
+    bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+    bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+    bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+    bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
+];
+
+/// The programs attached to this cgroup itself (not to those above it).
+///
+/// # Errors
+///
+/// Those of bpf(2), and of opening the directory.
+pub fn attached(cgroup: &Path) -> io::Result<Vec<Attached>> {
+    let directory = File::open(cgroup)?;
+    let mut found = Vec::new();
+    for hook in HOOKS {
+        for id in query(&directory, hook)? {
+            match info(id) {
+                Ok(program) => found.push(program),
+                // Detached since the query.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn query(cgroup: &File, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
+    let mut ids = [0u32; 64];
+    let mut attr = empty();
+    // SAFETY: an all-zero union is valid for each of its members.
+    let query = unsafe { &mut attr.query };
+    query.__bindgen_anon_1.target_fd = cgroup.as_raw_fd().cast_unsigned();
+    query.attach_type = hook as u32;
+    query.prog_ids = ids.as_mut_ptr() as u64;
+    query.__bindgen_anon_2.prog_cnt = u32::try_from(ids.len()).unwrap_or_default();
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: the kernel has written the count into the member that was set above.
+    let answer = unsafe { attr.query.__bindgen_anon_2 };
+    // SAFETY: as above.
+    let count = unsafe { answer.prog_cnt };
+    Ok(ids.into_iter().take(count as usize).collect())
+}
+
+fn info(id: u32) -> io::Result<Attached> {
+    let mut attr = empty();
+    attr.__bindgen_anon_6.__bindgen_anon_1.prog_id = id;
+    let fd = bpf(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attr)?;
+    // SAFETY: a new descriptor that the kernel has just handed out, owned by nobody else.
+    let program = unsafe { OwnedFd::from_raw_fd(fd) };
+
+    // SAFETY: plain integers, for all of which zero is a value.
+    let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
+    let mut attr = empty();
+    attr.info.bpf_fd = program.as_raw_fd().cast_unsigned();
+    attr.info.info_len = u32::try_from(size_of::<bpf_prog_info>()).unwrap_or_default();
+    attr.info.info = &raw mut info as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    let name =
+        info.name.iter().take_while(|&&c| c != 0).map(|&c| char::from(c.cast_unsigned())).collect();
+    Ok(Attached { id, name, run_time_ns: info.run_time_ns, run_count: info.run_cnt })
+}
+
+/// While it exists, the kernel measures every BPF program of the machine. Bound to a descriptor,
+/// so that nothing stays switched on after a crash.
+#[derive(Debug)]
+pub struct StatsGuard(#[expect(dead_code, reason = "held for its closing")] OwnedFd);
+
+impl StatsGuard {
+    /// Switches the measurement on.
+    ///
+    /// # Errors
+    ///
+    /// Those of bpf(2).
+    pub fn enable() -> io::Result<Self> {
+        let mut attr = empty();
+        attr.enable_stats.type_ = bpf_stats_type::BPF_STATS_RUN_TIME as u32;
+        let fd = bpf(bpf_cmd::BPF_ENABLE_STATS, &mut attr)?;
+        // SAFETY: a new descriptor that the kernel has just handed out, owned by nobody else.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+}
+
+fn empty() -> bpf_attr {
+    // SAFETY: a union of plain integers; the kernel demands zero in what is not used.
+    unsafe { std::mem::zeroed() }
+}
+
+fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_int> {
+    let size = size_of::<bpf_attr>();
+    // SAFETY: `attr` is a whole `bpf_attr`; the pointers that callers put into it refer to buffers
+    // of the lengths they put beside them, which outlive this call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, attr, size) };
+    super::checked(libc::c_int::try_from(result).unwrap_or(-1))
+}

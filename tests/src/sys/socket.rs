@@ -1,0 +1,110 @@
+//! Ways to connect a socket that the standard library and `socket2` do not have, and the clock
+//! against which connects are timed.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use io_uring::{IoUring, opcode, types};
+use socket2::{SockAddr, Socket};
+
+use super::checked;
+
+/// Dissolves the association of a socket: connect(2) to `AF_UNSPEC`.
+///
+/// # Errors
+///
+/// Those of connect(2).
+pub fn disconnect(socket: &Socket) -> io::Result<()> {
+    let unspecified = libc::sockaddr {
+        sa_family: libc::sa_family_t::try_from(libc::AF_UNSPEC).unwrap_or_default(),
+        sa_data: [0; 14],
+    };
+    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr>()).unwrap_or_default();
+    // SAFETY: the address is a whole `sockaddr` and lives through the call; the kernel only reads.
+    checked(unsafe { libc::connect(socket.as_raw_fd(), &raw const unspecified, len) }).map(drop)
+}
+
+/// Connects by an io_uring request, and waits for its completion.
+///
+/// # Errors
+///
+/// Those of io_uring_setup(2), and those of connect(2) that the completion carries.
+pub fn connect_by_uring(socket: &Socket, address: &SockAddr) -> io::Result<()> {
+    let mut ring = IoUring::new(2)?;
+    let fd = types::Fd(socket.as_raw_fd());
+    let request = opcode::Connect::new(fd, address.as_ptr().cast(), address.len()).build();
+    // SAFETY: the socket and the address outlive the request: this function returns only after its
+    // completion, or after a failed submission, which consumes nothing.
+    unsafe { ring.submission().push(&request) }.map_err(io::Error::other)?;
+    ring.submit_and_wait(1)?;
+    let completion = ring.completion().next().ok_or(io::ErrorKind::UnexpectedEof)?;
+    match completion.result() {
+        result if result < 0 => Err(io::Error::from_raw_os_error(-result)),
+        _ => Ok(()),
+    }
+}
+
+/// Waits until a connect in progress has ended, well or not.
+///
+/// # Errors
+///
+/// Those of poll(2), and `ETIMEDOUT`.
+pub fn wait_writable(socket: &Socket, timeout: Duration) -> io::Result<()> {
+    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    let millis = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: one valid entry, which outlives the call.
+    match checked(unsafe { libc::poll(&raw mut entry, 1, millis) })? {
+        0 => Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the SYN of a TCP connection carried data that the peer acknowledged (TCP fast open).
+///
+/// # Errors
+///
+/// Those of getsockopt(2).
+pub fn syn_carried_data(socket: &Socket) -> io::Result<bool> {
+    const TCPI_OPT_SYN_DATA: u8 = 32; // linux/tcp.h
+    // SAFETY: plain integers, for all of which zero is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap_or_default();
+    let value = (&raw mut info).cast();
+    // SAFETY: `value` points to `len` writable bytes; the kernel writes at most that many.
+    checked(unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, value, &raw mut len)
+    })?;
+    Ok(info.tcpi_options & TCPI_OPT_SYN_DATA != 0)
+}
+
+/// Allows TCP fast open on a listening socket. Without effect unless the namespace allows it too
+/// (`net.ipv4.tcp_fastopen`).
+///
+/// # Errors
+///
+/// Those of setsockopt(2).
+pub fn allow_fast_open(listener: &impl AsRawFd, queue: libc::c_int) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or_default();
+    // SAFETY: `queue` is an integer of the length given and lives through the call.
+    checked(unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_FASTOPEN,
+            (&raw const queue).cast(),
+            len,
+        )
+    })
+    .map(drop)
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds: the same for every process of the machine, which `Instant`
+/// does not promise.
+#[must_use]
+pub fn monotonic_nanos() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is writable; this clock always exists, so the call cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
