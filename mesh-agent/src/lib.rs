@@ -12,6 +12,8 @@ pub mod compile;
 pub mod config;
 pub mod dataplane;
 pub mod discovery;
+pub mod engine;
 pub mod explain;
+pub mod health;
 pub mod model;
 pub mod yaml;

@@ -24,7 +24,7 @@ pub struct Column {
 #[must_use]
 pub const fn column(random: u32, len: u32) -> (u32, u32) {
     let product = random as u64 * len as u64;
-    ((product >> 32) as u32, product as u32)
+    ((product >> 32) as u32, (product & 0xffff_ffff) as u32)
 }
 
 /// Fills `columns` for the given weights.
@@ -51,8 +51,9 @@ pub fn build(weights: &[u32], columns: &mut [Column], scratch: &mut [Entry]) -> 
     // stacks that grow towards each other: columns with room left, and columns with too much.
     let (mut small, mut large) = (0, len);
     for (index, &weight) in weights.iter().enumerate() {
-        let entry =
-            Entry { left: u64::from(weight.min(MAX_WEIGHT)) * len as u64, column: index as u32 };
+        // Checked above: no index is larger than a `u32`.
+        let column = u32::try_from(index).unwrap_or(u32::MAX);
+        let entry = Entry { left: u64::from(weight.min(MAX_WEIGHT)) * len as u64, column };
         if entry.left < total {
             scratch[small] = entry;
             small += 1;
@@ -89,9 +90,9 @@ pub struct Entry {
     column: u32,
 }
 
-/// `part / whole` in units of 2^-32, for `part < whole`.
-const fn share(part: u64, whole: u64) -> u32 {
-    (((part as u128) << 32) / whole as u128) as u32
+/// `part / whole` in units of 2^-32, rounded down, for `part < whole`.
+fn share(part: u64, whole: u64) -> u32 {
+    u32::try_from((u128::from(part) << 32) / u128::from(whole)).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, SkStorage};
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, PerCpuArray, SkStorage};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::macros::btf_map;
 use mesh_common::layout::counter;
@@ -43,6 +43,11 @@ static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::ne
 
 #[btf_map]
 pub static FLOWS: SkStorage<Flow> = SkStorage::new();
+
+/// No program reads this one. Updating a map of maps makes the kernel wait for every program that
+/// is running (`maybe_wait_bpf_programs`): that is the agent's grace period.
+#[btf_map]
+static GRACE: ArrayOfMaps<Array<u32, 1>, 1> = ArrayOfMaps::new();
 
 /// What the agent compares with its own version before it attaches anything.
 #[unsafe(no_mangle)]

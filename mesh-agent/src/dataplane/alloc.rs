@@ -53,8 +53,7 @@ pub struct ExtentPool {
 impl ExtentPool {
     /// A pool of `limit` slots.
     pub fn new(limit: u32) -> Self {
-        let mut pool =
-            Self { limit, used: 0, by_base: BTreeMap::new(), by_len: BTreeSet::new() };
+        let mut pool = Self { limit, used: 0, by_base: BTreeMap::new(), by_len: BTreeSet::new() };
         if limit > 0 {
             pool.insert(0, limit);
         }

@@ -1,1 +1,334 @@
-//! stub
+//! [`Maps`] over the kernel's maps.
+
+use std::io;
+use std::os::fd::AsFd as _;
+use std::sync::{Mutex, PoisonError};
+
+use aya::Ebpf;
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray};
+use ipnet::IpNet;
+use mesh_common::layout::counter;
+use mesh_common::{
+    Addr, Backend, BackendStats, FrontendKey, FrontendValue, Reason, Service, Settings, Slot,
+    Table, Tables, Word,
+};
+
+use super::maps::{Capacity, MapError, Maps};
+use super::sys::{Flat, Mapped};
+
+/// A map of the loaded object that is not what this agent expects.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It is not there.
+    #[error("the kernel object has no map {0}")]
+    Missing(&'static str),
+    /// It has another layout.
+    #[error("map {map} has values of {found} bytes where this agent has {expected}")]
+    Layout {
+        /// Its name.
+        map: &'static str,
+        /// Size of a value in the object.
+        found: u32,
+        /// Size of a value here.
+        expected: usize,
+    },
+    /// It cannot be used.
+    #[error("map {map}: {source}")]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: aya::maps::MapError,
+    },
+    /// It cannot be mapped.
+    #[error("mapping {map} into the agent: {source}")]
+    Mapping {
+        /// Its name.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The kernel's maps. There is one owner: the reconciler.
+pub struct KernelMaps {
+    frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    services: Mapped<Service>,
+    slots: Mapped<Slot>,
+    backends: Mapped<Backend>,
+    stats: Mapped<BackendStats>,
+    settings: Mapped<Settings>,
+    virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
+    counters: PerCpuArray<MapData, u64>,
+    capacity: Capacity,
+}
+
+impl KernelMaps {
+    /// Takes the maps out of a loaded object.
+    ///
+    /// # Errors
+    ///
+    /// When a map is missing or has another layout than this agent's.
+    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
+        let mut entries = Ok(0);
+        let frontends = typed(ebpf, "FRONTENDS", |map| {
+            if let Map::HashMap(data) = &map {
+                entries = data.info().map(|info| info.max_entries());
+            }
+            HashMap::try_from(map)
+        })?;
+        let entries = entries.map_err(|source| OpenError::Map { map: "FRONTENDS", source })?;
+        let services: Mapped<Service> = mapped(ebpf, "SERVICES")?;
+        let slots: Mapped<Slot> = mapped(ebpf, "SLOTS")?;
+        let backends: Mapped<Backend> = mapped(ebpf, "BACKENDS")?;
+        let stats: Mapped<BackendStats> = mapped(ebpf, "BACKEND_STATS")?;
+        let capacity = Capacity {
+            frontends: entries,
+            services: services.capacity(),
+            slots: slots.capacity(),
+            backends: backends.capacity().min(stats.capacity()),
+        };
+        Ok(Self {
+            frontends,
+            services,
+            slots,
+            backends,
+            stats,
+            settings: mapped(ebpf, "SETTINGS")?,
+            virtual_ips: typed(ebpf, "VIRTUAL_IPS", LpmTrie::try_from)?,
+            counters: typed(ebpf, "COUNTERS", PerCpuArray::try_from)?,
+            capacity,
+        })
+    }
+
+    /// Makes these the ranges in which an address of no service is refused.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses an entry: there is room for 256.
+    pub fn set_virtual_ips(&mut self, ranges: &[IpNet]) -> Result<(), MapError> {
+        for range in ranges {
+            let (addr, bits) = match range {
+                IpNet::V4(range) => (Addr::from(range.network()), 96 + range.prefix_len()),
+                IpNet::V6(range) => (Addr::from(range.network()), range.prefix_len()),
+            };
+            let key = Key::new(u32::from(bits), addr.octets());
+            let inserted = self.virtual_ips.insert(&key, 1, 0);
+            inserted.map_err(map_error("inserting into VIRTUAL_IPS (it holds 256)"))?;
+        }
+        if let Some(settings) = self.settings.get(0) {
+            settings.virtual_ips.store(ranges.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// A counter, summed over the CPUs. The index is one of [`counter`], or a [`Reason`].
+    pub fn counter(&self, index: u32) -> u64 {
+        self.counters.get(&index, 0).map_or(0, |values| values.iter().sum())
+    }
+
+    /// How many connects were refused for a reason.
+    pub fn refused(&self, reason: Reason) -> u64 {
+        self.counter(reason as u32)
+    }
+
+    /// How many connects were given a backend.
+    pub fn balanced(&self) -> u64 {
+        self.counter(counter::BALANCED)
+    }
+}
+
+// === opening ===
+
+fn take(ebpf: &mut Ebpf, map: &'static str) -> Result<Map, OpenError> {
+    ebpf.take_map(map).ok_or(OpenError::Missing(map))
+}
+
+/// Takes a map as one of aya's types, which compare the sizes of keys and values.
+fn typed<T>(
+    ebpf: &mut Ebpf,
+    map: &'static str,
+    convert: impl FnOnce(Map) -> Result<T, aya::maps::MapError>,
+) -> Result<T, OpenError> {
+    convert(take(ebpf, map)?).map_err(|source| OpenError::Map { map, source })
+}
+
+fn mapped<T: Flat>(ebpf: &mut Ebpf, map: &'static str) -> Result<Mapped<T>, OpenError> {
+    let Map::Array(data) = take(ebpf, map)? else { return Err(OpenError::Missing(map)) };
+    let info = data.info().map_err(|source| OpenError::Map { map, source })?;
+    let (found, expected) = (info.value_size(), size_of::<T>());
+    if found as usize != expected {
+        return Err(OpenError::Layout { map, found, expected });
+    }
+    Mapped::new(data.fd().as_fd(), info.max_entries())
+        .map_err(|source| OpenError::Mapping { map, source })
+}
+
+// === impl Maps ===
+
+/// Names the operation that failed.
+fn map_error(operation: &'static str) -> impl FnOnce(aya::maps::MapError) -> MapError {
+    move |error| {
+        let source = match error {
+            aya::maps::MapError::SyscallError(error) => error.io_error,
+            other => io::Error::other(other),
+        };
+        MapError { operation, source }
+    }
+}
+
+/// Names the mapped array in which a write did not fit.
+fn out_of_range(operation: &'static str) -> impl FnOnce(io::Error) -> MapError {
+    move |source| MapError { operation, source }
+}
+
+impl Maps for KernelMaps {
+    fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
+        let records = std::slice::from_ref(backend);
+        self.backends.write(id, records).map_err(out_of_range("writing BACKENDS"))
+    }
+
+    fn reset_stats(&mut self, id: u32) -> Result<(), MapError> {
+        let stats = [BackendStats::default()];
+        self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
+        self.slots.write(base, slots).map_err(out_of_range("writing SLOTS"))
+    }
+
+    fn write_service(
+        &mut self,
+        index: u32,
+        key: &FrontendKey,
+        generation: u64,
+        table: Table,
+    ) -> Result<(), MapError> {
+        let record = [Service {
+            table: Word::new(table.0),
+            generation: Word::new(generation),
+            key: *key,
+            pad: 0,
+        }];
+        self.services.write(index, &record).map_err(out_of_range("writing SERVICES"))
+    }
+
+    fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {
+        if let Some(service) = self.services.get(index) {
+            service.table.store(table.0);
+        }
+        Ok(())
+    }
+
+    fn retire_service(&mut self, index: u32) -> Result<(), MapError> {
+        if let Some(service) = self.services.get(index) {
+            service.generation.store(0);
+        }
+        Ok(())
+    }
+
+    fn insert_frontend(&mut self, key: &FrontendKey, value: FrontendValue) -> Result<(), MapError> {
+        self.frontends.insert(key, value, 0).map_err(map_error("inserting into FRONTENDS"))
+    }
+
+    fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError> {
+        match self.frontends.remove(key).map_err(map_error("removing from FRONTENDS")) {
+            Err(error) if error.source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.frontends.get(key, 0).ok()
+    }
+
+    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)> {
+        let service = self.services.get(index)?;
+        Some((service.table(), service.key, service.generation()))
+    }
+
+    fn slot(&self, index: u32) -> Option<Slot> {
+        self.slots.get(index).copied()
+    }
+
+    fn backend(&self, id: u32) -> Option<Backend> {
+        self.backends.get(id).copied()
+    }
+
+    fn opened(&self, id: u32) -> u64 {
+        self.stats.get(id).map_or(0, |stats| stats.opened.load())
+    }
+}
+
+/// What the kernel programs see, for `explain`.
+impl Tables for KernelMaps {
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        Maps::frontend(self, key)
+    }
+
+    fn service(&self, index: u32) -> Option<&Service> {
+        self.services.get(index)
+    }
+
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        self.slots.get(index)
+    }
+
+    fn is_virtual(&self, addr: &Addr) -> bool {
+        self.virtual_ips.get(&Key::new(128, addr.octets()), 0).is_ok()
+    }
+
+    fn random(&self) -> u32 {
+        fastrand::u32(..)
+    }
+}
+
+// === grace period ===
+
+/// Waits until every kernel program that is running now has ended.
+///
+/// `membarrier(MEMBARRIER_CMD_GLOBAL)` would do the same on most nodes, but not on one with
+/// `nohz_full` CPUs (`EINVAL`) nor on one with a single CPU, where it returns at once although a
+/// program may have been preempted. Updating a map of maps always waits.
+pub struct Grace {
+    maps: Mutex<GraceMaps>,
+}
+
+struct GraceMaps {
+    outer: ArrayOfMaps<MapData, Inner>,
+    inner: Inner,
+}
+
+type Inner = Array<MapData, u32>;
+
+impl Grace {
+    /// Takes the map of maps out of a loaded object.
+    ///
+    /// # Errors
+    ///
+    /// When the object has no such map, or the kernel refuses to make the inner one.
+    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
+        let outer = typed(ebpf, "GRACE", ArrayOfMaps::try_from)?;
+        let inner =
+            Array::create(1, 0).map_err(|source| OpenError::Map { map: "GRACE", source })?;
+        Ok(Self { maps: Mutex::new(GraceMaps { outer, inner }) })
+    }
+
+    /// Waits; typically some milliseconds (`synchronize_rcu`). Blocks the thread.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the update: then nothing may be said about running programs.
+    pub fn wait(&self) -> Result<(), MapError> {
+        let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        let GraceMaps { outer, inner } = &mut *maps;
+        outer.set(0, inner, 0).map_err(map_error("updating GRACE"))
+    }
+}

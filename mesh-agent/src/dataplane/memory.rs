@@ -4,9 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 
-use mesh_common::{
-    Addr, Backend, FrontendKey, FrontendValue, Service, Slot, Table, Tables, Word,
-};
+use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Service, Slot, Table, Tables, Word};
 
 use super::maps::{Capacity, MapError, Maps};
 
@@ -18,7 +16,8 @@ pub struct Memory {
     services: Vec<Service>,
     slots: Vec<Slot>,
     backends: Vec<Backend>,
-    random: Word,
+    /// Draws so far.
+    draws: Word,
     /// Tables that programs still running have read: their slots must stay as they are.
     pub readers: Vec<Table>,
 }
@@ -36,7 +35,7 @@ impl Memory {
             services: filled(capacity.services),
             slots: filled(capacity.slots),
             backends: filled(capacity.backends),
-            random: Word::new(1),
+            draws: Word::new(0),
             readers: Vec::new(),
         }
     }
@@ -194,8 +193,8 @@ impl Tables for Memory {
 
     fn random(&self) -> u32 {
         // A step of the golden ratio spreads over all columns and positions.
-        let next = (self.random.load() as u32).wrapping_add(0x9e37_79b9);
-        self.random.store(u64::from(next));
-        next
+        let draws = self.draws.load() + 1;
+        self.draws.store(draws);
+        u32::try_from(draws.wrapping_mul(0x9e37_79b9) & 0xffff_ffff).unwrap_or(0)
     }
 }

@@ -309,8 +309,7 @@ impl<M: Maps> Reconciler<M> {
         };
         self.backend_generation = self.backend_generation.wrapping_add(1);
         let record = record(self.backend_generation);
-        let written =
-            self.maps.reset_stats(id).and_then(|()| self.maps.write_backend(id, &record));
+        let written = self.maps.reset_stats(id).and_then(|()| self.maps.write_backend(id, &record));
         if let Err(error) = written {
             // Nothing names it.
             self.clearing.push(id);

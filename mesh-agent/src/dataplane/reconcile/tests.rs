@@ -126,8 +126,8 @@ fn an_address_moves_without_a_gap() {
 fn what_does_not_fit_is_named_and_the_rest_works() {
     let capacity = Capacity { slots: 3, ..ROOMY };
     let mut reconciler = Reconciler::new(Memory::new(capacity));
-    let outcome = reconciler
-        .apply(vec![(name(1), tables(&[1], &[1, 2])), (name(2), tables(&[2], &[3, 4]))]);
+    let outcome =
+        reconciler.apply(vec![(name(1), tables(&[1], &[1, 2])), (name(2), tables(&[2], &[3, 4]))]);
     assert!(outcome[0].1.is_empty());
     let text = outcome[1].1[0].to_string();
     assert!(text.contains("SLOTS holds 3"), "{text}");

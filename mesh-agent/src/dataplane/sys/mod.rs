@@ -1,1 +1,8 @@
-//! stub
+//! Raw system calls: the only unsafe code of the agent, each call with the argument why it is
+//! sound.
+#![expect(unsafe_code, reason = "the system calls that no crate offers are made here")]
+
+pub mod attached;
+mod mapped;
+
+pub use mapped::{Flat, Mapped};

@@ -1,0 +1,335 @@
+//! The engine: one task that takes what the sources and the health checks say, and has the kernel
+//! hold what follows from it. It owns the catalog, the states of the endpoints and the reconciler;
+//! everybody else asks it.
+
+mod view;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use mesh_common::{FrontendKey, State};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::catalog::{Catalog, Entry};
+use crate::compile::{self, Tables};
+use crate::config::Config;
+use crate::dataplane::kernel::{Grace, KernelMaps};
+use crate::dataplane::maps::MapError;
+use crate::dataplane::reconcile::{Problem, Reconciler};
+use crate::discovery::{Event, SourceState};
+use crate::health::{Monitor, Plan, Verdict};
+use crate::model::ServiceName;
+pub use view::Handle;
+
+/// How long after a failed map operation it is tried again, at first and at most.
+const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// How many messages are taken together. Together they cost one pass over the services that they
+/// concern, and an address that moves between them moves without a gap.
+const BATCH: usize = 256;
+
+/// What is known of an endpoint.
+#[derive(Clone, Debug)]
+struct Known {
+    state: State,
+    reason: String,
+    since: SystemTime,
+}
+
+/// The endpoints of a service.
+#[derive(Debug, Default)]
+struct Health {
+    plan: Option<Plan>,
+    endpoints: HashMap<SocketAddr, Known>,
+}
+
+/// The state of the agent.
+pub struct Engine {
+    config: Arc<Config>,
+    catalog: Catalog,
+    /// By position in the list of sources.
+    sources: BTreeMap<usize, SourceState>,
+    health: HashMap<ServiceName, Health>,
+    monitor: Monitor,
+    reconciler: Reconciler<KernelMaps>,
+    /// What is in the way of services, in plain words.
+    problems: BTreeMap<ServiceName, Vec<String>>,
+    last_error: Option<String>,
+    /// Whether the programs are attached.
+    attached: bool,
+    grace: Arc<Grace>,
+    waiting: Option<JoinHandle<Result<(), MapError>>>,
+    retry: Option<(Instant, Duration)>,
+    /// Resolved once every source has been heard.
+    all_heard: Option<oneshot::Sender<()>>,
+}
+
+/// What the engine listens to.
+pub struct Inputs {
+    /// What the sources report.
+    pub sources: mpsc::Receiver<Event>,
+    /// What the health checks find.
+    pub verdicts: mpsc::UnboundedReceiver<Verdict>,
+}
+
+type Question = Box<dyn FnOnce(&mut Engine) + Send>;
+
+impl Engine {
+    /// Starts the engine over maps that are empty. The receiver hears when every source has been
+    /// heard once and what it defines is in the kernel.
+    pub fn spawn(
+        config: Arc<Config>,
+        maps: KernelMaps,
+        grace: Grace,
+        monitor: Monitor,
+        inputs: Inputs,
+        cancel: CancellationToken,
+    ) -> (Handle, oneshot::Receiver<()>, JoinHandle<()>) {
+        let (questions, receiver) = mpsc::channel(BATCH);
+        let (all_heard, heard) = oneshot::channel();
+        let engine = Self {
+            catalog: Catalog::default(),
+            sources: BTreeMap::new(),
+            health: HashMap::new(),
+            monitor,
+            reconciler: Reconciler::new(maps),
+            problems: BTreeMap::new(),
+            last_error: None,
+            attached: false,
+            grace: Arc::new(grace),
+            waiting: None,
+            retry: None,
+            all_heard: Some(all_heard),
+            config,
+        };
+        let task = tokio::spawn(engine.run(inputs, receiver, cancel));
+        (Handle::new(questions), heard, task)
+    }
+
+    async fn run(
+        mut self,
+        mut inputs: Inputs,
+        mut questions: mpsc::Receiver<Question>,
+        cancel: CancellationToken,
+    ) {
+        let (mut events, mut verdicts) = (Vec::new(), Vec::new());
+        loop {
+            let retry = self.retry.map(|(at, _)| at);
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => break,
+                1.. = inputs.verdicts.recv_many(&mut verdicts, BATCH) => {
+                    self.take_verdicts(verdicts.drain(..));
+                }
+                1.. = inputs.sources.recv_many(&mut events, BATCH) => {
+                    self.take_events(events.drain(..));
+                }
+                Some(question) = questions.recv() => question(&mut self),
+                waited = joined(&mut self.waiting) => self.end_grace(&waited),
+                () = until(retry) => self.try_again(),
+            }
+            self.start_grace();
+        }
+    }
+
+    // === inputs ===
+
+    fn take_events(&mut self, events: impl Iterator<Item = Event>) {
+        let mut changed = BTreeSet::new();
+        for event in events {
+            match event {
+                Event::Changed { upserts, removed } => {
+                    changed.extend(self.catalog.apply(upserts, removed));
+                }
+                Event::State(state) => self.take_source(state),
+            }
+        }
+        self.update(changed);
+        if self.all_ready()
+            && let Some(heard) = self.all_heard.take()
+        {
+            // Nobody listens once the agent stops.
+            let _ = heard.send(());
+        }
+    }
+
+    fn take_source(&mut self, state: SourceState) {
+        let before = self.sources.get(&state.source);
+        for error in &state.errors {
+            if before.is_none_or(|before| !before.errors.contains(error)) {
+                tracing::warn!(source = state.name, "{error}");
+                self.last_error = Some(error.clone());
+            }
+        }
+        if before.is_some_and(|before| !before.errors.is_empty()) && state.errors.is_empty() {
+            tracing::info!(source = state.name, "all its errors are mended");
+        }
+        self.sources.insert(state.source, state);
+    }
+
+    fn take_verdicts(&mut self, verdicts: impl Iterator<Item = Verdict>) {
+        let mut changed = BTreeSet::new();
+        for Verdict { service, address, state, reason } in verdicts {
+            // A verdict may come in after its endpoint went.
+            let known =
+                self.health.get_mut(&service).and_then(|health| health.endpoints.get_mut(&address));
+            let Some(known) = known else { continue };
+            tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
+            *known = Known { state, reason, since: SystemTime::now() };
+            changed.insert(service);
+        }
+        self.update(changed);
+    }
+
+    fn all_ready(&self) -> bool {
+        self.sources.len() == self.config.sources.len()
+            && self.sources.values().all(|source| source.ready)
+    }
+
+    // === to the kernel ===
+
+    /// Compiles these services and has the kernel hold them.
+    fn update(&mut self, names: BTreeSet<ServiceName>) {
+        if names.is_empty() {
+            return;
+        }
+        let wanted = names.into_iter().map(|name| {
+            let tables = match self.catalog.get(name.as_str()) {
+                None => {
+                    if self.health.remove(&name).is_some_and(|health| health.plan.is_some()) {
+                        self.monitor.set(name.clone(), None);
+                    }
+                    Tables::default()
+                }
+                Some(entry) => {
+                    let health = self.health.entry(name.clone()).or_default();
+                    health.follow(&name, entry, &self.monitor);
+                    compile::compile(&entry.service, &keys(entry), |address| {
+                        health.endpoints.get(&address).map_or(State::Unknown, |known| known.state)
+                    })
+                }
+            };
+            (name, Arc::new(tables))
+        });
+        let wanted = wanted.collect();
+        let outcome = self.reconciler.apply(wanted);
+        self.note(outcome);
+    }
+
+    fn try_again(&mut self) {
+        let outcome = self.reconciler.retry();
+        self.note(outcome);
+    }
+
+    /// Notes what was in the way, and plans the next attempt.
+    fn note(&mut self, outcome: Vec<(ServiceName, Vec<Problem>)>) {
+        for (name, problems) in outcome {
+            if problems.is_empty() {
+                self.problems.remove(&name);
+                continue;
+            }
+            let mut texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            texts.dedup();
+            if self.problems.get(&name) != Some(&texts) {
+                tracing::error!(service = %name, "{}", texts.join("; "));
+                self.last_error = Some(format!("service {name}: {}", texts.join("; ")));
+            }
+            self.problems.insert(name, texts);
+        }
+        self.retry = self.reconciler.is_unfinished().then(|| {
+            let delay = self.retry.map_or(RETRY.0, |(_, last)| (last * 2).min(RETRY.1));
+            (Instant::now() + delay, delay)
+        });
+    }
+
+    fn start_grace(&mut self) {
+        if self.waiting.is_none() && self.reconciler.begin_grace() {
+            let grace = Arc::clone(&self.grace);
+            self.waiting = Some(tokio::task::spawn_blocking(move || grace.wait()));
+        }
+    }
+
+    fn end_grace(&mut self, waited: &Result<(), String>) {
+        self.waiting = None;
+        if let Err(error) = waited {
+            // What was retired stays so until a later wait succeeds.
+            tracing::error!("waiting for running programs: {error}");
+            self.last_error = Some(format!("waiting for running programs: {error}"));
+        }
+        self.reconciler.end_grace(waited.is_ok());
+        // Room may have been made for what did not fit.
+        if waited.is_ok() && self.reconciler.is_unfinished() {
+            self.try_again();
+        }
+    }
+}
+
+// === impl Health ===
+
+impl Health {
+    /// Follows a new definition: endpoints that stay keep their state.
+    fn follow(&mut self, name: &ServiceName, entry: &Entry, monitor: &Monitor) {
+        let service = &entry.service;
+        let targets: BTreeSet<SocketAddr> = service
+            .ports
+            .iter()
+            .flat_map(|port| service.endpoints.iter().map(|e| compile::target(e, port)))
+            .collect();
+        let checked = service.health.is_some();
+        let was_checked = self.plan.is_some();
+        self.endpoints.retain(|address, _| targets.contains(address));
+        if was_checked && !checked {
+            self.endpoints.clear();
+        }
+        for &address in &targets {
+            self.endpoints.entry(address).or_insert_with(|| Known {
+                state: State::Unknown,
+                reason: if checked { "not checked yet" } else { "no health check" }.to_owned(),
+                since: SystemTime::now(),
+            });
+        }
+        if checked && !was_checked {
+            for known in self.endpoints.values_mut() {
+                known.reason = "not checked yet".to_owned();
+            }
+        }
+        let plan = service.health.clone().map(|policy| Plan { policy, targets });
+        if plan != self.plan {
+            monitor.set(name.clone(), plan.clone());
+            self.plan = plan;
+        }
+    }
+}
+
+/// The frontends that a service owns, as the kernel knows them.
+fn keys(entry: &Entry) -> Vec<FrontendKey> {
+    let key = |owned: &crate::catalog::OwnedFrontend| {
+        let frontend = owned.frontend;
+        FrontendKey::new(frontend.address.into(), frontend.port, frontend.protocol)
+    };
+    entry.frontends.iter().map(key).collect()
+}
+
+/// Waits for a task, or for ever when there is none.
+async fn joined(task: &mut Option<JoinHandle<Result<(), MapError>>>) -> Result<(), String> {
+    match task {
+        None => std::future::pending().await,
+        Some(task) => match task.await {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        },
+    }
+}
+
+/// Waits until then, or for ever.
+async fn until(at: Option<Instant>) {
+    match at {
+        None => std::future::pending().await,
+        Some(at) => tokio::time::sleep_until(at).await,
+    }
+}
