@@ -14,7 +14,7 @@ use mesh_common::{
 };
 
 use crate::api::types;
-pub use client::{ClientError, ClientView};
+pub use client::{ClientView, UnknownClient};
 
 /// A connect that somebody asks about.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
