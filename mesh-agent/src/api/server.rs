@@ -1,6 +1,5 @@
 //! The serving end: HTTP over the agent's socket, read-only, generic over what it shows.
 
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -230,8 +229,8 @@ async fn explain<V: View>(
 
 // === errors ===
 
-impl From<crate::explain::ClientError> for ViewError {
-    fn from(error: crate::explain::ClientError) -> Self {
+impl From<crate::explain::UnknownClient> for ViewError {
+    fn from(error: crate::explain::UnknownClient) -> Self {
         Self::BadRequest(error.to_string())
     }
 }

@@ -62,7 +62,7 @@ impl Cgroup {
         Self::find(directory, &Mounts::read().map_err(CgroupError::Mounts)?)
     }
 
-    fn find(named: &Path, mounts: &Mounts) -> Result<Self, CgroupError> {
+    pub(super) fn find(named: &Path, mounts: &Mounts) -> Result<Self, CgroupError> {
         let hint = || Hint(mounts.points("cgroup2").map(Path::to_path_buf).collect());
         let missing =
             |source| CgroupError::Missing { directory: named.to_path_buf(), source, hint: hint() };

@@ -12,24 +12,19 @@ use super::cgroup::Cgroup;
 use super::mounts::Mounts;
 use crate::dataplane::sys::attached::{Hook, program_ids};
 
+/// How the names of this project's programs begin.
+const OWN: &str = "mesh_";
+
 /// One line for the cgroup and all its ancestors. Never required: others may be there with good
 /// reason.
 pub(super) fn checks(mounts: &Mounts, named: Option<&Path>) -> Option<Check> {
     let named = named.or_else(|| mounts.points("cgroup2").next())?;
     // What is wrong with the directory is said by its own check.
-    let cgroup = Cgroup::open(named).ok()?;
+    let cgroup = Cgroup::find(named, mounts).ok()?;
     let top = mounts.holding(&cgroup.directory)?.point.clone();
     let name = "other programs";
     let check = match attached(&cgroup.directory, &top) {
-        Ok(found) if found.is_empty() => {
-            Check::good(name, format!("none on {} and above", cgroup.directory.display()))
-        }
-        Ok(found) => Check::bad(
-            name,
-            describe(&found, &names()),
-            "make sure that they leave the addresses of \
-                 your services alone; `bpftool cgroup tree` shows them",
-        ),
+        Ok(found) => judge(name, &cgroup.directory, found, &names()),
         Err(error) => Check::bad(
             name,
             format!("{} cannot be asked: {error}", cgroup.directory.display()),
@@ -37,6 +32,25 @@ pub(super) fn checks(mounts: &Mounts, named: Option<&Path>) -> Option<Check> {
         ),
     };
     Some(check.optional())
+}
+
+/// An agent's own programs are as they should be; others are named.
+fn judge(name: &str, directory: &Path, found: Found, names: &HashMap<u32, String>) -> Check {
+    let (own, others): (Found, Found) = found
+        .into_iter()
+        .partition(|((_, id), _)| names.get(id).is_some_and(|name| name.starts_with(OWN)));
+    match (own.is_empty(), others.is_empty()) {
+        (true, true) => Check::good(name, format!("none on {} and above", directory.display())),
+        (false, true) => {
+            Check::good(name, format!("only an agent's own: {}", describe(&own, names)))
+        }
+        (_, false) => Check::bad(
+            name,
+            describe(&others, names),
+            "make sure that they leave the addresses of your services alone; `bpftool cgroup tree` \
+             shows them",
+        ),
+    }
 }
 
 /// A cgroup directory and a program's id, with the hooks where it is attached there.
@@ -97,5 +111,16 @@ mod tests {
             "cil_sock4 (id 7) at connect4, connect6 of /c; \
              (name unknown) (id 9) at getpeername4 of /c/web"
         );
+    }
+
+    #[test]
+    fn our_own_are_no_cause_for_concern() {
+        let found = Found::from([(("/c".into(), 7), vec![Hook::Connect4])]);
+        let judged = |name: &str| {
+            let names = HashMap::from([(7, name.to_owned())]);
+            judge("x", Path::new("/c"), found.clone(), &names).ok
+        };
+        assert!(judged("mesh_connect4"));
+        assert!(!judged("cil_sock4_connect"));
     }
 }

@@ -32,8 +32,8 @@ const HELPERS: [(BpfHelper, &str); 3] = [
 ];
 
 const TOO_OLD: &str = "run Linux 5.18 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF";
-const DENIED: &str =
-    "needs CAP_BPF and CAP_NET_ADMIN, and in a container a seccomp profile with bpf";
+const DENIED: &str = "needs CAP_BPF and CAP_NET_ADMIN in the first user namespace, and in a \
+                      container a seccomp profile that allows bpf";
 
 /// Everything about the kernel, and the programs in this binary.
 pub(super) fn checks(mounts: &Mounts, object: &[u8]) -> Vec<Check> {

@@ -22,7 +22,7 @@ pub struct ClientView {
 
 /// Why `--from` names nobody. Each is for people, and says what to do.
 #[derive(Debug, thiserror::Error)]
-pub enum ClientError {
+pub enum UnknownClient {
     /// The number is no process.
     #[error("no process {0}: it has ended, or is in another PID namespace; see `ps -e`")]
     NoProcess(u32),
@@ -54,7 +54,7 @@ impl ClientView {
     /// # Errors
     ///
     /// When it does not exist or cannot be looked at.
-    pub fn resolve(from: &str, balanced: &Path) -> Result<Self, ClientError> {
+    pub fn resolve(from: &str, balanced: &Path) -> Result<Self, UnknownClient> {
         let balanced = Cgroup::open(balanced)?;
         let (name, cgroup) = if let Ok(pid) = from.parse() {
             process(pid)?
@@ -62,7 +62,7 @@ impl ClientView {
             let cgroup = Cgroup::open(Path::new(from))?;
             (format!("cgroup {}", cgroup.directory.display()), cgroup.path)
         } else {
-            return Err(ClientError::Neither(from.into()));
+            return Err(UnknownClient::Neither(from.into()));
         };
         let inside = balanced.contains(&cgroup);
         Ok(Self { name, cgroup, balanced: balanced.path, inside })
@@ -82,16 +82,20 @@ impl ClientView {
 }
 
 /// A process, and its place in the hierarchy.
-fn process(pid: u32) -> Result<(String, PathBuf), ClientError> {
+fn process(pid: u32) -> Result<(String, PathBuf), UnknownClient> {
     let read = |file: &str| {
         fs::read(format!("/proc/{pid}/{file}")).map_err(|source| {
             // A process that ends while it is read gives ESRCH.
             let gone = source.kind() == io::ErrorKind::NotFound
                 || source.raw_os_error() == Some(libc::ESRCH);
-            if gone { ClientError::NoProcess(pid) } else { ClientError::Process { pid, source } }
+            if gone {
+                UnknownClient::NoProcess(pid)
+            } else {
+                UnknownClient::Process { pid, source }
+            }
         })
     };
-    let cgroup = unified(&read("cgroup")?).ok_or(ClientError::NoCgroup2(pid))?;
+    let cgroup = unified(&read("cgroup")?).ok_or(UnknownClient::NoCgroup2(pid))?;
     let name = format!("pid {pid} ({})", String::from_utf8_lossy(&read("comm")?).trim_end());
     Ok((name, cgroup))
 }
@@ -120,8 +124,23 @@ mod tests {
     #[test]
     fn a_process_that_does_not_exist_is_said_to() {
         // The largest process id is 2^22.
-        assert!(matches!(process(1 << 23), Err(ClientError::NoProcess(_))));
+        assert!(matches!(process(1 << 23), Err(UnknownClient::NoProcess(_))));
         let (name, _) = process(std::process::id()).expect("this process");
         assert!(name.starts_with(&format!("pid {} (", std::process::id())), "{name}");
+    }
+
+    #[test]
+    fn this_process_is_below_the_mount_point() {
+        let mounts = crate::check::mounts::Mounts::read().expect("procfs");
+        let top = mounts.points("cgroup2").next().expect("cgroup2 is mounted");
+        let client = ClientView::resolve(&std::process::id().to_string(), top).expect("found");
+        assert!(client.inside, "{client:?}");
+        let client = ClientView::resolve(&top.display().to_string(), top).expect("found");
+        assert!(client.inside, "{client:?}");
+        for (from, words) in [("web", "neither"), ("/proc", "not a cgroup2"), ("/none", "No such")]
+        {
+            let error = ClientView::resolve(from, top).expect_err(from).to_string();
+            assert!(error.contains(words), "{error}");
+        }
     }
 }

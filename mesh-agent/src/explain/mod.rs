@@ -1,6 +1,6 @@
 //! What a connect would do, and why, in plain words.
 //!
-//! The decision itself is [`mesh_common::translate`], the same code that the kernel runs, on the
+//! The decision itself is [`mesh_common::translate()`], the same code that the kernel runs, on the
 //! agent's view of the same tables; this module only watches it and says what it saw.
 
 pub mod client;
@@ -14,7 +14,7 @@ use mesh_common::{
 };
 
 use crate::api::types;
-pub use client::{ClientError, ClientView};
+pub use client::{ClientView, UnknownClient};
 
 /// A connect that somebody asks about.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

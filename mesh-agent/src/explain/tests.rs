@@ -155,6 +155,25 @@ fn refusals_carry_their_reason() {
     let explanation = explain(query("10.96.0.10:81"), None, &tables, &names);
     assert_eq!(explanation.answer, refused(Reason::NoService));
     assert_eq!(explanation.service, None);
+
+    let address = FrontendKey::address_only(key_of(ORDERS).addr);
+    tables.frontends.insert(address, FrontendValue::default());
+    let explanation = explain(query("10.96.0.10:81"), None, &tables, &names);
+    assert_eq!(explanation.answer, refused(Reason::NoPort));
+}
+
+/// An endpoint that no draw can reach is no candidate, also when it has a slot.
+#[test]
+fn weight_zero_in_the_table_is_left_out() {
+    let mut tables = Memory::default();
+    let weights = [("10.0.0.1:80", 0), ("10.0.0.2:80", 1)];
+    tables.serve(key_of(ORDERS), &weights, Reason::NoEndpoint);
+    let names = Known(
+        weights.iter().map(|(address, weight)| backend(address, State::Healthy, *weight)).collect(),
+    );
+    let explanation = explain(query(ORDERS), None, &tables, &names);
+    assert_eq!(detail(&explanation, "candidates"), Some("1 of 2 endpoints can be chosen"));
+    assert_eq!(detail(&explanation, "left out"), Some("10.0.0.1:80: weight 0"));
 }
 
 #[test]

@@ -102,7 +102,7 @@ impl Story {
             let found = match table.len() {
                 0 => "empty: no endpoint can be chosen".into(),
                 1 => "1 slot".into(),
-                len => format!("{len} slots, one for each endpoint that can be chosen"),
+                len => format!("{len} slots"),
             };
             self.step("table", found);
         }
@@ -147,19 +147,18 @@ impl Story {
     /// Which backends can be chosen, and why the others cannot.
     fn candidates(&mut self, shares: &[(Slot, f64)]) {
         let share = |wanted: SocketAddr| {
-            let mut of_it = shares.iter().filter(|(slot, _)| address(slot) == wanted).peekable();
-            of_it.peek()?;
-            Some(of_it.map(|(_, share)| share).sum::<f64>())
+            let of_it = shares.iter().filter(|(slot, _)| address(slot) == wanted);
+            of_it.map(|(_, share)| share).sum::<f64>()
         };
         let backends = std::mem::take(&mut self.backends);
         let (inside, outside): (Vec<_>, Vec<_>) =
-            backends.iter().partition(|backend| share(backend.address).is_some());
+            backends.iter().partition(|backend| share(backend.address) > 0.0);
         self.explanation.candidates = backends
             .iter()
             .map(|backend| Candidate {
                 address: backend.address.to_string(),
                 state: backend.state.name().into(),
-                score: share(backend.address).unwrap_or(0.0),
+                score: share(backend.address),
             })
             .collect();
         // In the table, but no longer (or not yet) known by name.
@@ -173,7 +172,9 @@ impl Story {
             }
         }
         if !shares.is_empty() {
-            let (can, all) = (shares.len(), self.explanation.candidates.len());
+            let candidates = &self.explanation.candidates;
+            let can = candidates.iter().filter(|candidate| candidate.score > 0.0).count();
+            let all = candidates.len();
             self.step("candidates", format!("{can} of {all} endpoints can be chosen"));
         }
         if !outside.is_empty() {
