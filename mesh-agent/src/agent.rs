@@ -9,8 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -25,6 +23,9 @@ use crate::health::Monitor;
 
 /// How long a source that does not answer can delay the start.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often what the programs log is read.
+const LOG_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How many messages of sources may wait for the engine.
 const EVENTS: usize = 64;
@@ -114,21 +115,14 @@ fn refuse_second(cgroup: &Path) -> anyhow::Result<()> {
 
 /// Hands what the kernel programs log to `tracing`, through the `log` crate.
 fn follow_log(programs: &mut Programs, cancel: &CancellationToken) -> anyhow::Result<()> {
-    let logger = programs.logger().context("opening the programs' log")?;
-    let mut logger = AsyncFd::with_interest(logger, Interest::READABLE)?;
+    let mut logger = programs.logger().context("opening the programs' log")?;
     let cancel = cancel.clone();
     tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                () = cancel.cancelled() => return,
-                ready = logger.readable_mut() => match ready {
-                    Err(error) => return tracing::warn!(%error, "the programs' log ended"),
-                    Ok(mut ready) => {
-                        ready.get_inner_mut().flush();
-                        ready.clear_ready();
-                    }
-                }
-            }
+        // Read from time to time instead of by events: it is for debugging, and a ring that is
+        // full drops what comes.
+        let mut tick = tokio::time::interval(LOG_INTERVAL);
+        while cancel.run_until_cancelled(tick.tick()).await.is_some() {
+            logger.flush();
         }
     });
     Ok(())

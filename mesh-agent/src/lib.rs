@@ -4,6 +4,7 @@
 //! ([`dataplane`]) → kernel. A source never writes a map, the compiler never does I/O, the
 //! reconciler never decides policy.
 
+pub mod agent;
 pub mod api;
 pub mod catalog;
 pub mod check;

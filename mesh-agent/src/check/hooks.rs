@@ -75,6 +75,21 @@ fn attached(directory: &Path, top: &Path) -> io::Result<Found> {
     Ok(found)
 }
 
+/// The programs of this project that balance sockets of this cgroup: on it or on an ancestor.
+///
+/// # Errors
+///
+/// When the table of mounts cannot be read, or a cgroup cannot be asked.
+pub fn ours(directory: &Path) -> io::Result<Vec<(PathBuf, u32)>> {
+    let mounts = Mounts::read()?;
+    let Some(top) = mounts.holding(directory).map(|mount| mount.point.clone()) else {
+        return Ok(Vec::new());
+    };
+    let names = names();
+    let own = |id: &u32| names.get(id).is_some_and(|name| name.starts_with("mesh_connect"));
+    Ok(attached(directory, &top)?.into_keys().filter(|(_, id)| own(id)).collect())
+}
+
 /// The names of the loaded programs by id; empty without `CAP_SYS_ADMIN`.
 fn names() -> HashMap<u32, String> {
     loaded_programs()

@@ -12,15 +12,16 @@ use aya_obj::generated::BPF_F_MMAPABLE;
 
 use super::Check;
 use super::mounts::Mounts;
+use crate::dataplane::load::{self, LoadError};
 
-/// Maps that the agent makes, or will make, with what they hold.
-const MAPS: [(MapType, &str, bool); 6] = [
-    (MapType::Hash, "hash", true),
-    (MapType::LpmTrie, "LPM trie", true),
-    (MapType::SkStorage, "socket storage", true),
-    (MapType::PerCpuArray, "per-CPU array", true),
-    (MapType::ArrayOfMaps, "array of maps", false),
-    (MapType::RingBuf, "ring buffer", false),
+/// Maps that the agent makes.
+const MAPS: [(MapType, &str); 6] = [
+    (MapType::Hash, "hash"),
+    (MapType::LpmTrie, "LPM trie"),
+    (MapType::SkStorage, "socket storage"),
+    (MapType::PerCpuArray, "per-CPU array"),
+    (MapType::ArrayOfMaps, "array of maps"),
+    (MapType::RingBuf, "ring buffer"),
 ];
 
 /// Helpers that the connect programs call. `bpf_set_retval` (Linux 5.18) is the youngest, and
@@ -36,13 +37,10 @@ const DENIED: &str = "needs CAP_BPF and CAP_NET_ADMIN in the first user namespac
                       container a seccomp profile that allows bpf";
 
 /// Everything about the kernel, and the programs in this binary.
-pub(super) fn checks(mounts: &Mounts, object: &[u8]) -> Vec<Check> {
+pub(super) fn checks(mounts: &Mounts) -> Vec<Check> {
     let mut checks =
-        vec![Check::good("kernel", release()).optional(), btf(), bpffs(mounts), embedded(object)];
-    checks.extend(MAPS.map(|(kind, name, required)| {
-        let check = probed(&format!("map: {name}"), is_map_supported(kind));
-        if required { check } else { check.optional() }
-    }));
+        vec![Check::good("kernel", release()).optional(), btf(), bpffs(mounts), programs()];
+    checks.extend(MAPS.map(|(kind, name)| probed(&format!("map: {name}"), is_map_supported(kind))));
     checks.push(mappable());
     checks.push(probed("program: connect", is_program_supported(ProgramType::CgroupSockAddr)));
     checks.extend(HELPERS.map(|(helper, name)| {
@@ -114,20 +112,20 @@ fn bpffs(mounts: &Mounts) -> Check {
     check.optional()
 }
 
-/// The kernel programs inside this binary.
-fn embedded(object: &[u8]) -> Check {
+/// The kernel programs inside this binary: loaded, which is what the kernel's verifier says to
+/// them, and let go again.
+fn programs() -> Check {
     const NAME: &str = "kernel programs";
-    const BUILD: &str = "build the agent with `cargo xtask build`";
-    if object.is_empty() {
-        return Check::bad(NAME, "this binary was built without them", BUILD);
-    }
-    match aya_obj::Object::parse(object) {
-        Ok(object) => {
-            let mut names: Vec<_> = object.programs.into_keys().collect();
-            names.sort();
-            Check::good(NAME, names.join(", "))
+    match load::load(load::Options::default()) {
+        Ok(_) => Check::good(NAME, load::PROGRAMS.map(|(name, _)| name).join(", ")),
+        Err(error @ (LoadError::NoObject | LoadError::Abi { .. })) => Check::bad(
+            NAME,
+            error.to_string(),
+            "build the agent with `cargo xtask build --release`",
+        ),
+        Err(error) => {
+            Check::bad(NAME, error.to_string(), "mend what the other lines of this table name")
         }
-        Err(error) => Check::bad(NAME, format!("damaged: {}", cause(&error)), BUILD),
     }
 }
 
@@ -141,12 +139,5 @@ mod tests {
         assert!(!denied.ok);
         assert_eq!(denied.advice, DENIED);
         assert_eq!(probed::<std::io::Error>("x", Ok(false)).advice, TOO_OLD);
-    }
-
-    #[test]
-    fn a_damaged_object_is_found() {
-        assert!(!embedded(b"").ok);
-        let damaged = embedded(b"\x7fELF");
-        assert!(!damaged.ok && damaged.detail.starts_with("damaged"), "{damaged:?}");
     }
 }

@@ -2,7 +2,7 @@
 //! of its version number: distributions move features between versions.
 
 pub mod cgroup;
-mod hooks;
+pub mod hooks;
 mod kernel;
 pub mod mounts;
 mod privileges;
@@ -28,18 +28,10 @@ pub struct Check {
     pub advice: String,
 }
 
-/// What the questions are about.
-#[derive(Clone, Copy, Debug)]
-pub struct Subject<'a> {
-    /// The cgroup that is to be balanced, when one is named.
-    pub cgroup: Option<&'a Path>,
-    /// The kernel object inside this binary; empty when it was built without one.
-    pub object: &'a [u8],
-}
-
-/// Asks everything, in the order in which somebody would repair it.
+/// Asks everything, in the order in which somebody would repair it. `cgroup` is the one that is to
+/// be balanced, when one is named.
 #[must_use]
-pub fn run(subject: Subject<'_>) -> Vec<Check> {
+pub fn run(cgroup: Option<&Path>) -> Vec<Check> {
     let mut checks = privileges::checks();
     let mounts = match Mounts::read() {
         Ok(mounts) => mounts,
@@ -52,9 +44,9 @@ pub fn run(subject: Subject<'_>) -> Vec<Check> {
             Mounts::default()
         }
     };
-    checks.extend(cgroup::checks(&mounts, subject.cgroup));
-    checks.extend(kernel::checks(&mounts, subject.object));
-    checks.extend(hooks::checks(&mounts, subject.cgroup));
+    checks.extend(cgroup::checks(&mounts, cgroup));
+    checks.extend(kernel::checks(&mounts));
+    checks.extend(hooks::checks(&mounts, cgroup));
     checks
 }
 
@@ -113,7 +105,7 @@ mod tests {
     /// Whatever this machine lacks, each question gets an answer, and a bad one an advice.
     #[test]
     fn every_question_is_answered() {
-        let checks = run(Subject { cgroup: None, object: &[] });
+        let checks = run(None);
         for check in &checks {
             assert!(!check.detail.is_empty(), "{check:?}");
             assert!(check.ok || !check.advice.is_empty(), "{check:?}");

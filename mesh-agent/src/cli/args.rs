@@ -103,6 +103,10 @@ pub(super) struct RunArgs {
     /// Where programs and maps are pinned (this version pins nothing)
     #[arg(long, value_name = "DIR")]
     pub(super) pin_dir: Option<PathBuf>,
+    /// Have the kernel programs log each connect that they refuse; for debugging, as it makes them
+    /// slower
+    #[arg(long)]
+    pub(super) log_refusals: bool,
 }
 
 /// Arguments of `check`.

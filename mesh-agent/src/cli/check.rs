@@ -6,11 +6,8 @@ use super::args::CheckArgs;
 use super::failure::Failure;
 use super::output::Output;
 use super::tables;
-use crate::check::{self, Check, Subject};
+use crate::check::{self, Check};
 use crate::config::{Config, DEFAULT_FILE};
-
-/// The kernel programs inside this binary: it is built without any.
-const OBJECT: &[u8] = &[];
 
 pub(super) fn check(args: &CheckArgs, output: &Output) -> Result<(), Failure> {
     let (file, config) = match Config::load(args.config.as_deref()) {
@@ -26,7 +23,7 @@ pub(super) fn check(args: &CheckArgs, output: &Output) -> Result<(), Failure> {
         }
     };
     let cgroup = args.cgroup.clone().or(config.cgroup);
-    let mut checks = check::run(Subject { cgroup: cgroup.as_deref(), object: OBJECT });
+    let mut checks = check::run(cgroup.as_deref());
     checks.insert(0, file);
     output.print(&checks, |checks, style| tables::checks(checks, style))?;
     if check::passed(&checks) {

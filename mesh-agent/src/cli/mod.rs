@@ -19,14 +19,13 @@ use clap::{CommandFactory as _, Parser as _};
 use self::args::{Cli, Command};
 use self::failure::Failure;
 use self::output::{Output, Style};
-use crate::config::Config;
 
-/// Parses the arguments of this process and does what they say. `agent` is what `run` runs, until
-/// it is told to stop; it gets a configuration whose `cgroup` is there and is a cgroup2 directory.
-pub fn main(agent: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
+/// Parses the arguments of this process and does what they say.
+#[must_use]
+pub fn main() -> ExitCode {
     // Wrong usage ends here, with exit status 2.
     let cli = Cli::parse();
-    match execute(cli, agent) {
+    match execute(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if let Some(message) = failure.message() {
@@ -37,15 +36,11 @@ pub fn main(agent: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
     }
 }
 
-fn execute(cli: Cli, agent: impl FnOnce(Config) -> anyhow::Result<()>) -> Result<(), Failure> {
+fn execute(cli: Cli) -> Result<(), Failure> {
     let Cli { socket, output: format, command } = cli;
     let output = Output::new(format, Style::of_stdout(format));
     match command {
-        Command::Run(args) => {
-            let config = run::config(args, socket)?;
-            run::log();
-            agent(config).map_err(|error| Failure::failed(format!("{error:#}")))
-        }
+        Command::Run(args) => run::run(args, socket),
         Command::Check(args) => check::check(&args, &output),
         Command::Cleanup(args) => cleanup::cleanup(args, socket, &output),
         Command::Completions { shell } => {

@@ -3,16 +3,32 @@
 use std::io::{self, IsTerminal as _};
 use std::path::{Path, PathBuf};
 
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
 use super::args::RunArgs;
 use super::failure::Failure;
+use crate::agent;
 use crate::check::cgroup::Cgroup;
 use crate::check::mounts::Mounts;
 use crate::config::Config;
+use crate::dataplane::load::Options;
+
+/// Runs the agent until it is told to stop.
+pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure> {
+    let options = Options { log: args.log_refusals };
+    let config = config(args, socket)?;
+    log(options);
+    let runtime = Runtime::new().map_err(|error| {
+        Failure::failed(format!("cannot start threads: {error}; look at `ulimit -u`"))
+    })?;
+    runtime
+        .block_on(agent::run(config, options))
+        .map_err(|error| Failure::failed(format!("{error:#}")))
+}
 
 /// The configuration of this run: flags win over the file. Its `cgroup` is there.
-pub(super) fn config(args: RunArgs, socket: Option<PathBuf>) -> Result<Config, Failure> {
+fn config(args: RunArgs, socket: Option<PathBuf>) -> Result<Config, Failure> {
     let mut config = Config::load(args.config.as_deref()).map_err(Failure::failed)?;
     let take = |flag: Option<PathBuf>, value: &mut PathBuf| {
         if let Some(flag) = flag {
@@ -43,8 +59,10 @@ fn mount_point() -> PathBuf {
 }
 
 /// Logs to standard error; `RUST_LOG` says how much.
-pub(super) fn log() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+fn log(options: Options) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        EnvFilter::new(if options.log { "info,mesh_ebpf=debug" } else { "info" })
+    });
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     // A second call, as in tests, keeps the first subscriber.
     let _ = tracing_subscriber::fmt()
@@ -60,7 +78,13 @@ mod tests {
     use super::*;
 
     fn args(config: PathBuf, cgroup: Option<PathBuf>) -> RunArgs {
-        RunArgs { config: Some(config), cgroup, state_dir: Some("/flag".into()), pin_dir: None }
+        RunArgs {
+            config: Some(config),
+            cgroup,
+            state_dir: Some("/flag".into()),
+            pin_dir: None,
+            log_refusals: false,
+        }
     }
 
     #[test]

@@ -115,19 +115,13 @@ pub struct Programs {
 ///
 /// When the kernel, the container or the binary lacks something.
 pub fn load(options: Options) -> Result<(Programs, KernelMaps, Grace), LoadError> {
-    if OBJECT.is_empty() {
-        return Err(LoadError::NoObject);
-    }
-    let found = abi(OBJECT);
-    if found != Some(ABI_VERSION) {
-        return Err(LoadError::Abi { found });
-    }
+    let object = object(OBJECT)?;
     // Level 0 lets the verifier prune every log statement.
     let level: u8 = if options.log { aya_log::Level::Debug as u8 } else { 0 };
     let mut ebpf = EbpfLoader::new()
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global(aya_log::LEVEL, &level, false)
-        .load(OBJECT)
+        .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
     for (program, _) in PROGRAMS {
         hook(&mut ebpf, program)
@@ -184,6 +178,18 @@ impl Programs {
     }
 }
 
+/// The object with its layout version checked.
+fn object(bytes: &[u8]) -> Result<&[u8], LoadError> {
+    if bytes.is_empty() {
+        return Err(LoadError::NoObject);
+    }
+    let found = abi(bytes);
+    if found != Some(ABI_VERSION) {
+        return Err(LoadError::Abi { found });
+    }
+    Ok(bytes)
+}
+
 fn hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, ProgramError> {
     ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
 }
@@ -195,4 +201,21 @@ fn abi(elf: &[u8]) -> Option<u32> {
     let section = object.section_by_index(symbol.section_index()?).ok()?;
     let bytes = section.data_range(symbol.address(), 4).ok()??;
     bytes.try_into().ok().map(u32::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_that_is_missing_or_foreign_is_told_apart() {
+        assert!(matches!(object(b""), Err(LoadError::NoObject)));
+        assert!(matches!(object(b"\x7fELF"), Err(LoadError::Abi { found: None })));
+    }
+
+    /// Whatever is embedded is of this agent's version.
+    #[test]
+    fn the_embedded_object_is_ours() {
+        assert!(matches!(object(OBJECT), Ok(_) | Err(LoadError::NoObject)));
+    }
 }

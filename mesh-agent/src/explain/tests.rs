@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use mesh_common::{Addr, Reason, alias};
+use mesh_common::{Addr, Reason, Word, alias};
 
 use super::*;
 use crate::api::types::Answer;
@@ -40,8 +40,13 @@ impl Memory {
             });
         }
         let service = u32::try_from(self.services.len()).expect("few");
-        self.services.push(Service { table: table.0.into(), key, generation: 1.into() });
-        self.frontends.insert(key, FrontendValue { service, generation: 1 });
+        self.services.push(Service {
+            table: Word::new(table.0),
+            generation: Word::new(1),
+            key,
+            pad: 0,
+        });
+        self.frontends.insert(key, FrontendValue { service, pad: 0, generation: 1 });
     }
 }
 
