@@ -29,11 +29,11 @@ pub trait Tables {
 
 /// What is to be done with a connect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Verdict {
+pub enum Verdict<'t> {
     /// Not ours: do not touch it.
     Pass,
-    /// Go to this backend.
-    Balance(Slot),
+    /// Go to this backend. The slot stays as it is for as long as the program runs.
+    Balance(&'t Slot),
     /// Fail with `ECONNREFUSED`, for this reason.
     Refuse(Reason),
 }
@@ -51,50 +51,62 @@ pub enum Verdict {
 /// * Slots are overwritten while they are read: they are not. An extent, a record and a backend id
 ///   are used again only after a grace period that waits for every running program.
 #[inline(always)]
-pub fn translate<T: Tables>(tables: &T, key: &FrontendKey) -> Verdict {
+pub fn translate<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t> {
     for _ in 0..ATTEMPTS {
         let Some(value) = tables.frontend(key) else { return unknown(tables, key) };
-        if let Some(verdict) = attempt(tables, key, value) {
-            return verdict;
+        // An index out of range can only come from a torn value.
+        if let Some(service) = tables.service(value.service) {
+            let table = service.table();
+            let choice = choose(tables, table);
+            if service.generation() == value.generation
+                && service.key == *key
+                && service.table() == table
+            {
+                return choice.verdict();
+            }
         }
         tables.retried();
     }
     Verdict::Refuse(Reason::Contended)
 }
 
-/// One attempt; nothing when the tables changed meanwhile.
-#[inline(always)]
-fn attempt<T: Tables>(tables: &T, key: &FrontendKey, value: FrontendValue) -> Option<Verdict> {
-    // An index out of range can only come from a torn value.
-    let service = tables.service(value.service)?;
-    let table = service.table();
-    let verdict = choose(tables, table);
-    let unchanged =
-        service.generation() == value.generation && service.key == *key && service.table() == table;
-    unchanged.then_some(verdict)
+/// What a table says. Both fields always have a value: the payload of an enum that is alive across
+/// the end of a loop becomes a register that the verifier finds uninitialised.
+struct Choice<'t> {
+    slot: Option<&'t Slot>,
+    /// Why there is no slot.
+    reason: Reason,
+}
+
+impl<'t> Choice<'t> {
+    #[inline(always)]
+    fn verdict(self) -> Verdict<'t> {
+        match self.slot {
+            Some(slot) => Verdict::Balance(slot),
+            None => Verdict::Refuse(self.reason),
+        }
+    }
 }
 
 #[inline(always)]
-fn choose<T: Tables>(tables: &T, table: crate::Table) -> Verdict {
+fn choose<T: Tables>(tables: &T, table: crate::Table) -> Choice<'_> {
     if table.is_empty() {
-        return Verdict::Refuse(table.reason());
+        return Choice { slot: None, reason: table.reason() };
     }
     let (column, position) = alias::column(tables.random(), table.len());
-    let Some(slot) = tables.slot(table.base().wrapping_add(column)) else {
-        return Verdict::Refuse(Reason::Corrupt);
-    };
-    if position < slot.threshold || slot.alias == column {
-        return Verdict::Balance(*slot);
+    let mut slot = tables.slot(table.base().wrapping_add(column));
+    if let Some(own) = slot
+        && position >= own.threshold
+        && own.alias != column
+    {
+        slot = tables.slot(table.base().wrapping_add(own.alias));
     }
-    match tables.slot(table.base().wrapping_add(slot.alias)) {
-        Some(slot) => Verdict::Balance(*slot),
-        None => Verdict::Refuse(Reason::Corrupt),
-    }
+    Choice { slot, reason: Reason::Corrupt }
 }
 
 /// The address and port are no frontend.
 #[inline(always)]
-fn unknown<T: Tables>(tables: &T, key: &FrontendKey) -> Verdict {
+fn unknown<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t> {
     if !tables.is_virtual(&key.addr) {
         return Verdict::Pass;
     }

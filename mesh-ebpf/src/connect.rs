@@ -45,7 +45,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: Protocol::Tcp as u8, pad: 0 };
     match translate(&Maps, &key) {
         Verdict::Pass => pass(ctx),
-        Verdict::Balance(slot) => balance::<F>(ctx, key, &slot),
+        Verdict::Balance(slot) => balance::<F>(ctx, key, slot),
         Verdict::Refuse(reason) => refuse(ctx, &key, reason),
     }
 }

@@ -82,7 +82,7 @@ pub fn explain(
         Verdict::Pass => story.passed(),
         Verdict::Balance(slot) => {
             let shares = traced.shares();
-            story.balanced(&slot, &shares)
+            story.balanced(slot, &shares)
         }
         Verdict::Refuse(reason) => story.refused(reason),
     }
