@@ -110,8 +110,12 @@ pub fn histogram(node: &Node, address: &str, times: u32) -> Result<BTreeMap<Stri
     printed(command)
 }
 
-/// What a client has printed as JSON.
-fn printed<T: DeserializeOwned>(command: Command) -> Result<T> {
+/// What a command prints as JSON; it must succeed.
+///
+/// # Errors
+///
+/// It fails, or prints something else.
+pub fn printed<T: DeserializeOwned>(command: Command) -> Result<T> {
     let text = process::stdout(command)?;
     serde_json::from_str(&text).with_context(|| format!("mesh-client printed {text}"))
 }
