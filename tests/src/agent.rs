@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -130,16 +130,17 @@ impl Agent {
         let (socket, mut last) = (self.directory.join("agent.sock"), String::new());
         until("the agent to be ready", LIMIT, || {
             if let Some(status) = process.ended()? {
-                bail!("the agent ended ({status}):\n{}", log.tail());
+                let error = anyhow!("the agent ended ({status}):\n{}", log.tail());
+                return Ok(Some(Err(error)));
             }
             match get::<Status>(&socket, "/v1/status") {
-                Ok(status) if status.ready => return Ok(Some(())),
+                Ok(status) if status.ready => return Ok(Some(Ok(()))),
                 Ok(status) => last = format!("{:?}", status.reasons),
                 Err(error) => last = format!("{error:#}"),
             }
             Ok(None)
         })
-        .with_context(|| format!("last answer: {last}\n{}", log.tail()))
+        .with_context(|| format!("last answer: {last}\n{}", log.tail()))?
     }
 
     /// `mesh-agent run` with this agent's file, in the namespace but outside the cgroup.

@@ -2,13 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::de::DeserializeOwned;
 
 use crate::client::Outcome;
 use crate::node::Node;
-use crate::process;
+use crate::storm::{Connect, Report};
+use crate::{process, storm};
 
 /// Connects after which one of up to four backends of equal weight has been missed with a
 /// probability of less than 1e-11.
@@ -73,8 +76,18 @@ pub fn ask_outside(node: &Node, way: &str, address: &str) -> Result<Outcome> {
 
 fn ask_by(mut command: Command, way: &str, address: &str) -> Result<Outcome> {
     command.args(["ask", "--way", way, address]);
-    let text = process::stdout(command)?;
-    serde_json::from_str(&text).with_context(|| format!("mesh-client printed {text}"))
+    printed(command)
+}
+
+/// Connects one socket to `first` and then to `second`, see [`crate::client::reconnect`].
+///
+/// # Errors
+///
+/// The client cannot be run. A connect that fails is an [`Outcome`].
+pub fn reconnect(node: &Node, first: &str, second: &str) -> Result<[Outcome; 2]> {
+    let mut command = mesh_client(node)?;
+    command.args(["reconnect", first, second]);
+    printed(command)
 }
 
 /// Who answers, by a blocking connect; fails when nobody does.
@@ -94,8 +107,52 @@ pub fn who(node: &Node, address: &str) -> Result<String> {
 pub fn histogram(node: &Node, address: &str, times: u32) -> Result<BTreeMap<String, u32>> {
     let mut command = mesh_client(node)?;
     command.args(["histogram", address, &times.to_string()]);
+    printed(command)
+}
+
+/// What a command prints as JSON; it must succeed.
+///
+/// # Errors
+///
+/// It fails, or prints something else.
+pub fn printed<T: DeserializeOwned>(command: Command) -> Result<T> {
     let text = process::stdout(command)?;
     serde_json::from_str(&text).with_context(|| format!("mesh-client printed {text}"))
+}
+
+/// A client that connects without pause, balanced, until it is told to stop. Should a test fail
+/// before, it ends with the node's cgroup.
+#[derive(Debug)]
+pub struct Storm {
+    child: Child,
+    record: PathBuf,
+}
+
+impl Storm {
+    /// Starts it.
+    ///
+    /// # Errors
+    ///
+    /// The client cannot be run.
+    pub fn start(node: &Node, address: &str) -> Result<Self> {
+        let record = node.directory().join("storm");
+        let mut command = mesh_client(node)?;
+        command.args(["storm", address, "--bound", "300", "--record"]).arg(&record);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        Ok(Self { child, record })
+    }
+
+    /// Stops it; gives what came of it, and the connects that were answered by their start.
+    ///
+    /// # Errors
+    ///
+    /// The client failed otherwise than in connecting.
+    pub fn finish(mut self) -> Result<(Report, Vec<Connect>)> {
+        drop(self.child.stdin.take());
+        let output = self.child.wait_with_output()?;
+        ensure!(output.status.success(), "the storm failed: {output:?}");
+        Ok((serde_json::from_slice(&output.stdout)?, storm::read(&self.record)?))
+    }
 }
 
 /// Connects, and demands that it is refused, and counted for this reason and no other.

@@ -2,9 +2,9 @@
 //! test ends with its control: with the agent stopped the same program must fail.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use mesh_tests::client::Outcome;
 use mesh_tests::server::Kind;
 use mesh_tests::{Builder, Node, Service, check, process};
 
@@ -53,14 +53,22 @@ fn python_asyncio() -> Result<()> {
     })
 }
 
+/// Nothing that is preloaded into a C library can balance such a program; Go makes the same kind.
 #[test]
 fn a_static_binary() -> Result<()> {
-    let mut node = three(Kind::Plain, 80).start()?;
-    let program = build_static(node.directory())?;
-    check::balanced(&mut node, &NAMES, |node| {
+    // Built by `cargo xtask test`.
+    let program = process::binary("mesh-client-static")?;
+    let image = std::fs::read(&program)?;
+    let interpreter = b"ld-linux";
+    ensure!(
+        !image.windows(interpreter.len()).any(|window| window == interpreter),
+        "{} asks for a dynamic linker",
+        program.display()
+    );
+    check::balanced(&mut three(Kind::Plain, 80).start()?, &NAMES, |node| {
         let mut command = node.command(&program);
-        command.arg("10.96.0.10:80");
-        process::stdout(command)
+        command.args(["ask", "10.96.0.10:80"]);
+        check::printed::<Outcome>(command)?.name()
     })
 }
 
@@ -72,23 +80,4 @@ fn python(node: &Node, script: &str) -> Result<String> {
     let mut python = node.command("python3");
     python.arg(programs().join(script)).args(["10.96.0.10", "80"]);
     process::stdout(python)
-}
-
-/// Builds the static client with the compiler that built this test.
-fn build_static(directory: &Path) -> Result<PathBuf> {
-    let program = directory.join("static_client");
-    // Cargo tells where it is itself; the compiler of the same toolchain is beside it.
-    let cargo = std::env::var_os("CARGO").map(PathBuf::from);
-    let beside = cargo.map(|cargo| cargo.with_file_name("rustc")).filter(|rustc| rustc.is_file());
-    let mut rustc = Command::new(beside.unwrap_or_else(|| "rustc".into()));
-    rustc.args(["--edition", "2024", "-Ctarget-feature=+crt-static", "-Copt-level=1", "-o"]);
-    rustc.arg(&program).arg(programs().join("static_client.rs"));
-    process::stdout(rustc).context("cannot build the static client")?;
-    let image = std::fs::read(&program)?;
-    let interpreter = b"ld-linux";
-    ensure!(
-        !image.windows(interpreter.len()).any(|window| window == interpreter),
-        "the static client asks for a dynamic linker"
-    );
-    Ok(program)
 }

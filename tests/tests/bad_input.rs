@@ -64,14 +64,14 @@ fn cases() -> Vec<Case> {
         Case(
             "an endpoint that is its own service",
             service("10.96.0.10", "{port: 80}", "address: 10.96.0.10"),
-            &["test.yaml:6:", "10.96.0.10:80", "loop"],
+            &["test.yaml:6:5:", "10.96.0.10:80", "loop"],
         ),
         Case(
             "mixed families",
             service("10.96.0.10", PORT, "address: \"fd00::1\""),
-            &["test.yaml:6:", "fd00::1", "IPv6", "IPv4"],
+            &["test.yaml:6:5:", "fd00::1", "IPv6", "IPv4"],
         ),
-        Case("1 MB of garbage", garbage(1 << 20), &["test.yaml:"]),
+        Case("1 MB of garbage", garbage(1 << 20), &["test.yaml:1:"]),
         Case("nothing", String::new(), &["test.yaml:1:1:", "services: []"]),
         Case("a file that ends early", "services:\n- name: [".to_owned(), &["test.yaml:"]),
     ]

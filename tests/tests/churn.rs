@@ -3,7 +3,6 @@
 //! when the connect started.
 
 use std::collections::BTreeSet;
-use std::process::Stdio;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -26,12 +25,7 @@ struct Update {
 #[test]
 fn no_connect_fails_and_none_goes_to_a_removed_endpoint() -> Result<()> {
     let mut node = node().start()?;
-    let record = node.directory().join("record");
-    let mut command = check::mesh_client(&node)?;
-    command.args(["storm", VIP, "--threads", "2", "--bound", "300", "--record"]).arg(&record);
-    // Should this test fail, the storm is ended with the node's cgroup.
-    let mut storm = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-
+    let storm = check::Storm::start(&node, VIP)?;
     let mut random = fastrand::Rng::with_seed(2);
     let mut updates = vec![Update { written: 0, applied: 0, backends: (0..BACKENDS).collect() }];
     for number in 0..UPDATES {
@@ -39,13 +33,12 @@ fn no_connect_fails_and_none_goes_to_a_removed_endpoint() -> Result<()> {
         // Long enough for connects to start while exactly this holds.
         sleep(Duration::from_millis(1));
     }
-    drop(storm.stdin.take());
-    let report: storm::Report = serde_json::from_slice(&storm.wait_with_output()?.stdout)?;
+    let (report, connects) = storm.finish()?;
     ensure!(report.failed.is_empty(), "connects failed: {report:?}");
     ensure!(report.connects > u64::from(UPDATES), "too few connects to tell: {report:?}");
     ensure!(report.by_backend.len() == usize::from(BACKENDS), "{report:?}");
 
-    let certain = ensure_none_late(&storm::read(&record)?, &updates)?;
+    let certain = ensure_none_late(&connects, &updates)?;
     ensure!(certain > u64::from(UPDATES) / 2, "only {certain} connects between two updates");
 
     let last = app().endpoint(&place(0)).endpoint(&place(1));

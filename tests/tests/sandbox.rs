@@ -1,7 +1,11 @@
 //! The node of the tests itself, without an agent: what the other tests rely on.
 
+use std::thread::sleep;
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use mesh_tests::server::Kind;
+use mesh_tests::sys::socket::monotonic_nanos;
 use mesh_tests::{Node, check, process};
 
 /// Every way to connect reaches a backend at its own address, and says whose.
@@ -81,5 +85,50 @@ fn nothing_is_left_behind() -> Result<()> {
     drop(node);
     ensure!(!cgroup.exists() && !directory.exists());
     ensure!(!forgotten.wait()?.success(), "what was forgotten in the cgroup is ended");
+    Ok(())
+}
+
+/// With fast open allowed, the question travels in the SYN once the client has the server's cookie.
+#[test]
+fn fast_open_is_fast_open() -> Result<()> {
+    let node = Node::builder().backend("a", "10.0.0.1:8080").start_without_agent()?;
+    ensure!(!check::ask(&node, "fast-open", "10.0.0.1:8080")?.question_in_syn);
+    node.sysctl("net/ipv4/tcp_fastopen", "3")?;
+    check::ask(&node, "fast-open", "10.0.0.1:8080")?.name()?;
+    let outcome = check::ask(&node, "fast-open", "10.0.0.1:8080")?;
+    ensure!(outcome.question_in_syn && outcome.backend.as_deref() == Some("a"), "{outcome:?}");
+    Ok(())
+}
+
+#[test]
+fn one_socket_connects_twice() -> Result<()> {
+    let node = Node::builder()
+        .backend("a", "10.0.0.1:8080")
+        .backend("b", "10.0.0.2:8080")
+        .start_without_agent()?;
+    let [before, after] = check::reconnect(&node, "10.0.0.1:8080", "10.0.0.2:8080")?;
+    ensure!(before.peer == Some("10.0.0.1:8080".parse()?), "{before:?}");
+    ensure!(after.peer == Some("10.0.0.2:8080".parse()?), "{after:?}");
+    ensure!(after.name()? == "b");
+    Ok(())
+}
+
+/// A storm ends with its standard input, and counts what failed.
+#[test]
+fn a_storm_tells_what_came_of_it() -> Result<()> {
+    let mut node = Node::builder().backend("a", "10.0.0.1:8080").start_without_agent()?;
+    let started = monotonic_nanos();
+    let storm = check::Storm::start(&node, "10.0.0.1:8080")?;
+    sleep(Duration::from_millis(300));
+    node.kill_server("a")?;
+    let killed = monotonic_nanos();
+    sleep(Duration::from_millis(100));
+    let (report, connects) = storm.finish()?;
+    let answered = report.by_backend.get("a").copied().unwrap_or_default();
+    ensure!(answered > 0 && connects.len() as u64 == answered, "{report:?}");
+    ensure!(report.failed.contains_key("connect: ECONNREFUSED"), "{report:?}");
+    ensure!(report.connects == answered + report.failed.values().sum::<u64>(), "{report:?}");
+    let sane = connects.iter().all(|c| started < c.start && c.start < c.end && c.end < killed);
+    ensure!(sane && connects.is_sorted_by_key(|connect| connect.start));
     Ok(())
 }

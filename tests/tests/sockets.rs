@@ -1,9 +1,8 @@
 //! Ways to open and connect a socket, and what getpeername(2) says afterwards. Each test ends with
 //! its control: with the agent stopped the same connect must fail.
 
-use anyhow::{Context, Result, ensure};
-use mesh_tests::client::Outcome;
-use mesh_tests::{Builder, Node, Service, check, process};
+use anyhow::{Result, ensure};
+use mesh_tests::{Builder, Node, Service, check};
 
 const FOUR: &str = "10.96.0.10:80";
 const SIX: &str = "[fd00:96::10]:80";
@@ -128,20 +127,13 @@ fn getpeername_after_reconnecting() -> Result<()> {
     for (first, second) in
         [(FOUR, "10.0.0.1:8080"), (SIX, "[fd00::1]:8080"), ("10.0.0.2:8080", FOUR)]
     {
-        let [before, after] = reconnect(&node, first, second)?;
+        let [before, after] = check::reconnect(&node, first, second)?;
         ensure!(before.peer == Some(first.parse()?), "{first}, then {second}: {before:?}");
         ensure!(after.error.is_none(), "{first}, then {second}: {after:?}");
         ensure!(after.peer == Some(second.parse()?), "{first}, then {second}: {after:?}");
     }
     check::balanced(&mut node, &["a", "b"], |node| {
-        let [_, after] = reconnect(node, "10.0.0.1:8080", FOUR)?;
+        let [_, after] = check::reconnect(node, "10.0.0.1:8080", FOUR)?;
         after.name()
     })
-}
-
-fn reconnect(node: &Node, first: &str, second: &str) -> Result<[Outcome; 2]> {
-    let mut command = check::mesh_client(node)?;
-    command.args(["reconnect", first, second]);
-    let text = process::stdout(command)?;
-    serde_json::from_str(&text).with_context(|| format!("mesh-client printed {text}"))
 }
