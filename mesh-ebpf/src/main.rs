@@ -4,8 +4,7 @@
 //!
 //! The crate compiles for the host too, as an empty program, so that `cargo check` and
 //! rust-analyzer work without a BPF toolchain.
-#![no_std]
-#![cfg_attr(target_arch = "bpf", no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![cfg_attr(
     target_arch = "bpf",
