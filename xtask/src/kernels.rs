@@ -42,11 +42,12 @@ pub(crate) fn run(workspace: &Workspace, series: Option<&str>, yes: bool) -> Res
         bail!("the test kernels are for x86_64; this machine is {}", std::env::consts::ARCH);
     }
     let compiler = setup::ensure(workspace, &[Group::Build, Group::Kernels], yes)?;
-    let agent = ebpf::build_agent(workspace, &compiler, Profile::Release, Linkage::Static)?;
+    // Not optimised: the kernel programs always are, and the agent's own speed is not the matter.
+    let (profile, linkage) = (Profile::Dev, Linkage::Static);
+    let agent = ebpf::build_agent(workspace, &compiler, profile, linkage)?;
     let names = ["kernel_init"];
-    let init =
-        ebpf::build_binaries(workspace, "mesh-tests", &names, Profile::Release, Linkage::Static)?
-            .join("kernel_init");
+    let init = ebpf::build_binaries(workspace, "mesh-tests", &names, profile, linkage)?
+        .join("kernel_init");
     fs::create_dir_all(workspace.kernels())
         .with_context(|| format!("cannot make {}", workspace.kernels().display()))?;
     let disk = workspace.kernels().join("initrd.cpio");

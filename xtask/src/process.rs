@@ -68,7 +68,7 @@ pub(crate) fn exec(command: &mut Command) -> Result<()> {
 pub(crate) fn step<T>(what: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
     eprintln!("==> {what}");
     let start = Instant::now();
-    let result = f().with_context(|| format!("{what}: failed"))?;
+    let result = f().with_context(|| format!("{what} failed"))?;
     eprintln!("    {what}: done in {}", seconds(start.elapsed()));
     Ok(result)
 }
