@@ -1,5 +1,7 @@
 //! Sources: each watches one place where services are defined and reports what changed.
 
+pub mod files;
+
 use std::sync::Arc;
 
 use crate::model::{Service, ServiceName};
