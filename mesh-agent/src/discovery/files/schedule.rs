@@ -1,6 +1,6 @@
 //! What is believed when. No I/O; the time is given.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -94,6 +94,11 @@ impl Schedule {
             self.candidates.remove(&file.name);
         }
         whole || due
+    }
+
+    /// Only these files are there: what is not waits no longer to be read.
+    pub(super) fn keep(&mut self, present: &HashSet<Arc<str>>) {
+        self.candidates.retain(|name, _| present.contains(name));
     }
 
     /// A file was read and looked like this.
@@ -226,6 +231,15 @@ mod tests {
         assert!(!schedule.look(&one, Trust::Still, start), "whatever its age");
         assert!(!schedule.look(&two, Trust::Still, start + RESCAN), "it changed meanwhile");
         assert!(schedule.look(&two, Trust::Still, start + RESCAN * 2));
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_waited_for() {
+        let [one, ..] = three_looks();
+        let mut schedule = Schedule::new(RESCAN);
+        assert!(!schedule.look(&aged(one, MS), Trust::Old, Instant::now()));
+        schedule.keep(&HashSet::new());
+        assert_eq!(schedule.next(), None);
     }
 
     #[test]
