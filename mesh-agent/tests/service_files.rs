@@ -61,6 +61,14 @@ fn garbage_is_refused_in_few_words() {
 }
 
 #[test]
+fn a_mistake_that_repeats_is_told_a_few_times() {
+    let file = format!("services: [{}]", "{}, ".repeat(100_000));
+    let problems = parse_services(file.as_bytes()).expect_err("empty services");
+    assert_eq!(problems.len(), 21);
+    assert_eq!(problems[20].line("f.yaml"), "f.yaml: and 399980 more problems");
+}
+
+#[test]
 fn every_supported_key_is_read() {
     let file = br#"
 services:

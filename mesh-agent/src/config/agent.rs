@@ -1,5 +1,6 @@
 //! The agent file: `/etc/mesh/agent.yaml`.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -56,7 +57,7 @@ pub struct Config {
 }
 
 /// Where services are defined.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Source {
     /// Service files.
     Files {
@@ -197,10 +198,11 @@ impl Config {
 }
 
 fn virtual_ips(node: &Node, problems: &mut Problems) -> Option<Vec<IpNet>> {
+    let mut seen = HashSet::new();
     let mut found = Vec::new();
     for node in items(node, "a list of networks, or []", problems)? {
         let Some(network) = network(node, problems) else { continue };
-        if found.contains(&network) {
+        if !seen.insert(network) {
             problems.add(node.at, format!("{network} is here twice; keep one"));
         }
         found.push(network);
@@ -209,12 +211,13 @@ fn virtual_ips(node: &Node, problems: &mut Problems) -> Option<Vec<IpNet>> {
 }
 
 fn sources(node: &Node, problems: &mut Problems) -> Option<Vec<Source>> {
+    let mut seen = HashSet::new();
     let mut found = Vec::new();
     for node in
         items(node, "a list such as [{files: {directory: /etc/mesh/services.d}}]", problems)?
     {
         let Some(source) = source(node, problems) else { continue };
-        if found.contains(&source) {
+        if !seen.insert(source.clone()) {
             let Source::Files { directory } = &source;
             problems.add(
                 node.at,

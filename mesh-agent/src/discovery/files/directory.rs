@@ -12,11 +12,14 @@ use crate::config::parse_services;
 use crate::model::Service;
 use crate::yaml::{MAX_SIZE, printable};
 
-/// Which directory it is: device and inode. A path can come to mean another one.
+/// Which directory it is: a path can come to mean another one, and so can an inode, whose number
+/// ext4 gives to the next directory at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Identity {
     device: u64,
     inode: u64,
+    /// Nothing on file systems that do not note it.
+    born: Option<SystemTime>,
 }
 
 /// What a file looks like from outside. Every write changes it: `ctime` cannot be set back.
@@ -63,6 +66,19 @@ pub(super) enum Loaded {
     Absent,
 }
 
+// === impl Identity ===
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino(), born: metadata.created().ok() }
+    }
+
+    /// Whether a directory that was out of sight has certainly come back.
+    pub(super) fn is_certainly(&self, other: &Self) -> bool {
+        self == other && self.born.is_some()
+    }
+}
+
 // === impl Stamp ===
 
 impl Stamp {
@@ -98,7 +114,7 @@ pub(super) fn identity(directory: &Path) -> io::Result<Identity> {
     if !metadata.is_dir() {
         return Err(io::ErrorKind::NotADirectory.into());
     }
-    Ok(Identity { device: metadata.dev(), inode: metadata.ino() })
+    Ok(Identity::of(&metadata))
 }
 
 /// Lists a directory. An error also when it was exchanged meanwhile.
@@ -130,10 +146,10 @@ pub(super) fn survey(directory: &Path) -> io::Result<Survey> {
     Ok(Survey { identity: before, files, unnamed })
 }
 
-/// Whether a name that has just been created is whole already: a link, symbolic or hard. What was
-/// created empty will be heard of again when its writer closes it.
+/// Whether a name that has just been created is whole already: a link, symbolic or hard, or what
+/// will never be a file. What was created empty will be heard of again when its writer closes it.
 pub(super) fn is_born_whole(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink() || (m.is_file() && m.nlink() > 1))
+    fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_file() || metadata.nlink() > 1)
 }
 
 /// Reads a file, and tells what it looked like then.

@@ -7,8 +7,8 @@
 //! has outlived it. And a directory that is gone, or that is another and an empty one, says
 //! nothing: everything stays as it was.
 //!
-//! Parts: [`directory`] reads the disk, [`watch`] hears of changes, [`schedule`] decides what is
-//! believed when, [`definitions`] knows what each file defines and what changed. The last two are
+//! Parts: `directory` reads the disk, `watch` hears of changes, `schedule` decides what is
+//! believed when, `definitions` knows what each file defines and what changed. The last two are
 //! pure.
 
 mod definitions;
@@ -51,7 +51,10 @@ pub fn spawn(
     events: mpsc::Sender<Event>,
     cancel: CancellationToken,
 ) -> JoinHandle<()> {
-    let files = Files::new(source, directory, events);
+    start(Files::new(source, directory, events, RESCAN), cancel)
+}
+
+fn start(files: Files, cancel: CancellationToken) -> JoinHandle<()> {
     tokio::spawn(async move {
         // An error only says that nobody listens any more.
         let _stopped = cancel.run_until_cancelled(files.run()).await;
@@ -80,6 +83,7 @@ struct Files {
     /// What is wrong with the directory itself.
     trouble: Vec<String>,
     next_scan: Instant,
+    rescan: Duration,
     ready: bool,
     state: SourceState,
 }
@@ -93,14 +97,20 @@ enum Wake {
 // === impl Files ===
 
 impl Files {
-    fn new(source: usize, directory: PathBuf, events: mpsc::Sender<Event>) -> Self {
+    fn new(
+        source: usize,
+        directory: PathBuf,
+        events: mpsc::Sender<Event>,
+        rescan: Duration,
+    ) -> Self {
         let name = format!("files {}", directory.display());
         let state = SourceState { source, name, ready: false, errors: Vec::new() };
         Self {
             definitions: Definitions::new(source, &directory),
             directory: directory.into(),
             events,
-            schedule: Schedule::default(),
+            schedule: Schedule::new(rescan),
+            rescan,
             place: Place::Lost,
             last: None,
             trouble: Vec::new(),
@@ -116,9 +126,9 @@ impl Files {
                 Wake::Timer => self.on_timer().await?,
                 Wake::Signals(Ok(signals)) => self.on_signals(signals).await?,
                 Wake::Signals(Err(error)) => {
-                    self.lose(format!(
-                        "the watch of the directory failed: {error}; it is made anew"
-                    ));
+                    self.trouble = vec![format!("the watch failed: {error}; it is made anew")];
+                    self.place = Place::Lost;
+                    self.next_scan = Instant::now() + RETRY;
                 }
             }
             self.publish().await?;
@@ -142,16 +152,19 @@ impl Files {
 
     async fn on_timer(&mut self) -> Result<(), Closed> {
         if let Place::Lost = self.place {
-            return self.find().await;
+            return self.find(Trust::Old).await;
         }
         let now = Instant::now();
         if self.schedule.removals_due(now) {
             self.remove().await?;
         }
-        if now >= self.next_scan || self.schedule.look_due(now) {
-            self.scan(Trust::Still).await?;
+        let regular = now >= self.next_scan;
+        match &self.place {
+            // What kept it from being watched may have gone.
+            Place::Found { ear: None, .. } if regular => self.find(Trust::Still).await,
+            _ if regular || self.schedule.look_due(now) => self.scan(Trust::Still).await,
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     async fn on_signals(&mut self, signals: Vec<Signal>) -> Result<(), Closed> {
@@ -173,15 +186,8 @@ impl Files {
                 // The swap of a mounted ConfigMap: every file is another one, and whole.
                 Signal::Swapped => scan = Some(Trust::Whole),
                 Signal::Overflow => scan = scan.or(Some(Trust::Old)),
-                Signal::Gone => {
-                    let path = Arc::clone(&self.directory);
-                    let now = blocking(move || directory::identity(&path)).await;
-                    if !matches!((&self.place, now), (Place::Found { identity, .. }, Ok(now)) if *identity == now)
-                    {
-                        self.lose(gone());
-                        return Ok(());
-                    }
-                }
+                // Perhaps only to make room for another one.
+                Signal::Gone => return self.lose().await,
             }
         }
         self.load(whole).await?;
@@ -192,7 +198,7 @@ impl Files {
     }
 
     /// Looks for the directory and begins to watch it.
-    async fn find(&mut self) -> Result<(), Closed> {
+    async fn find(&mut self, trust: Trust) -> Result<(), Closed> {
         self.next_scan = Instant::now() + RETRY;
         let path = Arc::clone(&self.directory);
         // The watch is first, so that nothing can change between the reading and the watching.
@@ -204,12 +210,10 @@ impl Files {
                 return Ok(());
             }
         };
-        let other = self.last.is_some_and(|last| last != survey.identity);
+        let lost = matches!(self.place, Place::Lost);
+        let other = lost && self.last.is_some_and(|last| !last.is_certainly(&survey.identity));
         if other && survey.files.is_empty() && !self.definitions.is_empty() {
-            self.trouble = vec![format!(
-                "the directory was replaced by an empty one; its services stay as they were: put \
-                 the files back, or one with `services: []` to remove them"
-            )];
+            self.trouble = vec![EMPTY.into()];
             return Ok(());
         }
         self.trouble.clear();
@@ -220,7 +224,7 @@ impl Files {
                     "changes are found by reading the directory every {} s, because it cannot be \
                      watched: {error}; check the sysctls fs.inotify.max_user_instances and \
                      fs.inotify.max_user_watches",
-                    RESCAN.as_secs()
+                    self.rescan.as_secs()
                 ));
                 None
             }
@@ -230,16 +234,14 @@ impl Files {
         if other {
             self.schedule.replaced(Instant::now());
         }
-        self.take(survey, Trust::Old).await
+        self.take(survey, trust).await
     }
 
-    /// Forgets where the directory is, but nothing of what it defined.
-    fn lose(&mut self, trouble: String) {
+    /// Forgets where the directory is, but nothing of what it defined, and looks for it.
+    async fn lose(&mut self) -> Result<(), Closed> {
         self.place = Place::Lost;
         self.schedule.forget_pending();
-        self.trouble = vec![trouble];
-        // At once: it may have been replaced, not removed.
-        self.next_scan = Instant::now();
+        self.find(Trust::Old).await
     }
 
     /// Reads the directory again.
@@ -250,22 +252,14 @@ impl Files {
             (Place::Found { identity, .. }, Ok(survey)) if *identity == survey.identity => {
                 self.take(survey, trust).await
             }
-            (_, Ok(_)) => {
-                self.lose(gone());
-                Ok(())
-            }
-            (_, Err(error)) => {
-                let trouble = self.unreadable(&error);
-                self.lose(trouble);
-                Ok(())
-            }
+            _ => self.lose().await,
         }
     }
 
     /// Compares what the directory holds with what is known.
     async fn take(&mut self, survey: Survey, trust: Trust) -> Result<(), Closed> {
         let now = Instant::now();
-        self.next_scan = now + RESCAN;
+        self.next_scan = now + self.rescan;
         self.definitions.unnamed(survey.unnamed);
         let mut wanted = BTreeSet::new();
         let mut present = HashSet::new();
@@ -276,6 +270,7 @@ impl Files {
             }
             present.insert(file.name);
         }
+        self.schedule.keep(&present);
         for name in self.definitions.names().filter(|name| !present.contains(*name)) {
             self.schedule.vanished(Arc::clone(name), now);
         }
@@ -340,10 +335,7 @@ impl Files {
                 }
                 self.send(changes).await
             }
-            _ => {
-                self.lose(gone());
-                Ok(())
-            }
+            _ => self.lose().await,
         }
     }
 
@@ -363,7 +355,8 @@ impl Files {
         if errors == self.state.errors && self.ready == self.state.ready {
             return Ok(());
         }
-        for error in errors.iter().filter(|error| !self.state.errors.contains(error)) {
+        let known: HashSet<_> = self.state.errors.iter().collect();
+        for error in errors.iter().filter(|error| !known.contains(error)) {
             tracing::error!(source = %self.state.name, "{error}");
         }
         if errors.is_empty() && !self.state.errors.is_empty() {
@@ -376,7 +369,7 @@ impl Files {
 
     fn unreadable(&self, error: &io::Error) -> String {
         if self.last.is_some() && error.kind() == io::ErrorKind::NotFound {
-            return gone();
+            return GONE.into();
         }
         let advice = match error.kind() {
             io::ErrorKind::NotFound => "create it, or correct `sources` in the agent file",
@@ -387,11 +380,11 @@ impl Files {
     }
 }
 
-fn gone() -> String {
-    "the directory is gone; its services stay as they were: put it back, or one with a file that \
-     says `services: []` to remove them"
-        .into()
-}
+const EMPTY: &str = "the directory was replaced by an empty one; its services stay as they were: \
+                     put the files back, or one that says `services: []` to remove them";
+
+const GONE: &str = "the directory is gone; its services stay as they were: put it back, or one with \
+                    a file that says `services: []` to remove them";
 
 /// Runs what may wait for a disk, or parse for long, where it delays nobody.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {

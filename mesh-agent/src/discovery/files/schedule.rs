@@ -1,10 +1,9 @@
 //! What is believed when. No I/O; the time is given.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::RESCAN;
 use super::directory::{Listed, Stamp};
 
 /// How long nothing may have been removed before removals are believed. `rm -rf` removes the files
@@ -27,7 +26,7 @@ pub(super) enum Trust {
     Whole,
     /// A file whose last change is older than [`STILL`] is; writers that are at it will be heard.
     Old,
-    /// One that looks the same in two listings [`RESCAN`] apart is: whatever is to be heard was
+    /// One that looks the same in two regular listings is: whatever is to be heard was
     /// not.
     Still,
 }
@@ -40,8 +39,10 @@ struct Candidate {
     wait: Duration,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Schedule {
+    /// From one regular listing to the next.
+    rescan: Duration,
     /// What each file looked like when it was read.
     read: HashMap<Arc<str>, Option<Stamp>>,
     candidates: HashMap<Arc<str>, Candidate>,
@@ -55,6 +56,17 @@ pub(super) struct Schedule {
 // === impl Schedule ===
 
 impl Schedule {
+    pub(super) fn new(rescan: Duration) -> Self {
+        Self {
+            rescan,
+            read: HashMap::new(),
+            candidates: HashMap::new(),
+            removals: BTreeSet::new(),
+            removals_at: None,
+            replaced: None,
+        }
+    }
+
     /// Whether to read a file now that a listing shows.
     pub(super) fn look(&mut self, file: &Listed, trust: Trust, now: Instant) -> bool {
         if self.read.get(&file.name) == Some(&file.stamp) {
@@ -68,7 +80,7 @@ impl Schedule {
                 Trust::Old => file.age.is_some_and(|age| age >= STILL),
                 Trust::Still => false,
             };
-        let wait = if trust == Trust::Still { RESCAN } else { STILL };
+        let wait = if trust == Trust::Still { self.rescan } else { STILL };
         let candidate = self.candidates.entry(Arc::clone(&file.name)).or_insert(Candidate {
             stamp: file.stamp,
             since: now,
@@ -82,6 +94,11 @@ impl Schedule {
             self.candidates.remove(&file.name);
         }
         whole || due
+    }
+
+    /// Only these files are there: what is not waits no longer to be read.
+    pub(super) fn keep(&mut self, present: &HashSet<Arc<str>>) {
+        self.candidates.retain(|name, _| present.contains(name));
     }
 
     /// A file was read and looked like this.
@@ -161,5 +178,99 @@ impl Schedule {
             self.replaced.is_some_and(|at| first.saturating_duration_since(at) < SETTLE_REPLACED);
         let settle = if filled { SETTLE_REPLACED } else { SETTLE };
         Some((last + settle).min(first + settle * SETTLE_MOST))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::files::directory::survey;
+
+    const RESCAN: Duration = Duration::from_secs(5);
+    const MS: Duration = Duration::from_millis(1);
+
+    /// A file as it is on the disk, then with another content, then with another one.
+    fn three_looks() -> [Listed; 3] {
+        let directory = tempfile::tempdir().expect("a directory");
+        ["", "1", "22"].map(|text| {
+            std::fs::write(directory.path().join("a.yaml"), text).expect("written");
+            survey(directory.path()).expect("listed").files.remove(0)
+        })
+    }
+
+    fn aged(mut file: Listed, age: Duration) -> Listed {
+        file.age = Some(age);
+        file
+    }
+
+    #[test]
+    fn a_listing_alone_is_believed_when_the_file_is_still() {
+        let [one, two, three] = three_looks();
+        let mut schedule = Schedule::new(RESCAN);
+        let start = Instant::now();
+        // Old: by its age, or by having been looked at twice.
+        let one = aged(one, STILL);
+        assert!(schedule.look(&one, Trust::Old, start));
+        schedule.read(Arc::clone(&one.name), one.stamp);
+        assert!(!schedule.look(&one, Trust::Whole, start), "it was read");
+        let two = aged(two, MS);
+        assert!(!schedule.look(&two, Trust::Old, start));
+        assert_eq!(schedule.next(), Some(start + STILL));
+        let three = aged(three, MS);
+        assert!(!schedule.look(&three, Trust::Still, start + STILL), "it changed meanwhile");
+        assert!(schedule.look(&three, Trust::Still, start + STILL * 2));
+        assert!(!schedule.is_looking());
+    }
+
+    #[test]
+    fn what_was_not_heard_must_be_still_from_one_regular_listing_to_the_next() {
+        let [one, two, _] = three_looks();
+        let mut schedule = Schedule::new(RESCAN);
+        let start = Instant::now();
+        let (one, two) = (aged(one, RESCAN), aged(two, RESCAN));
+        assert!(!schedule.look(&one, Trust::Still, start), "whatever its age");
+        assert!(!schedule.look(&two, Trust::Still, start + RESCAN), "it changed meanwhile");
+        assert!(schedule.look(&two, Trust::Still, start + RESCAN * 2));
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_waited_for() {
+        let [one, ..] = three_looks();
+        let mut schedule = Schedule::new(RESCAN);
+        assert!(!schedule.look(&aged(one, MS), Trust::Old, Instant::now()));
+        schedule.keep(&HashSet::new());
+        assert_eq!(schedule.next(), None);
+    }
+
+    #[test]
+    fn a_link_to_nowhere_waits_even_in_a_swap() {
+        let mut schedule = Schedule::new(RESCAN);
+        let file = Listed { name: "a.yaml".into(), stamp: None, age: None };
+        assert!(!schedule.look(&file, Trust::Whole, Instant::now()));
+    }
+
+    #[test]
+    fn removals_settle_together_and_not_for_ever() {
+        let mut schedule = Schedule::new(RESCAN);
+        let start = Instant::now();
+        schedule.vanished("a.yaml".into(), start);
+        schedule.vanished("b.yaml".into(), start + MS * 100);
+        schedule.vanished("b.yaml".into(), start + MS * 120);
+        assert!(!schedule.removals_due(start + SETTLE));
+        assert!(schedule.removals_due(start + MS * 100 + SETTLE));
+        schedule.appeared("a.yaml");
+        assert_eq!(schedule.take_removals().into_iter().collect::<Vec<_>>(), ["b.yaml".into()]);
+        assert_eq!(schedule.next(), None);
+
+        for i in 0..=SETTLE_MOST {
+            schedule.vanished(i.to_string().into(), start + SETTLE * i);
+        }
+        assert!(schedule.removals_due(start + SETTLE * SETTLE_MOST));
+
+        schedule.take_removals();
+        schedule.replaced(start);
+        schedule.vanished("a.yaml".into(), start + MS);
+        assert!(!schedule.removals_due(start + SETTLE * 2));
+        assert!(schedule.removals_due(start + MS + SETTLE_REPLACED));
     }
 }
