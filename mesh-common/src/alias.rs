@@ -140,7 +140,7 @@ mod tests {
             };
             let total: u128 = weights.iter().map(|&w| u128::from(w)).sum();
             for (share, &weight) in shares(&columns).into_iter().zip(&weights) {
-                let exact = u128::from(weight) * (weights.len() as u128) << 32;
+                let exact = (u128::from(weight) * (weights.len() as u128)) << 32;
                 let off = (u128::from(share) * total).abs_diff(exact);
                 // Each column rounds once, by less than one unit.
                 prop_assert!(off < total * weights.len() as u128, "{share} for {weight}");

@@ -159,15 +159,11 @@ impl Engine {
     }
 
     fn take_source(&mut self, state: SourceState) {
+        // The source itself logs them.
         let before = self.sources.get(&state.source);
-        for error in &state.errors {
-            if before.is_none_or(|before| !before.errors.contains(error)) {
-                tracing::warn!(source = state.name, "{error}");
-                self.last_error = Some(error.clone());
-            }
-        }
-        if before.is_some_and(|before| !before.errors.is_empty()) && state.errors.is_empty() {
-            tracing::info!(source = state.name, "all its errors are mended");
+        let known = |error| before.is_some_and(|before| before.errors.contains(error));
+        if let Some(error) = state.errors.iter().find(|error| !known(*error)) {
+            self.last_error = Some(error.clone());
         }
         self.sources.insert(state.source, state);
     }

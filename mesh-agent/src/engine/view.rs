@@ -118,7 +118,7 @@ impl Engine {
         let problems = self.problems.get(name).into_iter().flatten();
         types::Service {
             name: name.to_string(),
-            source: self.source(entry),
+            source: entry.origin.item.to_string(),
             balance: RANDOM.to_owned(),
             frontends: frontends.iter().map(frontend).collect(),
             backends: types::BackendCounts {
@@ -127,11 +127,6 @@ impl Engine {
             },
             problems: problems.chain(&entry.shadowed).chain(&entry.warnings).cloned().collect(),
         }
-    }
-
-    fn source(&self, entry: &Entry) -> String {
-        let name = self.sources.get(&entry.origin.source).map_or("", |source| &source.name);
-        format!("{name}/{}", entry.origin.item)
     }
 
     fn backends(&self, name: &ServiceName, entry: &Entry) -> Vec<types::Backend> {
