@@ -10,7 +10,7 @@ use mesh_common::layout::counter;
 use mesh_common::{Flow, FrontendKey, Protocol, Reason, Slot, Verdict, translate};
 
 use crate::context::{Family, V4, V6, port, protocol, set_port};
-use crate::maps::{FLOWS, Maps, count, count_opened};
+use crate::maps::{FLOWS, Maps, count, count_opened, octets};
 
 /// The kernel goes on with the connect.
 const PROCEED: i32 = 1;
@@ -92,9 +92,25 @@ fn balance<F: Family>(ctx: &SockAddrContext, frontend: FrontendKey, slot: &Slot)
 #[inline(always)]
 fn refuse(ctx: &SockAddrContext, key: &FrontendKey, reason: Reason) -> i32 {
     count(reason as u32);
-    // Pruned by the verifier unless the agent raised the log level when it loaded the programs.
-    debug!(ctx, "connect to port {} refused, reason {}", u16::from_be(key.port), reason as u8);
+    log(ctx, key, reason);
     // SAFETY: the helper takes an error number and stores it for the caller of the program.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
     REJECT
+}
+
+/// Logs a refusal. The verifier removes all of it unless the agent raised the log level when it
+/// loaded the programs. Each reason has its own statement because a table of texts would need
+/// relocations that the loader does not do.
+#[inline(always)]
+fn log(ctx: &SockAddrContext, key: &FrontendKey, reason: Reason) {
+    let (addr, port) = (octets(key.addr), key.host_port());
+    match reason {
+        Reason::NoEndpoint => debug!(ctx, "refused: {:i} port {}: no-endpoint", addr, port),
+        Reason::NoWeight => debug!(ctx, "refused: {:i} port {}: no-weight", addr, port),
+        Reason::AllUnhealthy => debug!(ctx, "refused: {:i} port {}: all-unhealthy", addr, port),
+        Reason::NoService => debug!(ctx, "refused: {:i} port {}: no-service", addr, port),
+        Reason::NoPort => debug!(ctx, "refused: {:i} port {}: no-port", addr, port),
+        Reason::Contended => debug!(ctx, "refused: {:i} port {}: contended", addr, port),
+        Reason::Corrupt => debug!(ctx, "refused: {:i} port {}: corrupt", addr, port),
+    }
 }

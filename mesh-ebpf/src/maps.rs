@@ -94,7 +94,7 @@ impl Tables for Maps {
 
 /// [`Addr::octets`] without a loop over slices, which the verifier would have to follow.
 #[inline(always)]
-fn octets(addr: Addr) -> [u8; 16] {
+pub fn octets(addr: Addr) -> [u8; 16] {
     // SAFETY: both are 16 bytes, every bit pattern is a value, and the words hold their bytes in
     // memory order.
     unsafe { core::mem::transmute(addr.words()) }

@@ -148,7 +148,8 @@ impl Story {
     fn candidates(&mut self, shares: &[(Slot, f64)]) {
         let share = |wanted: SocketAddr| {
             let of_it = shares.iter().filter(|(slot, _)| address(slot) == wanted);
-            of_it.map(|(_, share)| share).sum::<f64>()
+            // Not `sum`, for which nothing is -0.
+            of_it.fold(0.0, |sum, (_, share)| sum + share)
         };
         let backends = std::mem::take(&mut self.backends);
         let (inside, outside): (Vec<_>, Vec<_>) =
