@@ -44,7 +44,7 @@ pub(crate) fn run(
 
     let before = Leftovers::now()?;
     let mut cargo = ebpf::host_cargo(workspace);
-    cargo.args(["test", "--workspace", "--exclude", "mesh-ebpf"]);
+    cargo.args(["test", "--workspace", "--exclude", "mesh-ebpf", "--no-fail-fast"]);
     cargo.args(filter);
     if !arguments.is_empty() {
         cargo.arg("--").args(arguments);
