@@ -40,6 +40,7 @@ fn no_connect_fails_and_none_goes_to_a_removed_endpoint() -> Result<()> {
 
     let certain = ensure_none_late(&connects, &updates)?;
     ensure!(certain > u64::from(UPDATES) / 2, "only {certain} connects between two updates");
+    println!("{} connects, {certain} of them while one update was in force alone", connects.len());
 
     let last = app().endpoint(&place(0)).endpoint(&place(1));
     node.agent.write_services("test.yaml", &Service::file(&[last]))?;

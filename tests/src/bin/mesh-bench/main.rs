@@ -7,7 +7,7 @@
 mod report;
 mod worker;
 
-use std::io::Write as _;
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -69,6 +69,7 @@ fn main() -> ExitCode {
 }
 
 fn connect(json: bool, runs: u32) -> Result<()> {
+    let progress = !json && io::stderr().is_terminal();
     let mut setup = Setup::make()?;
     for subject in &SUBJECTS {
         setup.round(subject)?; // not counted: caches, and the first use of everything
@@ -76,16 +77,16 @@ fn connect(json: bool, runs: u32) -> Result<()> {
     let mut order: Vec<_> = (0..SUBJECTS.len()).collect();
     let mut variants: Vec<_> = SUBJECTS.iter().map(|s| Variant::new(s.name)).collect();
     for run in 0..runs {
-        if !json {
+        if progress {
             eprint!("\rround {} of {runs}", run + 1);
-            std::io::stderr().flush()?;
+            io::stderr().flush()?;
         }
         fastrand::shuffle(&mut order);
         for &index in &order {
             variants[index].add_round(setup.round(&SUBJECTS[index])?);
         }
     }
-    if !json {
+    if progress {
         eprintln!();
     }
     // Apart, because measuring the programs makes every connect dearer.
