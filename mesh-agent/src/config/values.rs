@@ -61,6 +61,9 @@ pub(super) fn address(node: &Node, problems: &mut Problems) -> Option<IpAddr> {
         "a multicast address"
     } else if address == IpAddr::V4(Ipv4Addr::BROADCAST) {
         "the broadcast address"
+    } else if matches!(address, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
+        // It means nothing without a scope, and the kernel programs cannot give it one.
+        "a link-local address"
     } else {
         return Some(address);
     };
