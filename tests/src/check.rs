@@ -195,7 +195,7 @@ impl Outcome {
     /// Nobody did: then what failed.
     pub fn name(self) -> Result<String> {
         match (self.backend, self.error) {
-            (Some(name), None) if !name.is_empty() => Ok(name),
+            (Some(name), None) => Ok(name),
             (backend, error) => bail!("no answer: {backend:?} {error:?}"),
         }
     }

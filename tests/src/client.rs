@@ -146,6 +146,10 @@ fn exchange(mut socket: &Socket, send: bool) -> Result<String, Failure> {
     }
     let mut answer = String::new();
     socket.read_to_string(&mut answer).at("receive")?;
+    if answer.is_empty() {
+        // A server that was killed: its kernel had accepted the connection.
+        return Err(io::ErrorKind::UnexpectedEof.into()).at("receive");
+    }
     socket.set_linger(Some(Duration::ZERO)).at("SO_LINGER")?;
     Ok(answer.trim_end().to_owned())
 }

@@ -7,6 +7,9 @@ use anyhow::{Result, ensure};
 use mesh_tests::client::Outcome;
 use mesh_tests::server::Kind;
 use mesh_tests::{Builder, Node, Service, check, process};
+use object::Endianness;
+use object::elf::PT_INTERP;
+use object::read::elf::ElfFile64;
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 const PLACES: [&str; 3] = ["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8080"];
@@ -58,13 +61,7 @@ fn python_asyncio() -> Result<()> {
 fn a_static_binary() -> Result<()> {
     // Built by `cargo xtask test`.
     let program = process::binary("mesh-client-static")?;
-    let image = std::fs::read(&program)?;
-    let interpreter = b"ld-linux";
-    ensure!(
-        !image.windows(interpreter.len()).any(|window| window == interpreter),
-        "{} asks for a dynamic linker",
-        program.display()
-    );
+    ensure!(is_static(&std::fs::read(&program)?)?, "{} is not static", program.display());
     check::balanced(&mut three(Kind::Plain, 80).start()?, &NAMES, |node| {
         let mut command = node.command(&program);
         command.args(["ask", "10.96.0.10:80"]);
@@ -80,4 +77,11 @@ fn python(node: &Node, script: &str) -> Result<String> {
     let mut python = node.command("python3");
     python.arg(programs().join(script)).args(["10.96.0.10", "80"]);
     process::stdout(python)
+}
+
+/// Whether an executable asks for no dynamic linker.
+fn is_static(image: &[u8]) -> Result<bool> {
+    let file = ElfFile64::<Endianness>::parse(image)?;
+    let mut headers = file.elf_program_headers().iter();
+    Ok(headers.all(|header| header.p_type.get(file.endian()) != PT_INTERP))
 }

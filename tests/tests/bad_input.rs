@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 
 use anyhow::{Context, Result, ensure};
+use mesh_tests::process::{LIMIT, until};
 use mesh_tests::{Node, Service, check};
 use serde::Deserialize;
 
@@ -103,7 +104,9 @@ fn each_is_explained_and_changes_nothing() -> Result<()> {
         node.agent.write_services("test.yaml", &text)?;
         let error = node.agent.until_error(expected).context(what)?;
         ensure!(error.len() < 4096, "{what}: an error of {} bytes", error.len());
-        ensure!(node.agent.log()?.has(expected), "{what}: not on standard error");
+        let log = node.agent.log()?;
+        until("the same on standard error", LIMIT, || Ok(log.has(expected).then_some(())))
+            .context(what)?;
         ensure!(check::who(&node, VIP)? == "a", "{what}: the last good state is gone");
         node.agent.write_services("test.yaml", &good())?;
         node.agent.until_no_error().context(what)?;
