@@ -110,7 +110,6 @@ mod tests {
             assert!(!check.detail.is_empty(), "{check:?}");
             assert!(check.ok || !check.advice.is_empty(), "{check:?}");
         }
-        assert!(!passed(&checks), "a binary without kernel programs cannot pass");
         let mut names: Vec<_> = checks.iter().map(|check| &check.name).collect();
         names.sort();
         names.dedup();
