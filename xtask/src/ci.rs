@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::setup::{self, Group};
 use crate::toolchain::Compiler;
-use crate::workspace::{BPF_TARGET, Workspace};
+use crate::workspace::{BPF_TARGET, Profile, Workspace};
 use crate::{ebpf, kernels, process, test, tidy};
 
 /// Runs every step, and says how long each took.
@@ -30,7 +30,9 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
     times.step("test", || test::run(workspace, None, &[], yes))?;
     times.step("kernels", || kernels::run(workspace, None, yes))?;
-    times.step("demo", || process::run(&mut test::program(workspace, "mesh-demo", &[], yes)?))
+    times.step("demo", || {
+        process::run(&mut test::program(workspace, "mesh-demo", Profile::Dev, &[], yes)?)
+    })
 }
 
 fn format(workspace: &Workspace) -> Result<()> {

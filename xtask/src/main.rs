@@ -125,10 +125,13 @@ fn run(cli: Cli) -> Result<()> {
         Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
         Task::Tidy => tidy::check(workspace),
         Task::Demo { arguments } => {
-            process::exec(&mut test::program(workspace, "mesh-demo", &arguments, yes)?)
+            // The build is most of what somebody who is curious waits for.
+            let profile = Profile::Dev;
+            process::exec(&mut test::program(workspace, "mesh-demo", profile, &arguments, yes)?)
         }
         Task::Bench { arguments } => {
-            process::exec(&mut test::program(workspace, "mesh-bench", &arguments, yes)?)
+            let profile = Profile::Release;
+            process::exec(&mut test::program(workspace, "mesh-bench", profile, &arguments, yes)?)
         }
         Task::Ci => ci::run(workspace, yes),
     }

@@ -64,12 +64,12 @@ pub(crate) fn run(
 pub(crate) fn program(
     workspace: &Workspace,
     name: &str,
+    profile: Profile,
     arguments: &[String],
     yes: bool,
 ) -> Result<std::process::Command> {
     process::require_root("this")?;
     let compiler = setup::ensure(workspace, &[Group::Build, Group::Test], yes)?;
-    let profile = Profile::Release;
     let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
     let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
     let mut command = std::process::Command::new(binaries.join(name));
