@@ -23,7 +23,9 @@ const LINKER_FEATURE: &str = "llvm-22";
 pub(crate) enum Group {
     /// To compile the kernel programs.
     Build,
-    /// Programs that the tests, the demo and the benchmark run.
+    /// Programs that the demo, the benchmark and the tests run.
+    Show,
+    /// Programs that only the tests run.
     Test,
     /// To boot other kernels.
     Kernels,
@@ -33,7 +35,8 @@ pub(crate) enum Group {
 
 impl Group {
     /// All of them.
-    pub(crate) const ALL: [Self; 4] = [Self::Build, Self::Test, Self::Kernels, Self::Lint];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Build, Self::Show, Self::Test, Self::Kernels, Self::Lint];
 }
 
 /// Something that must be on the machine.
@@ -94,12 +97,12 @@ const LINKER: [Need; 4] = [
 
 /// Everything else.
 const NEEDS: [Need; 9] = [
-    need(Group::Test, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
+    need(Group::Show, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
     need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-cli"), "redis-tools", "a client of the tests"),
-    need(Group::Test, Probe::Program("python3"), "python3", "clients of the tests, demo servers"),
-    need(Group::Test, Probe::Program("ip"), "iproute2", "the tests look at network namespaces"),
+    need(Group::Show, Probe::Program("python3"), "python3", "clients of the tests, demo servers"),
+    need(Group::Show, Probe::Program("ip"), "iproute2", "the tests look at network namespaces"),
     need(
         Group::Kernels,
         Probe::Program("qemu-system-x86_64"),

@@ -34,7 +34,7 @@ pub(crate) fn run(
     yes: bool,
 ) -> Result<()> {
     process::require_root("`cargo xtask test`")?;
-    let compiler = setup::ensure(workspace, &[Group::Build, Group::Test], yes)?;
+    let compiler = setup::ensure(workspace, &[Group::Build, Group::Show, Group::Test], yes)?;
     let profile = Profile::Dev;
     let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
     let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
@@ -69,7 +69,7 @@ pub(crate) fn program(
     yes: bool,
 ) -> Result<std::process::Command> {
     process::require_root("this")?;
-    let compiler = setup::ensure(workspace, &[Group::Build, Group::Test], yes)?;
+    let compiler = setup::ensure(workspace, &[Group::Build, Group::Show], yes)?;
     let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
     let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
     let mut command = std::process::Command::new(binaries.join(name));
