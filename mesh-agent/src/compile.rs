@@ -1,7 +1,7 @@
 //! From a service and the states of its endpoints to tables: a pure function, the same bytes for
 //! the same input.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use mesh_common::alias::{self, Column, Entry};
 use mesh_common::{FrontendKey, Protocol, Reason, State};
@@ -46,8 +46,25 @@ pub struct TableKey {
 pub enum Rows {
     /// Nothing: connects are refused.
     Refuse(Reason),
-    /// One row for each candidate: its place in [`Tables::backends`], and its column.
-    Columns(Vec<(usize, Column)>),
+    /// One slot for each of these: their places in [`Tables::backends`], in order.
+    Candidates(Vec<usize>),
+}
+
+impl Rows {
+    /// Number of slots.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Refuse(_) => 0,
+            Self::Candidates(places) => places.len(),
+        }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// All that the kernel is to hold for one service; the default is nothing.
@@ -109,14 +126,13 @@ pub fn compile(
     Tables { backends, tables, frontends: owned }
 }
 
-/// The rows of one table.
+/// The rows of one table. The backends are sorted by key, so those of a port are a slice.
 fn rows(backends: &[Backend], table: TableKey, when_all_unhealthy: WhenAllUnhealthy) -> Rows {
-    let of_table = |backend: &Backend| {
-        let BackendKey { port, protocol, address } = backend.key;
-        let v4 = matches!(address.ip(), IpAddr::V4(_));
-        TableKey { port, protocol, v4 } == table
-    };
-    let all: Vec<usize> = (0..backends.len()).filter(|&i| of_table(&backends[i])).collect();
+    let of_port = |backend: &Backend| (backend.key.port, backend.key.protocol);
+    let first = backends.partition_point(|b| of_port(b) < (table.port, table.protocol));
+    let end = backends.partition_point(|b| of_port(b) <= (table.port, table.protocol));
+    let of_family = |&i: &usize| backends[i].key.address.is_ipv4() == table.v4;
+    let all: Vec<usize> = (first..end).filter(of_family).collect();
     if all.is_empty() {
         return Rows::Refuse(Reason::NoEndpoint);
     }
@@ -131,15 +147,23 @@ fn rows(backends: &[Backend], table: TableKey, when_all_unhealthy: WhenAllUnheal
         (true, WhenAllUnhealthy::UseAll) => weighted,
         (true, WhenAllUnhealthy::Refuse) => return Rows::Refuse(Reason::AllUnhealthy),
     };
-    let weights: Vec<u32> = candidates.iter().map(|&i| u32::from(backends[i].weight)).collect();
+    Rows::Candidates(candidates)
+}
+
+/// The columns of an alias table over these weights; none of them is 0.
+#[must_use]
+pub fn columns(weights: impl Iterator<Item = u16>) -> Vec<Column> {
+    let weights: Vec<u32> = weights.map(u32::from).collect();
     let mut columns = vec![Column::default(); weights.len()];
     let mut scratch = vec![Entry::default(); weights.len()];
     alias::build(&weights, &mut columns, &mut scratch);
-    Rows::Columns(candidates.into_iter().zip(columns).collect())
+    columns
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
     use crate::model::ServiceName;
 
@@ -184,10 +208,10 @@ mod tests {
         let (_, rows) = tables.tables.iter().find(|(key, _)| key.v4).expect("a table for IPv4");
         match rows {
             Rows::Refuse(reason) => Err(*reason),
-            Rows::Columns(rows) => Ok(rows
-                .iter()
-                .map(|&(i, _)| tables.backends[i].key.address.ip().to_string())
-                .collect()),
+            Rows::Candidates(places) => {
+                let address = |&i: &usize| tables.backends[i].key.address.ip().to_string();
+                Ok(places.iter().map(address).collect())
+            }
         }
     }
 

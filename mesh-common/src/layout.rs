@@ -343,11 +343,13 @@ pub enum Reason {
     Contended = 5,
     /// The tables named something that does not exist: a defect, or a damaged map.
     Corrupt = 6,
+    /// The service has endpoints, but the maps have no room for any of them.
+    NoRoom = 7,
 }
 
 impl Reason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::NoEndpoint,
         Self::NoWeight,
         Self::AllUnhealthy,
@@ -355,6 +357,7 @@ impl Reason {
         Self::NoPort,
         Self::Contended,
         Self::Corrupt,
+        Self::NoRoom,
     ];
 
     /// From its number; an unknown number is [`Reason::Corrupt`].
@@ -368,6 +371,7 @@ impl Reason {
             3 => Self::NoService,
             4 => Self::NoPort,
             5 => Self::Contended,
+            7 => Self::NoRoom,
             _ => Self::Corrupt,
         }
     }
@@ -383,6 +387,7 @@ impl Reason {
             Self::NoPort => "no-port",
             Self::Contended => "contended",
             Self::Corrupt => "corrupt",
+            Self::NoRoom => "no-room",
         }
     }
 
@@ -401,6 +406,7 @@ impl Reason {
             }
             Self::Contended => "the tables changed during each of the program's attempts",
             Self::Corrupt => "the tables name something that does not exist",
+            Self::NoRoom => "the maps have no room for any endpoint of the service",
         }
     }
 }

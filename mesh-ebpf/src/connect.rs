@@ -112,5 +112,6 @@ fn log(ctx: &SockAddrContext, key: &FrontendKey, reason: Reason) {
         Reason::NoPort => debug!(ctx, "refused: {:i} port {}: no-port", addr, port),
         Reason::Contended => debug!(ctx, "refused: {:i} port {}: contended", addr, port),
         Reason::Corrupt => debug!(ctx, "refused: {:i} port {}: corrupt", addr, port),
+        Reason::NoRoom => debug!(ctx, "refused: {:i} port {}: no-room", addr, port),
     }
 }

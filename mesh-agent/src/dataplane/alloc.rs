@@ -90,6 +90,11 @@ impl ExtentPool {
         self.insert(base, len);
     }
 
+    /// The longest extent that can be taken.
+    pub fn longest(&self) -> u32 {
+        self.by_len.last().map_or(0, |&(len, _)| len)
+    }
+
     /// How many slots are in use.
     pub fn used(&self) -> u32 {
         self.used

@@ -6,11 +6,22 @@
 //! that a slot names is ever given to somebody else.
 
 use std::collections::HashMap;
+use std::collections::btree_map::{BTreeMap, Entry};
 
 use mesh_common::{Slot, Table};
 
 use crate::dataplane::alloc::ExtentPool;
 use crate::dataplane::maps::{MapError, Maps};
+
+/// What came of writing an extent.
+pub enum Written {
+    /// It is there.
+    Table(Table),
+    /// There is only room for so many slots, which are fewer.
+    Room(u32),
+    /// There will be room after a grace period.
+    Busy,
+}
 
 /// All extents.
 #[derive(Debug)]
@@ -18,6 +29,11 @@ pub struct Extents {
     pool: ExtentPool,
     /// Live extents by base: length and number of holders.
     live: HashMap<u32, (u32, u32)>,
+    /// Slots of all live extents.
+    live_slots: u32,
+    /// How many live extents have each length.
+    lengths: BTreeMap<u32, u32>,
+    limit: u32,
     retired: Vec<(u32, u32)>,
     waiting: Vec<(u32, u32)>,
     /// Number of holders of each backend id.
@@ -30,6 +46,9 @@ impl Extents {
         Self {
             pool: ExtentPool::new(slots),
             live: HashMap::new(),
+            live_slots: 0,
+            lengths: BTreeMap::new(),
+            limit: slots,
             retired: Vec::new(),
             waiting: Vec::new(),
             backends: HashMap::new(),
@@ -47,26 +66,49 @@ impl Extents {
             && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
     }
 
-    /// Writes slots into a new extent, which the caller holds. Nothing when there is no room.
+    /// How many slots there is room for in place of the table `now`.
+    ///
+    /// As many slots as the largest table has stay free of tables, so that every table can be
+    /// replaced: what is full must still be able to shrink, and to lose an endpoint that died.
+    fn room(&self, now: Option<Table>) -> u32 {
+        let largest = self.lengths.last_key_value().map_or(0, |(&len, _)| len);
+        let others = self.live_slots - now.map_or(0, Table::len);
+        let left = self.limit.saturating_sub(others);
+        // A table that would be the largest itself needs its own length twice.
+        let room = if left / 2 >= largest { left / 2 } else { left.saturating_sub(largest) };
+        room.min(Table::MAX_LEN)
+    }
+
+    /// Writes slots into a new extent, which the caller holds, in place of the table `now`.
     pub fn write<M: Maps>(
         &mut self,
         maps: &mut M,
         slots: &[Slot],
-    ) -> Result<Option<Table>, MapError> {
+        now: Option<Table>,
+    ) -> Result<Written, MapError> {
+        let room = self.room(now);
         let len = match u32::try_from(slots.len()) {
-            Ok(len) if (1..=Table::MAX_LEN).contains(&len) => len,
-            _ => return Ok(None),
+            Ok(len) if (1..=room).contains(&len) => len,
+            _ => return Ok(Written::Room(room.min(self.pool.longest()))),
         };
-        let Some(base) = self.pool.take(len) else { return Ok(None) };
+        // Room that is not there now is in extents that wait for running programs; or what is free
+        // is in pieces, and then only a shorter table fits.
+        let Some(base) = self.pool.take(len) else {
+            let waiting = !self.retired.is_empty() || !self.waiting.is_empty();
+            let longest = self.pool.longest();
+            return Ok(if waiting { Written::Busy } else { Written::Room(longest) });
+        };
         if let Err(error) = maps.write_slots(base, slots) {
             self.pool.give(base, len);
             return Err(error);
         }
         self.live.insert(base, (len, 1));
+        self.live_slots += len;
+        *self.lengths.entry(len).or_default() += 1;
         for slot in slots {
             *self.backends.entry(slot.backend).or_default() += 1;
         }
-        Ok(Some(Table::slots(base, len)))
+        Ok(Written::Table(Table::slots(base, len)))
     }
 
     /// One more holder.
@@ -89,8 +131,16 @@ impl Extents {
         };
         *holders -= 1;
         if *holders == 0 {
-            self.retired.push((table.base(), *len));
+            let len = *len;
+            self.retired.push((table.base(), len));
             self.live.remove(&table.base());
+            self.live_slots -= len;
+            if let Entry::Occupied(mut count) = self.lengths.entry(len) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
         }
     }
 

@@ -1,0 +1,327 @@
+//! The additions: backends, tables, frontends, in this order.
+
+use mesh_common::alias::Column;
+use mesh_common::{Backend, FrontendKey, FrontendValue, Reason, Slot, Table};
+
+use super::extents::Written;
+use super::{Held, HeldBackend, HeldFrontend, Problem, Reconciler};
+use crate::compile::{self, Rows, TableKey, Tables};
+use crate::dataplane::maps::{MapError, Maps};
+use crate::model::ServiceName;
+
+/// Id and generation of each wanted backend that could be had, in their order.
+type Ids = [Option<(u32, u32)>];
+
+impl<M: Maps> Reconciler<M> {
+    /// Makes what is wanted and not there, and switches frontends to it.
+    pub(super) fn hold(
+        &mut self,
+        name: &ServiceName,
+        held: &mut Held,
+        wanted: &Tables,
+        problems: &mut Vec<Problem>,
+    ) {
+        let ids = self.hold_backends(held, wanted, problems);
+        let mut missing = 0;
+        let tables: Vec<Option<Table>> = wanted
+            .tables
+            .iter()
+            .map(|(key, rows)| match self.hold_table(held, *key, rows, wanted, &ids, problems) {
+                Ok((table, left_out)) => {
+                    missing += left_out;
+                    Some(table)
+                }
+                Err(error) => {
+                    problems.push(error.into());
+                    None
+                }
+            })
+            .collect();
+        if missing > 0 {
+            problems.push(Problem::Full {
+                what: "slots",
+                missing,
+                of: wanted.tables.iter().map(|(_, rows)| rows.len()).sum(),
+                map: "SLOTS",
+                limit: self.maps.capacity().slots,
+                note: ", of which as many as the largest table has are kept free for updates",
+            });
+        }
+        self.hold_frontends(name, held, wanted, &tables, problems);
+    }
+
+    // === backends ===
+
+    fn hold_backends(
+        &mut self,
+        held: &mut Held,
+        wanted: &Tables,
+        problems: &mut Vec<Problem>,
+    ) -> Vec<Option<(u32, u32)>> {
+        let mut missing = 0;
+        let ids = wanted.backends.iter().map(|backend| {
+            let id = self.hold_backend(held, backend, problems);
+            missing += usize::from(matches!(id, Hold::NoRoom));
+            id.ok()
+        });
+        let ids = ids.collect();
+        if missing > 0 {
+            problems.push(Problem::Full {
+                what: "backends",
+                missing,
+                of: wanted.backends.len(),
+                map: "BACKENDS",
+                limit: self.maps.capacity().backends,
+                note: "",
+            });
+        }
+        ids
+    }
+
+    /// The id and generation of a backend, which is made or updated.
+    fn hold_backend(
+        &mut self,
+        held: &mut Held,
+        wanted: &compile::Backend,
+        problems: &mut Vec<Problem>,
+    ) -> Hold {
+        let record = |generation| Backend {
+            addr: wanted.key.address.ip().into(),
+            port: wanted.key.address.port().to_be(),
+            protocol: wanted.key.protocol as u8,
+            state: wanted.state as u8,
+            generation,
+            weight: u32::from(wanted.weight),
+            pad: 0,
+        };
+        if let Some(backend) = held.backends.get_mut(&wanted.key) {
+            let record = record(backend.record.generation);
+            if record != backend.record {
+                match self.maps.write_backend(backend.id, &record) {
+                    Ok(()) => backend.record = record,
+                    // No program decides by this record: the backend can be used all the same.
+                    Err(error) => problems.push(error.into()),
+                }
+            }
+            return Hold::Held(backend.id, record.generation);
+        }
+        let Some(id) = self.backends.take() else { return Hold::NoRoom };
+        self.backend_generation = self.backend_generation.wrapping_add(1);
+        let record = record(self.backend_generation);
+        let written = self.maps.reset_stats(id).and_then(|()| self.maps.write_backend(id, &record));
+        if let Err(error) = written {
+            // Nothing names it.
+            self.clearing.push(id);
+            problems.push(error.into());
+            return Hold::Failed;
+        }
+        self.extents.hold_backend(id);
+        held.backends.insert(wanted.key, HeldBackend { id, record });
+        Hold::Held(id, record.generation)
+    }
+
+    // === tables ===
+
+    /// The table for these rows: the one in force if it has them, otherwise a new one. Also says
+    /// how many rows had to be left out for lack of slots.
+    ///
+    /// Whatever does not fit, endpoints that are gone are never kept: a table is made as large as
+    /// there is room for, and one that cannot be made at all refuses.
+    fn hold_table(
+        &mut self,
+        held: &mut Held,
+        key: TableKey,
+        rows: &Rows,
+        wanted: &Tables,
+        ids: &Ids,
+        problems: &mut Vec<Problem>,
+    ) -> Result<(Table, usize), MapError> {
+        let now = held.tables.get(&key).copied();
+        let (table, left_out) = match rows {
+            Rows::Refuse(reason) => (Table::refuse(*reason), 0),
+            Rows::Candidates(places) => {
+                let candidate = |&place: &usize| Some((&wanted.backends[place], ids[place]?));
+                self.write_table(now, places.iter().filter_map(candidate).collect(), problems)?
+            }
+        };
+        if now != Some(table) {
+            held.tables.insert(key, table);
+            if let Some(now) = now {
+                self.extents.release(now);
+            }
+        }
+        Ok((table, left_out))
+    }
+
+    fn write_table(
+        &mut self,
+        now: Option<Table>,
+        mut candidates: Vec<Candidate<'_>>,
+        problems: &mut Vec<Problem>,
+    ) -> Result<(Table, usize), MapError> {
+        let all = candidates.len();
+        loop {
+            let slots = slots(&candidates);
+            let left_out = all - slots.len();
+            if slots.is_empty() {
+                return Ok((Table::refuse(Reason::NoRoom), left_out));
+            }
+            if let Some(now) = now
+                && self.extents.holds(&self.maps, now, &slots)
+            {
+                return Ok((now, left_out));
+            }
+            match self.extents.write(&mut self.maps, &slots, now)? {
+                Written::Table(table) => return Ok((table, left_out)),
+                Written::Busy => {
+                    problems.push(Problem::Busy { map: "SLOTS" });
+                    // What is in force stays so for the milliseconds that this takes.
+                    return Ok((now.unwrap_or(Table::refuse(Reason::NoRoom)), 0));
+                }
+                Written::Room(room) => candidates.truncate(slots.len().min(room as usize)),
+            }
+        }
+    }
+
+    // === frontends ===
+
+    fn hold_frontends(
+        &mut self,
+        name: &ServiceName,
+        held: &mut Held,
+        wanted: &Tables,
+        tables: &[Option<Table>],
+        problems: &mut Vec<Problem>,
+    ) {
+        let mut missing = 0;
+        for &(key, table) in &wanted.frontends {
+            // Without its table, a frontend stays as it is; the reason has been noted.
+            let Some(Some(table)) = tables.get(table) else { continue };
+            match self.hold_frontend(name, key, *table) {
+                Ok(true) => {}
+                Ok(false) => missing += 1,
+                Err(error) => problems.push(error.into()),
+            }
+            // Also after a failure it may have changed hands.
+            if self.owner(&key) == Some(name) {
+                held.frontends.insert(key);
+            }
+        }
+        if missing > 0 {
+            problems.push(Problem::Full {
+                what: "frontends",
+                missing,
+                of: wanted.frontends.len(),
+                map: "FRONTENDS",
+                limit: self.maps.capacity().frontends.min(self.maps.capacity().services),
+                note: ", where each address counts too",
+            });
+        }
+    }
+
+    /// Makes a frontend lead to a table. A frontend of another service is taken over. `false` when
+    /// there is no room.
+    fn hold_frontend(
+        &mut self,
+        name: &ServiceName,
+        key: FrontendKey,
+        table: Table,
+    ) -> Result<bool, MapError> {
+        if let Some(held) = self.frontends.get_mut(&key) {
+            if held.table != table {
+                self.maps.switch_table(held.index, table)?;
+                self.extents.acquire(table);
+                self.extents.release(held.table);
+                held.table = table;
+            }
+            if held.owner != *name {
+                let loser = std::mem::replace(&mut held.owner, name.clone());
+                if let Some(others) = self.services.get_mut(&loser) {
+                    others.frontends.remove(&key);
+                    if others.is_empty() {
+                        self.services.remove(&loser);
+                    }
+                }
+            }
+            if !held.named {
+                let value =
+                    FrontendValue { service: held.index, pad: 0, generation: held.generation };
+                self.maps.insert_frontend(&key, value)?;
+                held.named = true;
+            }
+            return Ok(true);
+        }
+        let new_address = u32::from(!self.addresses.contains_key(&key.addr));
+        if self.usage().frontends + 1 + new_address > self.maps.capacity().frontends {
+            return Ok(false);
+        }
+        let Some(index) = self.records.take() else { return Ok(false) };
+        self.generation += 1;
+        let generation = self.generation;
+        if let Err(error) = self.name(&key, index, generation, table) {
+            // No entry names the record, and none did.
+            self.records.give(index);
+            return Err(error);
+        }
+        *self.addresses.entry(key.addr).or_default() += 1;
+        self.extents.acquire(table);
+        let owner = name.clone();
+        self.frontends.insert(key, HeldFrontend { owner, index, generation, table, named: true });
+        Ok(true)
+    }
+
+    /// Writes a new record and the entry that names it.
+    fn name(
+        &mut self,
+        key: &FrontendKey,
+        index: u32,
+        generation: u64,
+        table: Table,
+    ) -> Result<(), MapError> {
+        if !self.addresses.contains_key(&key.addr) {
+            let value = FrontendValue { service: u32::MAX, pad: 0, generation: 0 };
+            self.maps.insert_frontend(&FrontendKey::address_only(key.addr), value)?;
+            self.addresses.insert(key.addr, 0);
+            // Until the frontend itself is made; `drop_addresses` looks at the count.
+            self.unused_addresses.insert(key.addr);
+        }
+        self.maps.write_service(index, key, generation, table)?;
+        self.maps.insert_frontend(key, FrontendValue { service: index, pad: 0, generation })
+    }
+}
+
+/// What came of a backend.
+enum Hold {
+    /// Its id and generation.
+    Held(u32, u32),
+    NoRoom,
+    Failed,
+}
+
+impl Hold {
+    fn ok(self) -> Option<(u32, u32)> {
+        match self {
+            Self::Held(id, generation) => Some((id, generation)),
+            Self::NoRoom | Self::Failed => None,
+        }
+    }
+}
+
+/// A backend of a table, with its id and generation.
+type Candidate<'a> = (&'a compile::Backend, (u32, u32));
+
+/// The slots of a table.
+fn slots(candidates: &[Candidate<'_>]) -> Vec<Slot> {
+    let columns = compile::columns(candidates.iter().map(|(backend, _)| backend.weight));
+    let slot = |(&(wanted, (backend, generation)), column): (&Candidate<'_>, Column)| Slot {
+        addr: wanted.key.address.ip().into(),
+        port: wanted.key.address.port().to_be(),
+        pad: 0,
+        backend,
+        generation,
+        threshold: column.threshold,
+        alias: column.alias,
+        pad2: 0,
+    };
+    candidates.iter().zip(columns).map(slot).collect()
+}

@@ -1,0 +1,41 @@
+//! What keeps a part of a service from being in the kernel.
+
+use crate::dataplane::maps::MapError;
+
+/// Why a part of a service is not in the kernel. All of it is tried again by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    /// A map has no room. What fitted goes on working.
+    #[error("{missing} of {of} {what} do not fit: {map} holds {limit}{note}")]
+    Full {
+        /// Of these.
+        what: &'static str,
+        /// How many do not fit.
+        missing: usize,
+        /// How many there are.
+        of: usize,
+        /// The map.
+        map: &'static str,
+        /// Its size.
+        limit: u32,
+        /// What else there is to know about that limit.
+        note: &'static str,
+    },
+    /// Room is there, but programs that are still running may be reading it.
+    #[error("waits for running programs to leave the room that it needs in {map}")]
+    Busy {
+        /// The map.
+        map: &'static str,
+    },
+    /// The kernel refused a write.
+    #[error("{0}; it is tried again")]
+    Map(#[from] MapError),
+}
+
+impl Problem {
+    /// Whether it passes by itself within a grace period, which is nothing to report.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Busy { .. })
+    }
+}
