@@ -8,17 +8,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use anyhow::{Context as _, anyhow, bail};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{server, socket};
 use crate::check;
 use crate::config::{Config, Source};
-use crate::dataplane::load::{self, Options, Programs};
+use crate::dataplane::load::{self, Attachment, Options, Programs};
+use crate::dataplane::reconcile::Reconciler;
 use crate::discovery::files;
-use crate::engine::{Engine, Inputs};
+use crate::engine::{Engine, Handle, Inputs};
 use crate::health::Monitor;
 
 /// How long a source that does not answer can delay the start.
@@ -30,73 +33,160 @@ const LOG_INTERVAL: Duration = Duration::from_millis(100);
 /// How many messages of sources may wait for the engine.
 const EVENTS: usize = 64;
 
+/// How often the kernel is asked whether the programs are still attached.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// How long tasks may take to end once they are told to.
+const ENDING: Duration = Duration::from_secs(2);
+
+/// The agent's tasks, by what people call them. None ends before it is told to.
+type Tasks = JoinSet<&'static str>;
+
 /// Runs the agent until SIGTERM or SIGINT, then detaches everything.
 ///
 /// # Errors
 ///
-/// When something that it needs cannot be had; each error says what, and what to do.
+/// When something that it needs cannot be had, or one of its tasks ends; each error says what, and
+/// what to do.
 pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let Some(cgroup) = config.cgroup.clone() else {
         bail!("no cgroup is named: use --cgroup, or `cgroup:` in the agent file");
     };
-    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    let mut signals = Signals::listen()?;
     let claim = socket::Claim::take(&config.socket).await?;
     refuse_second(&cgroup)?;
 
-    let (mut programs, mut maps, grace) = load::load(options)?;
-    maps.set_virtual_ips(&config.virtual_ips).context("virtual-ips")?;
-    let cancel = CancellationToken::new();
-    if options.log {
-        follow_log(&mut programs, &cancel)?;
-    }
+    let (mut programs, maps, grace) = load::load(options)?;
+    let mut reconciler = Reconciler::new(maps);
+    reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
 
+    let cancel = CancellationToken::new();
+    let mut tasks = Tasks::new();
+    if options.log {
+        follow_log(&mut programs, &mut tasks, &cancel)?;
+    }
     let (events, sources) = mpsc::channel(EVENTS);
     let (sender, verdicts) = mpsc::unbounded_channel();
-    let monitor = Monitor::spawn(sender, cancel.clone());
+    let (monitor, checks) = Monitor::new(sender, cancel.clone());
     let inputs = Inputs { sources, verdicts };
-    let (engine, heard, engine_task) =
-        Engine::spawn(Arc::clone(&config), maps, grace, monitor, inputs, cancel.clone());
+    let (engine, heard, work) =
+        Engine::prepare(&config, reconciler, grace, monitor, inputs, cancel.clone());
+    spawn(&mut tasks, "the health checks", checks);
+    spawn(&mut tasks, "the engine", work);
     for (index, source) in config.sources.iter().enumerate() {
         let Source::Files { directory } = source;
-        files::spawn(index, directory.clone(), events.clone(), cancel.clone());
+        let watch = files::spawn(index, directory.clone(), events.clone(), cancel.clone());
+        spawn(&mut tasks, "a source of service files", async {
+            if let Err(error) = watch.await {
+                std::panic::resume_unwind(error.into_panic());
+            }
+        });
     }
-    let listener = claim.listen()?;
-    let server = tokio::spawn(server::serve(listener, engine.clone(), cancel.clone()));
-
-    let mut stopped = std::pin::pin!(async {
-        tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
+    let serve = server::serve(claim.listen()?, engine.clone(), cancel.clone());
+    spawn(&mut tasks, "the API", async {
+        if let Err(error) = serve.await {
+            tracing::error!(%error, "the API");
         }
     });
-    let started = tokio::select! {
-        result = tokio::time::timeout(PATIENCE, heard) => {
-            if result.is_err() {
-                tracing::warn!("a source has not answered; starting with what the others define");
-            }
-            None
-        }
-        signal = &mut stopped => Some(signal),
-    };
-    let signal = match started {
-        Some(signal) => signal,
-        None => {
-            programs.attach(&cgroup)?;
-            engine.set_attached(true).await;
-            tracing::info!(cgroup = %cgroup.display(), node = config.node, "balancing");
-            stopped.await
-        }
-    };
 
-    tracing::info!("{signal}: detaching");
+    let result = tokio::select! {
+        signal = signals.next() => {
+            tracing::info!("{signal}: detaching");
+            Ok(())
+        }
+        ended = tasks.join_next() => Err(ended_early(ended)),
+        error = balance(&mut programs, &cgroup, &engine, heard) => Err(error),
+    };
     // No new connect is balanced from here on; what is open stays as it is.
     drop(programs);
     cancel.cancel();
-    engine_task.await.context("the engine ended abnormally")?;
-    server.await.context("the API ended abnormally")??;
-    Ok(())
+    let all = async { while tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(ENDING, all).await.is_err() {
+        tracing::warn!("some tasks do not end; leaving them");
+    }
+    result
+}
+
+/// Attaches the programs once the sources have been heard, and again whenever they are lost: a
+/// cgroup can be removed and made again. Returns only when they cannot be attached at the start.
+async fn balance(
+    programs: &mut Programs,
+    cgroup: &Path,
+    engine: &Handle,
+    heard: oneshot::Receiver<()>,
+) -> anyhow::Error {
+    match tokio::time::timeout(PATIENCE, heard).await {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => return anyhow!("the engine ended before it began; please report this"),
+        Err(_) => {
+            tracing::warn!("a source has not answered; starting with what the others define");
+        }
+    }
+    let attached = refuse_second(cgroup).and_then(|()| Ok(programs.attach(cgroup)?));
+    let mut attachment = match attached {
+        Ok(attachment) => Some(attachment),
+        Err(error) => return error,
+    };
+    engine.set_attachment(attachment.clone()).await;
+    tracing::info!(cgroup = %cgroup.display(), "balancing");
+    let mut tick = tokio::time::interval(WATCH);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        if attachment.as_ref().is_some_and(Attachment::is_whole) {
+            continue;
+        }
+        if attachment.take().is_some() {
+            tracing::error!(
+                cgroup = %cgroup.display(),
+                "the programs are no longer attached: the cgroup was removed, or somebody detached \
+                 them; attaching again as soon as it is there"
+            );
+        }
+        if let Ok(again) = programs.attach(cgroup) {
+            tracing::info!(cgroup = %cgroup.display(), "balancing again");
+            engine.set_attachment(Some(again.clone())).await;
+            attachment = Some(again);
+        }
+    }
+}
+
+fn spawn(tasks: &mut Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+    tasks.spawn(async move {
+        task.await;
+        name
+    });
+}
+
+fn ended_early(ended: Option<Result<&'static str, JoinError>>) -> anyhow::Error {
+    match ended {
+        Some(Ok(name)) => anyhow!("{name} ended without being told to; please report this"),
+        Some(Err(error)) => anyhow!("a task of the agent failed: {error}; please report this"),
+        None => anyhow!("the agent has no tasks; please report this"),
+    }
+}
+
+/// What ends the agent in order.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("listening for signals");
+        let (terminate, interrupt) =
+            (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+        Ok(Self { terminate, interrupt })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
 }
 
 /// Two agents on one cgroup would count and translate twice.
@@ -114,10 +204,14 @@ fn refuse_second(cgroup: &Path) -> anyhow::Result<()> {
 }
 
 /// Hands what the kernel programs log to `tracing`, through the `log` crate.
-fn follow_log(programs: &mut Programs, cancel: &CancellationToken) -> anyhow::Result<()> {
+fn follow_log(
+    programs: &mut Programs,
+    tasks: &mut Tasks,
+    cancel: &CancellationToken,
+) -> anyhow::Result<()> {
     let mut logger = programs.logger().context("opening the programs' log")?;
     let cancel = cancel.clone();
-    tokio::spawn(async move {
+    spawn(tasks, "the programs' log", async move {
         // Read from time to time instead of by events: it is for debugging, and a ring that is
         // full drops what comes.
         let mut tick = tokio::time::interval(LOG_INTERVAL);

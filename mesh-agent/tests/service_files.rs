@@ -1,6 +1,6 @@
 //! What is said about service files that are refused: `testdata/service-files.txt`.
 
-use mesh_agent::config::{MAX_ADDRESSES, MAX_PORTS, parse_services};
+use mesh_agent::config::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services};
 use mesh_agent::model::WhenAllUnhealthy;
 
 /// A case: what it shows, the file, the lines that are expected.
@@ -113,18 +113,26 @@ fn limits_are_named() {
     let list = |count: usize, item: fn(usize) -> String| {
         (0..count).map(item).collect::<Vec<_>>().join(", ")
     };
-    let file = |addresses: usize, ports: usize| {
+    let file = |addresses: usize, ports: usize, endpoints: usize| {
         let addresses = list(addresses, |i| format!("10.96.0.{i}"));
         let ports = list(ports, |i| format!("{{port: {}}}", i + 1));
+        let endpoints = list(endpoints, |i| format!("{{address: 10.0.0.{i}}}"));
         let text = format!(
-            "services:\n- name: a\n  addresses: [{addresses}]\n  ports: [{ports}]\n  endpoints: []\n"
+            "services:\n- name: a\n  addresses: [{addresses}]\n  ports: [{ports}]\n  \
+             endpoints: [{endpoints}]\n"
         );
         parse_services(text.as_bytes())
     };
-    assert_eq!(file(MAX_ADDRESSES, MAX_PORTS).map(|s| s.len()), Ok(1));
+    let most = MAX_BACKENDS / MAX_PORTS;
+    assert_eq!(file(MAX_ADDRESSES, MAX_PORTS, most).map(|s| s.len()), Ok(1));
     for (result, limit) in [
-        (file(MAX_ADDRESSES, 65_536), "65536 ports; the limit of one service is 1024: split it"),
-        (file(MAX_ADDRESSES + 1, 1), "65 addresses; the limit of one service is 64: split it"),
+        (file(MAX_ADDRESSES, 65_536, 0), "65536 ports; the limit of one service is 1024: split it"),
+        (file(MAX_ADDRESSES + 1, 1, 0), "65 addresses; the limit of one service is 64: split it"),
+        (
+            file(1, MAX_PORTS, most + 1),
+            "1024 ports × 65 endpoints are 66560 backends; the limit of one service is 65536: \
+             split it",
+        ),
     ] {
         let problems = result.expect_err("above the limit");
         assert_eq!(problems.iter().map(|p| &*p.text).collect::<Vec<_>>(), [limit]);

@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
@@ -14,6 +15,9 @@ use crate::check::mounts::Mounts;
 use crate::config::Config;
 use crate::dataplane::load::Options;
 
+/// How long threads may take to end.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// Runs the agent until it is told to stop.
 pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure> {
     let options = Options { log: args.log_refusals };
@@ -22,9 +26,10 @@ pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure>
     let runtime = Runtime::new().map_err(|error| {
         Failure::failed(format!("cannot start threads: {error}; look at `ulimit -u`"))
     })?;
-    runtime
-        .block_on(agent::run(config, options))
-        .map_err(|error| Failure::failed(format!("{error:#}")))
+    let result = runtime.block_on(agent::run(config, options));
+    // A thread that hangs in a dead file system must not keep the process.
+    runtime.shutdown_timeout(ENDING);
+    result.map_err(|error| Failure::failed(format!("{error:#}")))
 }
 
 /// The configuration of this run: flags win over the file. Its `cgroup` is there.

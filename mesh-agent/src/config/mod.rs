@@ -8,4 +8,4 @@ mod service_file;
 mod values;
 
 pub use agent::{Config, ConfigError, DEFAULT_FILE, DEFAULT_SERVICES, Source};
-pub use service_file::{MAX_ADDRESSES, MAX_PORTS, parse_services};
+pub use service_file::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services};

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +24,16 @@ pub const MAX_PORTS: usize = 1024;
 /// service to the 65,536 that a single address could have.
 pub const MAX_ADDRESSES: usize = 64;
 
-/// The shortest interval between two checks of one endpoint.
-const MIN_INTERVAL: Duration = Duration::from_millis(10);
+/// The most backends that one service may have: each endpoint is one for each port. More would let
+/// a file of a few megabytes fill the memory of the agent.
+pub const MAX_BACKENDS: usize = 65_536;
+
+/// How long the time between two checks of one endpoint may be.
+const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(86_400);
+
+/// How long a check may wait. While it does, it takes one of the places of its service, whose other
+/// endpoints wait.
+const TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
 
 const FILE: Keys = Keys { of: "a service file", known: &["services"], later: &[] };
 
@@ -116,6 +125,19 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         .require("endpoints", "write endpoints: [] for a service without any", problems)
         .and_then(|node| endpoints(node, problems));
     let (addresses, ports, endpoints) = (addresses?, ports?, endpoints?);
+    let backends = ports.len() * endpoints.len();
+    if backends > MAX_BACKENDS {
+        problems.add(
+            fields.key_at("endpoints"),
+            format!(
+                "{} ports × {} endpoints are {backends} backends; the limit of one service is \
+                 {MAX_BACKENDS}: split it",
+                ports.len(),
+                endpoints.len()
+            ),
+        );
+        return None;
+    }
     check_endpoints(&addresses, &ports, &endpoints, problems);
     let service = Service {
         name: ServiceName::new(name?),
@@ -277,12 +299,12 @@ fn health(node: &Node, problems: &mut Problems) -> Option<HealthPolicy> {
         None if problems.count() > before => {}
         None => problems.add(fields.at, "the kind of check is missing; expected tcp: {}"),
     }
-    let mut time = |key, least, default| match fields.get(key) {
-        Some(node) => duration(node, key, least, problems),
+    let mut time = |key, range, default| match fields.get(key) {
+        Some(node) => duration(node, key, range, problems),
         None => Some(default),
     };
-    let interval = time("interval", MIN_INTERVAL, HealthPolicy::INTERVAL);
-    let timeout = time("timeout", Duration::from_millis(1), HealthPolicy::TIMEOUT);
+    let interval = time("interval", INTERVAL, HealthPolicy::INTERVAL);
+    let timeout = time("timeout", TIMEOUT, HealthPolicy::TIMEOUT);
     let mut count = |key, default| match fields.get(key) {
         Some(node) => integer(node, key, 1..=1000, problems),
         None => Some(default),

@@ -1,6 +1,7 @@
 //! Values that both kinds of files share: addresses, names, durations, paths.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,9 +11,6 @@ use crate::yaml::{Node, Problems, excerpt, text};
 
 /// The longest name of anything, in characters: that of a DNS name.
 const MAX_NAME: usize = 253;
-
-/// The longest duration that makes sense between two checks.
-const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A name that can be typed on a command line and shown in a column.
 pub(super) fn name<'n>(node: &'n Node, what: &str, problems: &mut Problems) -> Option<&'n str> {
@@ -105,17 +103,17 @@ fn covers_mapped(network: &IpNet) -> bool {
 pub(super) fn duration(
     node: &Node,
     what: &str,
-    least: Duration,
+    range: RangeInclusive<Duration>,
     problems: &mut Problems,
 ) -> Option<Duration> {
     let expected = format!(
         "a duration with a unit from {} to {}, such as 300ms or 1s, for `{what}`",
-        humantime::format_duration(least),
-        humantime::format_duration(MAX_DURATION),
+        humantime::format_duration(*range.start()),
+        humantime::format_duration(*range.end()),
     );
     let written = text(node, &expected, problems)?;
     let duration = humantime::parse_duration(written).ok();
-    let duration = duration.filter(|duration| (least..=MAX_DURATION).contains(duration));
+    let duration = duration.filter(|duration| range.contains(duration));
     if duration.is_none() {
         problems.add(node.at, format!("expected {expected}; found {}", excerpt(written)));
     }

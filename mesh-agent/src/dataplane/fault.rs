@@ -2,7 +2,7 @@
 
 use std::io;
 
-use mesh_common::{Backend, FrontendKey, FrontendValue, Slot, Table};
+use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Slot, Table};
 
 use super::maps::{Capacity, MapError, Maps};
 
@@ -64,6 +64,14 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
 
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError> {
         self.gate("removing from FRONTENDS")?.remove_frontend(key)
+    }
+
+    fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        self.gate("inserting into VIRTUAL_IPS")?.insert_virtual_ip(addr, bits)
+    }
+
+    fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError> {
+        self.gate("writing SETTINGS")?.set_virtual_ip_count(count)
     }
 
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {

@@ -7,11 +7,9 @@ use std::sync::{Mutex, PoisonError};
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray};
-use ipnet::IpNet;
-use mesh_common::layout::counter;
 use mesh_common::{
-    Addr, Backend, BackendStats, FrontendKey, FrontendValue, Reason, Service, Settings, Slot,
-    Table, Tables, Word,
+    Addr, Backend, BackendStats, FrontendKey, FrontendValue, Service, Settings, Slot, Table,
+    Tables, Word,
 };
 
 use super::maps::{Capacity, MapError, Maps};
@@ -73,14 +71,8 @@ impl KernelMaps {
     ///
     /// When a map is missing or has another layout than this agent's.
     pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
-        let mut entries = Ok(0);
-        let frontends = typed(ebpf, "FRONTENDS", |map| {
-            if let Map::HashMap(data) = &map {
-                entries = data.info().map(|info| info.max_entries());
-            }
-            HashMap::try_from(map)
-        })?;
-        let entries = entries.map_err(|source| OpenError::Map { map: "FRONTENDS", source })?;
+        let (frontends, entries) = sized(ebpf, "FRONTENDS", HashMap::try_from)?;
+        let (virtual_ips, ranges) = sized(ebpf, "VIRTUAL_IPS", LpmTrie::try_from)?;
         let services: Mapped<Service> = mapped(ebpf, "SERVICES")?;
         let slots: Mapped<Slot> = mapped(ebpf, "SLOTS")?;
         let backends: Mapped<Backend> = mapped(ebpf, "BACKENDS")?;
@@ -90,6 +82,7 @@ impl KernelMaps {
             services: services.capacity(),
             slots: slots.capacity(),
             backends: backends.capacity().min(stats.capacity()),
+            virtual_ips: ranges,
         };
         Ok(Self {
             frontends,
@@ -98,46 +91,16 @@ impl KernelMaps {
             backends,
             stats,
             settings: mapped(ebpf, "SETTINGS")?,
-            virtual_ips: typed(ebpf, "VIRTUAL_IPS", LpmTrie::try_from)?,
+            virtual_ips,
             counters: typed(ebpf, "COUNTERS", PerCpuArray::try_from)?,
             capacity,
         })
     }
 
-    /// Makes these the ranges in which an address of no service is refused.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses an entry: there is room for 256.
-    pub fn set_virtual_ips(&mut self, ranges: &[IpNet]) -> Result<(), MapError> {
-        for range in ranges {
-            let (addr, bits) = match range {
-                IpNet::V4(range) => (Addr::from(range.network()), 96 + range.prefix_len()),
-                IpNet::V6(range) => (Addr::from(range.network()), range.prefix_len()),
-            };
-            let key = Key::new(u32::from(bits), addr.octets());
-            let inserted = self.virtual_ips.insert(&key, 1, 0);
-            inserted.map_err(map_error("inserting into VIRTUAL_IPS (it holds 256)"))?;
-        }
-        if let Some(settings) = self.settings.get(0) {
-            settings.virtual_ips.store(ranges.len() as u64);
-        }
-        Ok(())
-    }
-
-    /// A counter, summed over the CPUs. The index is one of [`counter`], or a [`Reason`].
+    /// A counter, summed over the CPUs. The index is one of
+    /// [`mesh_common::layout::counter`], or a [`mesh_common::Reason`].
     pub fn counter(&self, index: u32) -> u64 {
         self.counters.get(&index, 0).map_or(0, |values| values.iter().sum())
-    }
-
-    /// How many connects were refused for a reason.
-    pub fn refused(&self, reason: Reason) -> u64 {
-        self.counter(reason as u32)
-    }
-
-    /// How many connects were given a backend.
-    pub fn balanced(&self) -> u64 {
-        self.counter(counter::BALANCED)
     }
 }
 
@@ -154,6 +117,20 @@ fn typed<T>(
     convert: impl FnOnce(Map) -> Result<T, aya::maps::MapError>,
 ) -> Result<T, OpenError> {
     convert(take(ebpf, map)?).map_err(|source| OpenError::Map { map, source })
+}
+
+/// The same, and how many entries it holds.
+fn sized<T>(
+    ebpf: &mut Ebpf,
+    map: &'static str,
+    convert: impl FnOnce(Map) -> Result<T, aya::maps::MapError>,
+) -> Result<(T, u32), OpenError> {
+    let failed = |source| OpenError::Map { map, source };
+    let entries = match ebpf.map(map) {
+        Some(Map::HashMap(data) | Map::LpmTrie(data)) => data.info().map_err(failed)?.max_entries(),
+        _ => return Err(OpenError::Missing(map)),
+    };
+    Ok((typed(ebpf, map, convert)?, entries))
 }
 
 fn mapped<T: Flat>(ebpf: &mut Ebpf, map: &'static str) -> Result<Mapped<T>, OpenError> {
@@ -243,6 +220,18 @@ impl Maps for KernelMaps {
             Err(error) if error.source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             result => result,
         }
+    }
+
+    fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        let key = Key::new(u32::from(bits), addr.octets());
+        self.virtual_ips.insert(&key, 1, 0).map_err(map_error("inserting into VIRTUAL_IPS"))
+    }
+
+    fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError> {
+        if let Some(settings) = self.settings.get(0) {
+            settings.virtual_ips.store(count.into());
+        }
+        Ok(())
     }
 
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {

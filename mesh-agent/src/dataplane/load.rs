@@ -4,22 +4,24 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use aya::programs::cgroup_sock_addr::CgroupSockAddrLinkId;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use mesh_common::ABI_VERSION;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::kernel::{Grace, KernelMaps, OpenError};
+use super::sys::attached::{Hook, program_ids};
 
 /// The kernel object, or nothing in a binary that was built without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 
 /// The programs and their hooks.
-pub const PROGRAMS: [(&str, &str); 4] = [
-    ("mesh_connect4", "cgroup/connect4"),
-    ("mesh_connect6", "cgroup/connect6"),
-    ("mesh_getpeername4", "cgroup/getpeername4"),
-    ("mesh_getpeername6", "cgroup/getpeername6"),
+pub const PROGRAMS: [(&str, Hook); 4] = [
+    ("mesh_connect4", Hook::Connect4),
+    ("mesh_connect6", Hook::Connect6),
+    ("mesh_getpeername4", Hook::GetPeerName4),
+    ("mesh_getpeername6", Hook::GetPeerName6),
 ];
 
 /// Why the data plane cannot be had.
@@ -107,6 +109,14 @@ pub struct Options {
 /// The loaded programs. Dropping it detaches them.
 pub struct Programs {
     ebpf: Ebpf,
+    links: Vec<(&'static str, CgroupSockAddrLinkId)>,
+}
+
+/// What is attached where, to ask the kernel whether it still is.
+#[derive(Clone, Debug)]
+pub struct Attachment {
+    cgroup: PathBuf,
+    ids: Vec<(&'static str, Hook, u32)>,
 }
 
 /// Loads the programs and makes the maps, without attaching anything.
@@ -130,42 +140,52 @@ pub fn load(options: Options) -> Result<(Programs, KernelMaps, Grace), LoadError
     }
     let maps = KernelMaps::open(&mut ebpf)?;
     let grace = Grace::open(&mut ebpf)?;
-    Ok((Programs { ebpf }, maps, grace))
+    Ok((Programs { ebpf, links: Vec::new() }, maps, grace))
 }
 
 impl Programs {
     /// Attaches all programs to a cgroup: sockets that are created below it from then on are
-    /// balanced. After an error none is attached.
+    /// balanced. What was attached before is detached. After an error none is attached.
     ///
     /// `getpeername` comes first, so that no balanced socket shows its backend.
     ///
     /// # Errors
     ///
     /// When the directory is no cgroup, or the kernel refuses.
-    pub fn attach(&mut self, cgroup: &Path) -> Result<(), LoadError> {
+    pub fn attach(&mut self, cgroup: &Path) -> Result<Attachment, LoadError> {
+        self.detach();
         let opened = File::open(cgroup)
             .map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
-        let mut links = Vec::new();
-        for (program, _) in PROGRAMS.into_iter().rev() {
-            // A link is always one of many; aya's flag for that is refused for links.
-            let attached = hook(&mut self.ebpf, program)
-                .and_then(|hook| hook.attach(&opened, CgroupAttachMode::Single));
-            match attached {
-                Ok(link) => links.push((program, link)),
+        let mut ids = Vec::new();
+        for (program, place) in PROGRAMS.into_iter().rev() {
+            match self.attach_one(program, &opened) {
+                Ok(id) => ids.push((program, place, id)),
                 Err(source) => {
-                    for (program, link) in links {
-                        let detached =
-                            hook(&mut self.ebpf, program).and_then(|hook| hook.detach(link));
-                        if let Err(error) = detached {
-                            tracing::warn!(program, %error, "could not detach");
-                        }
-                    }
+                    self.detach();
                     let path = cgroup.to_owned();
                     return Err(LoadError::Attach { program, path, source: Box::new(source) });
                 }
             }
         }
-        Ok(())
+        ids.reverse();
+        Ok(Attachment { cgroup: cgroup.to_owned(), ids })
+    }
+
+    fn attach_one(&mut self, name: &'static str, cgroup: &File) -> Result<u32, ProgramError> {
+        let program = hook(&mut self.ebpf, name)?;
+        let id = program.info()?.id();
+        // A link is always one of many; aya's flag for that is refused for links.
+        self.links.push((name, program.attach(cgroup, CgroupAttachMode::Single)?));
+        Ok(id)
+    }
+
+    fn detach(&mut self) {
+        for (program, link) in self.links.drain(..) {
+            let detached = hook(&mut self.ebpf, program).and_then(|hook| hook.detach(link));
+            if let Err(error) = detached {
+                tracing::warn!(program, %error, "could not detach");
+            }
+        }
     }
 
     /// Starts to hand what the programs log to `tracing`; only with [`Options::log`].
@@ -188,6 +208,23 @@ fn object(bytes: &[u8]) -> Result<&[u8], LoadError> {
         return Err(LoadError::Abi { found });
     }
     Ok(bytes)
+}
+
+// === impl Attachment ===
+
+impl Attachment {
+    /// Each program with its hook, and whether it is attached now. A cgroup that was removed has
+    /// none, also when another one has its name.
+    pub fn states(&self) -> Vec<(&'static str, Hook, bool)> {
+        let attached =
+            |hook, id| program_ids(&self.cgroup, hook).is_ok_and(|attached| attached.contains(&id));
+        self.ids.iter().map(|&(name, hook, id)| (name, hook, attached(hook, id))).collect()
+    }
+
+    /// Whether all of them are attached now.
+    pub fn is_whole(&self) -> bool {
+        self.states().into_iter().all(|(_, _, attached)| attached)
+    }
 }
 
 fn hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, ProgramError> {

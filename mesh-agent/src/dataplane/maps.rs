@@ -4,7 +4,7 @@
 
 use std::io;
 
-use mesh_common::{Backend, FrontendKey, FrontendValue, Slot, Table};
+use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Slot, Table};
 
 /// A map operation that did not succeed; nothing of it is visible.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +28,8 @@ pub struct Capacity {
     pub slots: u32,
     /// Records of `BACKENDS` and `BACKEND_STATS`.
     pub backends: u32,
+    /// Entries of `VIRTUAL_IPS`.
+    pub virtual_ips: u32,
 }
 
 /// The maps, as the agent writes and reads them.
@@ -61,6 +63,10 @@ pub trait Maps {
     fn insert_frontend(&mut self, key: &FrontendKey, value: FrontendValue) -> Result<(), MapError>;
     /// Removes an entry of `FRONTENDS`; it is no error when there is none.
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError>;
+    /// Makes an entry of `VIRTUAL_IPS`: a prefix of so many of the 128 bits.
+    fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError>;
+    /// Says in `SETTINGS` how many entries `VIRTUAL_IPS` has; while it is 0, none is looked at.
+    fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError>;
 
     /// Reads an entry of `FRONTENDS`.
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;

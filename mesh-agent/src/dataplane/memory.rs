@@ -16,6 +16,8 @@ pub struct Memory {
     services: Vec<Service>,
     slots: Vec<Slot>,
     backends: Vec<Backend>,
+    virtual_ips: Vec<(u128, u8)>,
+    virtual_ip_count: u32,
     /// Draws so far.
     draws: Word,
     /// Tables that programs still running have read: their slots must stay as they are.
@@ -35,6 +37,8 @@ impl Memory {
             services: filled(capacity.services),
             slots: filled(capacity.slots),
             backends: filled(capacity.backends),
+            virtual_ips: Vec::new(),
+            virtual_ip_count: 0,
             draws: Word::new(0),
             readers: Vec::new(),
         }
@@ -151,6 +155,16 @@ impl Maps for Memory {
         Ok(())
     }
 
+    fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        self.virtual_ips.push((u128::from_be_bytes(addr.octets()), bits));
+        Ok(())
+    }
+
+    fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError> {
+        self.virtual_ip_count = count;
+        Ok(())
+    }
+
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
         self.frontends.get(key).copied()
     }
@@ -187,8 +201,12 @@ impl Tables for Memory {
         self.slots.get(index as usize)
     }
 
-    fn is_virtual(&self, _addr: &Addr) -> bool {
-        false
+    fn is_virtual(&self, addr: &Addr) -> bool {
+        let addr = u128::from_be_bytes(addr.octets());
+        let inside = |&(range, bits): &(u128, u8)| {
+            bits == 0 || (addr ^ range) >> (128 - u32::from(bits)) == 0
+        };
+        self.virtual_ip_count > 0 && self.virtual_ips.iter().any(inside)
     }
 
     fn random(&self) -> u32 {

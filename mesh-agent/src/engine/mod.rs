@@ -2,32 +2,31 @@
 //! hold what follows from it. It owns the catalog, the states of the endpoints and the reconciler;
 //! everybody else asks it.
 
+mod pause;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use mesh_common::{FrontendKey, State};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalog::{Catalog, Entry};
 use crate::compile::{self, Tables};
 use crate::config::Config;
 use crate::dataplane::kernel::{Grace, KernelMaps};
+use crate::dataplane::load::Attachment;
 use crate::dataplane::maps::MapError;
 use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::discovery::{Event, SourceState};
 use crate::health::{Monitor, Plan, Verdict};
 use crate::model::ServiceName;
+use pause::Pause;
 pub use view::Handle;
-
-/// How long after a failed map operation it is tried again, at first and at most.
-const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 /// How many messages are taken together. Together they cost one pass over the services that they
 /// concern, and an address that moves between them moves without a gap.
@@ -36,6 +35,8 @@ const BATCH: usize = 256;
 /// What is known of an endpoint.
 #[derive(Clone, Debug)]
 struct Known {
+    /// Differs between the lives of an endpoint.
+    life: u64,
     state: State,
     reason: String,
     since: SystemTime,
@@ -60,11 +61,15 @@ pub struct Engine {
     /// What is in the way of services, in plain words.
     problems: BTreeMap<ServiceName, Vec<String>>,
     last_error: Option<String>,
-    /// Whether the programs are attached.
-    attached: bool,
+    /// What is attached; nothing before the start, and after it was lost.
+    attachment: Option<Attachment>,
     grace: Arc<Grace>,
     waiting: Option<JoinHandle<Result<(), MapError>>>,
-    retry: Option<(Instant, Duration)>,
+    /// When the next grace period may start, after one that failed.
+    grace_pause: Pause,
+    retry: Pause,
+    /// The last life given to an endpoint.
+    life: u64,
     /// Resolved once every source has been heard.
     all_heard: Option<oneshot::Sender<()>>,
 }
@@ -77,19 +82,22 @@ pub struct Inputs {
     pub verdicts: mpsc::UnboundedReceiver<Verdict>,
 }
 
+/// How many items of a kind are spelled out for people.
+const MANY: usize = 20;
+
 type Question = Box<dyn FnOnce(&mut Engine) + Send>;
 
 impl Engine {
-    /// Starts the engine over maps that are empty. The receiver hears when every source has been
-    /// heard once and what it defines is in the kernel.
-    pub fn spawn(
-        config: Arc<Config>,
-        maps: KernelMaps,
+    /// An engine over maps that are empty. The receiver hears when every source has been heard
+    /// once and what it defines is in the kernel; the future is the engine's work, until `cancel`.
+    pub fn prepare(
+        config: &Arc<Config>,
+        reconciler: Reconciler<KernelMaps>,
         grace: Grace,
         monitor: Monitor,
         inputs: Inputs,
         cancel: CancellationToken,
-    ) -> (Handle, oneshot::Receiver<()>, JoinHandle<()>) {
+    ) -> (Handle, oneshot::Receiver<()>, impl Future<Output = ()> + Send + use<>) {
         let (questions, receiver) = mpsc::channel(BATCH);
         let (all_heard, heard) = oneshot::channel();
         let engine = Self {
@@ -97,18 +105,20 @@ impl Engine {
             sources: BTreeMap::new(),
             health: HashMap::new(),
             monitor,
-            reconciler: Reconciler::new(maps),
+            reconciler,
             problems: BTreeMap::new(),
             last_error: None,
-            attached: false,
+            attachment: None,
             grace: Arc::new(grace),
             waiting: None,
-            retry: None,
+            grace_pause: Pause::default(),
+            retry: Pause::default(),
+            life: 0,
             all_heard: Some(all_heard),
-            config,
+            config: Arc::clone(config),
         };
-        let task = tokio::spawn(engine.run(inputs, receiver, cancel));
-        (Handle::new(questions), heard, task)
+        let handle = Handle::new(questions, Arc::clone(config));
+        (handle, heard, engine.run(inputs, receiver, cancel))
     }
 
     async fn run(
@@ -118,11 +128,14 @@ impl Engine {
         cancel: CancellationToken,
     ) {
         let (mut events, mut verdicts) = (Vec::new(), Vec::new());
+        self.tell_all_heard();
         loop {
-            let retry = self.retry.map(|(at, _)| at);
             tokio::select! {
+                // In this order, so that a flood of what comes later holds up nothing.
                 biased;
                 () = cancel.cancelled() => break,
+                waited = joined(&mut self.waiting) => self.end_grace(&waited),
+                () = self.retry.over() => self.try_again(),
                 1.. = inputs.verdicts.recv_many(&mut verdicts, BATCH) => {
                     self.take_verdicts(verdicts.drain(..));
                 }
@@ -130,8 +143,7 @@ impl Engine {
                     self.take_events(events.drain(..));
                 }
                 Some(question) = questions.recv() => question(&mut self),
-                waited = joined(&mut self.waiting) => self.end_grace(&waited),
-                () = until(retry) => self.try_again(),
+                () = self.grace_pause.over() => self.grace_pause.end(),
             }
             self.start_grace();
         }
@@ -150,6 +162,10 @@ impl Engine {
             }
         }
         self.update(changed);
+        self.tell_all_heard();
+    }
+
+    fn tell_all_heard(&mut self) {
         if self.all_ready()
             && let Some(heard) = self.all_heard.take()
         {
@@ -170,13 +186,13 @@ impl Engine {
 
     fn take_verdicts(&mut self, verdicts: impl Iterator<Item = Verdict>) {
         let mut changed = BTreeSet::new();
-        for Verdict { service, address, state, reason } in verdicts {
-            // A verdict may come in after its endpoint went.
+        for Verdict { service, address, life, state, reason } in verdicts {
             let known =
                 self.health.get_mut(&service).and_then(|health| health.endpoints.get_mut(&address));
-            let Some(known) = known else { continue };
+            // A verdict may come in after its endpoint went, or even came back.
+            let Some(known) = known.filter(|known| known.life == life) else { continue };
             tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
-            *known = Known { state, reason, since: SystemTime::now() };
+            *known = Known { life, state, reason, since: SystemTime::now() };
             changed.insert(service);
         }
         self.update(changed);
@@ -204,7 +220,7 @@ impl Engine {
                 }
                 Some(entry) => {
                     let health = self.health.entry(name.clone()).or_default();
-                    health.follow(&name, entry, &self.monitor);
+                    health.follow(&name, entry, &self.monitor, &mut self.life);
                     compile::compile(&entry.service, &keys(entry), |address| {
                         health.endpoints.get(&address).map_or(State::Unknown, |known| known.state)
                     })
@@ -215,36 +231,48 @@ impl Engine {
         let wanted = wanted.collect();
         let outcome = self.reconciler.apply(wanted);
         self.note(outcome);
+        if self.reconciler.is_unfinished() {
+            self.retry.begin();
+        } else {
+            self.retry.end();
+        }
     }
 
     fn try_again(&mut self) {
         let outcome = self.reconciler.retry();
         self.note(outcome);
+        if self.reconciler.is_unfinished() {
+            self.retry.lengthen();
+        } else {
+            self.retry.end();
+        }
     }
 
-    /// Notes what was in the way, and plans the next attempt.
+    /// Notes what was in the way.
     fn note(&mut self, outcome: Vec<(ServiceName, Vec<Problem>)>) {
         for (name, problems) in outcome {
-            if problems.is_empty() {
+            let lasting = problems.iter().filter(|problem| !problem.is_passing());
+            let mut texts: Vec<String> = lasting.map(ToString::to_string).collect();
+            texts.dedup();
+            if texts.len() > MANY {
+                let more = texts.len() - MANY;
+                texts.truncate(MANY);
+                texts.push(format!("and {more} more"));
+            }
+            if texts.is_empty() {
                 self.problems.remove(&name);
                 continue;
             }
-            let mut texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
-            texts.dedup();
             if self.problems.get(&name) != Some(&texts) {
                 tracing::error!(service = %name, "{}", texts.join("; "));
                 self.last_error = Some(format!("service {name}: {}", texts.join("; ")));
             }
             self.problems.insert(name, texts);
         }
-        self.retry = self.reconciler.is_unfinished().then(|| {
-            let delay = self.retry.map_or(RETRY.0, |(_, last)| (last * 2).min(RETRY.1));
-            (Instant::now() + delay, delay)
-        });
     }
 
     fn start_grace(&mut self) {
-        if self.waiting.is_none() && self.reconciler.begin_grace() {
+        if self.waiting.is_none() && !self.grace_pause.is_on() && self.reconciler.begin_grace() {
             let grace = Arc::clone(&self.grace);
             self.waiting = Some(tokio::task::spawn_blocking(move || grace.wait()));
         }
@@ -252,15 +280,21 @@ impl Engine {
 
     fn end_grace(&mut self, waited: &Result<(), String>) {
         self.waiting = None;
-        if let Err(error) = waited {
-            // What was retired stays so until a later wait succeeds.
-            tracing::error!("waiting for running programs: {error}");
-            self.last_error = Some(format!("waiting for running programs: {error}"));
-        }
         self.reconciler.end_grace(waited.is_ok());
-        // Room may have been made for what did not fit.
-        if waited.is_ok() && self.reconciler.is_unfinished() {
-            self.try_again();
+        match waited {
+            Ok(()) => {
+                self.grace_pause.end();
+                // Room was made, perhaps for what did not fit.
+                if self.reconciler.is_unfinished() {
+                    self.retry.hasten();
+                }
+            }
+            Err(error) => {
+                // What was retired stays so until a later wait succeeds.
+                tracing::error!("waiting for running programs: {error}");
+                self.last_error = Some(format!("waiting for running programs: {error}"));
+                self.grace_pause.lengthen();
+            }
         }
     }
 }
@@ -268,8 +302,9 @@ impl Engine {
 // === impl Health ===
 
 impl Health {
-    /// Follows a new definition: endpoints that stay keep their state.
-    fn follow(&mut self, name: &ServiceName, entry: &Entry, monitor: &Monitor) {
+    /// Follows a new definition: endpoints that stay keep their state. Each that comes gets the
+    /// next `life`.
+    fn follow(&mut self, name: &ServiceName, entry: &Entry, monitor: &Monitor, life: &mut u64) {
         let service = &entry.service;
         let targets: BTreeSet<SocketAddr> = service
             .ports
@@ -277,24 +312,23 @@ impl Health {
             .flat_map(|port| service.endpoints.iter().map(|e| compile::target(e, port)))
             .collect();
         let checked = service.health.is_some();
-        let was_checked = self.plan.is_some();
-        self.endpoints.retain(|address, _| targets.contains(address));
-        if was_checked && !checked {
+        if checked != self.plan.is_some() {
+            // What checks have found means nothing without them, and the other way round.
             self.endpoints.clear();
         }
-        for &address in &targets {
-            self.endpoints.entry(address).or_insert_with(|| Known {
-                state: State::Unknown,
-                reason: if checked { "not checked yet" } else { "no health check" }.to_owned(),
-                since: SystemTime::now(),
+        self.endpoints.retain(|address, _| targets.contains(address));
+        for address in targets {
+            self.endpoints.entry(address).or_insert_with(|| {
+                *life += 1;
+                let reason = if checked { "not checked yet" } else { "no health check" };
+                let since = SystemTime::now();
+                Known { life: *life, state: State::Unknown, reason: reason.to_owned(), since }
             });
         }
-        if checked && !was_checked {
-            for known in self.endpoints.values_mut() {
-                known.reason = "not checked yet".to_owned();
-            }
-        }
-        let plan = service.health.clone().map(|policy| Plan { policy, targets });
+        let plan = service.health.clone().map(|policy| {
+            let lives = self.endpoints.iter().map(|(address, known)| (*address, known.life));
+            Plan { policy, targets: lives.collect() }
+        });
         if plan != self.plan {
             monitor.set(name.clone(), plan.clone());
             self.plan = plan;
@@ -319,13 +353,5 @@ async fn joined(task: &mut Option<JoinHandle<Result<(), MapError>>>) -> Result<(
             Ok(result) => result.map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         },
-    }
-}
-
-/// Waits until then, or for ever.
-async fn until(at: Option<Instant>) {
-    match at {
-        None => std::future::pending().await,
-        Some(at) => tokio::time::sleep_until(at).await,
     }
 }

@@ -2,17 +2,19 @@
 //! the agent knows.
 
 use std::net::SocketAddr;
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use mesh_common::layout::counter;
 use mesh_common::{FrontendKey, Protocol, Reason, State};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Engine, Known, Question};
+use super::{Engine, Known, MANY, Question};
 use crate::api::server::{ExplainQuery, View, ViewError};
 use crate::api::types;
-use crate::catalog::Entry;
-use crate::dataplane::load::PROGRAMS;
+use crate::catalog::{self, Entry};
+use crate::config::Config;
+use crate::dataplane::load::{Attachment, PROGRAMS};
 use crate::dataplane::maps::Maps as _;
 use crate::explain::{self, BackendInfo, ClientView, FrontendInfo, Names};
 use crate::model::ServiceName;
@@ -20,18 +22,19 @@ use crate::model::ServiceName;
 /// The only algorithm there is.
 const RANDOM: &str = "random";
 
-/// How many items of a kind are spelled out where a list is meant for people.
-const MANY: usize = 20;
+/// How long finding out who a client is may take: its cgroup may be on a file system that hangs.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A way to ask the engine.
 #[derive(Clone)]
 pub struct Handle {
     questions: mpsc::Sender<Question>,
+    config: Arc<Config>,
 }
 
 impl Handle {
-    pub(super) fn new(questions: mpsc::Sender<Question>) -> Self {
-        Self { questions }
+    pub(super) fn new(questions: mpsc::Sender<Question>, config: Arc<Config>) -> Self {
+        Self { questions, config }
     }
 
     /// Runs `question` in the engine's task, between two changes.
@@ -49,19 +52,30 @@ impl Handle {
         answer.await.map_err(|_| stopping())
     }
 
-    /// Tells the engine whether the programs are attached.
-    pub async fn set_attached(&self, attached: bool) {
+    /// Tells the engine what is attached.
+    pub async fn set_attachment(&self, attachment: Option<Attachment>) {
         // An engine that is gone does not need to know.
-        let _ = self.ask(move |engine| engine.attached = attached).await;
+        let _ = self.ask(move |engine| engine.attachment = attachment).await;
+    }
+
+    /// Who `from` is; not asked in the engine's task, because files are looked at.
+    async fn client(&self, from: String) -> Result<Option<ClientView>, ViewError> {
+        let Some(cgroup) = self.config.cgroup.clone() else { return Ok(None) };
+        let name = from.clone();
+        let resolve = tokio::task::spawn_blocking(move || ClientView::resolve(&from, &cgroup));
+        match tokio::time::timeout(PATIENCE, resolve).await {
+            Ok(Ok(client)) => {
+                client.map(Some).map_err(|error| ViewError::BadRequest(error.to_string()))
+            }
+            Ok(Err(error)) => Err(ViewError::Failed(error.to_string())),
+            Err(_) => Err(ViewError::Failed(format!("looking at {name} takes too long"))),
+        }
     }
 }
 
 impl View for Handle {
     async fn services(&self) -> Result<Vec<types::Service>, ViewError> {
-        self.ask(|engine| {
-            engine.catalog.iter().map(|(name, entry)| engine.service(name, entry)).collect()
-        })
-        .await
+        self.ask(|engine| engine.services()).await
     }
 
     async fn backends(&self, service: Option<String>) -> Result<Vec<types::Backend>, ViewError> {
@@ -90,23 +104,33 @@ impl View for Handle {
 
     async fn explain(&self, query: ExplainQuery) -> Result<types::Explanation, ViewError> {
         let ExplainQuery { address, protocol, from } = query;
+        let client = match from {
+            Some(from) => self.client(from).await?,
+            None => None,
+        };
         self.ask(move |engine| {
-            let client = match (from, &engine.config.cgroup) {
-                (Some(from), Some(cgroup)) => Some(
-                    ClientView::resolve(&from, cgroup)
-                        .map_err(|error| ViewError::BadRequest(error.to_string()))?,
-                ),
-                _ => None,
-            };
             let query = explain::Query { address, protocol };
-            Ok(explain::explain(query, client.as_ref(), engine.reconciler.maps(), engine))
+            explain::explain(query, client.as_ref(), engine.reconciler.maps(), engine)
         })
-        .await?
+        .await
     }
 }
 
 impl Engine {
-    fn service(&self, name: &ServiceName, entry: &Entry) -> types::Service {
+    /// What is defined, and what the kernel still holds of services that are not defined any more.
+    fn services(&self) -> Vec<types::Service> {
+        let defined = self.catalog.iter().map(|(name, entry)| self.service(name, Some(entry)));
+        let undefined = self
+            .reconciler
+            .services()
+            .filter(|name| self.catalog.get(name.as_str()).is_none())
+            .map(|name| self.service(name, None));
+        let mut services: Vec<_> = defined.chain(undefined).collect();
+        services.sort_by(|a, b| a.name.cmp(&b.name));
+        services
+    }
+
+    fn service(&self, name: &ServiceName, entry: Option<&Entry>) -> types::Service {
         let mut frontends: Vec<FrontendKey> = self.reconciler.frontends(name).collect();
         frontends.sort_by_key(|key| (key.addr.octets(), key.host_port(), key.protocol));
         let states: Vec<State> = self
@@ -116,16 +140,18 @@ impl Engine {
             .map(|backend| State::from_number(backend.state))
             .collect();
         let problems = self.problems.get(name).into_iter().flatten();
+        let texts =
+            entry.into_iter().flat_map(|entry| entry.shadowed.iter().chain(&entry.warnings));
         types::Service {
             name: name.to_string(),
-            source: entry.origin.item.to_string(),
+            source: entry.map_or_else(String::new, |entry| entry.origin.item.to_string()),
             balance: RANDOM.to_owned(),
             frontends: frontends.iter().map(frontend).collect(),
             backends: types::BackendCounts {
                 total: states.len(),
                 healthy: states.iter().filter(|&&state| state == State::Healthy).count(),
             },
-            problems: problems.chain(&entry.shadowed).chain(&entry.warnings).cloned().collect(),
+            problems: problems.chain(texts).cloned().collect(),
         }
     }
 
@@ -136,8 +162,10 @@ impl Engine {
             .filter_map(|(key, id)| {
                 let backend = self.reconciler.maps().backend(id)?;
                 let known = self.known(name, key.address);
-                let endpoint =
-                    entry.service.endpoints.iter().find(|e| e.address == key.address.ip());
+                let endpoint = entry.service.endpoints.iter().find(|endpoint| {
+                    endpoint.address == key.address.ip()
+                        && endpoint.port.is_none_or(|port| port == key.address.port())
+                });
                 Some(types::Backend {
                     service: name.to_string(),
                     port: key.port,
@@ -162,22 +190,27 @@ impl Engine {
     }
 
     fn status(&self) -> types::Status {
-        let reasons = self.reasons();
+        let programs = match &self.attachment {
+            Some(attachment) => attachment.states(),
+            None => PROGRAMS.map(|(name, hook)| (name, hook, false)).into(),
+        };
+        let attached = programs.iter().all(|(_, _, attached)| *attached);
+        let reasons = self.reasons(attached);
         let config = &self.config;
         types::Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: config.node.clone(),
             zone: config.zone.clone(),
-            ready: self.attached && self.all_ready(),
+            ready: attached && self.all_ready(),
             reasons,
             pid: std::process::id(),
             cgroup: config.cgroup.as_ref().map_or_else(String::new, |c| c.display().to_string()),
-            programs: PROGRAMS
-                .iter()
-                .map(|&(name, hook)| types::Program {
+            programs: programs
+                .into_iter()
+                .map(|(name, hook, attached)| types::Program {
                     name: name.to_owned(),
-                    hook: hook.to_owned(),
-                    attached: self.attached,
+                    hook: format!("cgroup/{}", hook.name()),
+                    attached,
                 })
                 .collect(),
             sources: self.source_states(),
@@ -188,7 +221,7 @@ impl Engine {
     }
 
     /// Why the node is not ready, and what else needs attention.
-    fn reasons(&self) -> Vec<String> {
+    fn reasons(&self, attached: bool) -> Vec<String> {
         let mut reasons = Vec::new();
         for position in 0..self.config.sources.len() {
             match self.sources.get(&position) {
@@ -199,8 +232,15 @@ impl Engine {
                 Some(source) => reasons.extend(source.errors.iter().cloned()),
             }
         }
-        if !self.attached {
-            reasons.push("the kernel programs are not attached yet".to_owned());
+        if !attached {
+            reasons.push(match (&self.attachment, &self.config.cgroup) {
+                (Some(_), Some(cgroup)) => format!(
+                    "the kernel programs are no longer attached to {0}: nothing is balanced; they \
+                     are attached again as soon as {0} is there",
+                    cgroup.display()
+                ),
+                _ => "the kernel programs are not attached yet".to_owned(),
+            });
         }
         let shadowed = self.catalog.shadowed_definitions().map(|shadowed| shadowed.to_string());
         let problems = self
@@ -247,6 +287,7 @@ impl Engine {
             ("SERVICES", used.services, max.services),
             ("SLOTS", used.slots, max.slots),
             ("BACKENDS", used.backends, max.backends),
+            ("VIRTUAL_IPS", used.virtual_ips, max.virtual_ips),
         ]
         .map(|(name, used, max)| types::Map {
             name: name.to_owned(),
@@ -275,7 +316,12 @@ impl Engine {
 
 impl Names for Engine {
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendInfo> {
-        let name = self.reconciler.owner(key)?;
+        // Without an owner in the kernel it may be one that did not fit.
+        let name = self.reconciler.owner(key).or_else(|| {
+            let protocol = Protocol::from_number(key.protocol)?;
+            let (address, port) = (key.addr.ip(), key.host_port());
+            self.catalog.owner(&catalog::Frontend { address, port, protocol })
+        })?;
         let mut backends: Vec<BackendInfo> = self
             .reconciler
             .backends(name)

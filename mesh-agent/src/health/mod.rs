@@ -1,13 +1,14 @@
 //! Active health checks: who is checked, when, and what comes of it.
 //!
 //! One task keeps a queue of due checks; checks run as tasks of their own, a bounded number at a
-//! time. Each check is followed by the next one an interval later, give or take a tenth, so that
+//! time, in all and for each service, so that one whose endpoints all hang does not hold up the
+//! others. Each check is followed by the next one an interval later, give or take a tenth, so that
 //! endpoints that were added together drift apart.
 
 mod probe;
 mod state;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +23,12 @@ use tokio_util::time::{DelayQueue, delay_queue};
 use crate::model::{HealthPolicy, ServiceName};
 use state::Checked;
 
-/// How many checks run at a time; the others wait. A check takes one socket.
-const CONCURRENCY: usize = 256;
+/// How many checks run at a time; the others wait. A check takes one socket, and 1,024 is a common
+/// limit.
+const CONCURRENCY: usize = 512;
+
+/// How many of them may be of one service.
+const CONCURRENCY_OF_ONE: usize = 64;
 
 /// The first checks of endpoints that come together are spread over at most this.
 const FIRST_SPREAD: Duration = Duration::from_millis(200);
@@ -35,6 +40,8 @@ pub struct Verdict {
     pub service: ServiceName,
     /// The endpoint.
     pub address: SocketAddr,
+    /// Which life of it: the number that the plan gave.
+    pub life: u64,
     /// Its state from now on.
     pub state: State,
     /// Why, for people.
@@ -46,30 +53,33 @@ pub struct Verdict {
 pub struct Plan {
     /// How.
     pub policy: HealthPolicy,
-    /// Whom.
-    pub targets: BTreeSet<SocketAddr>,
+    /// Whom, each with a number that differs between its lives: an endpoint that was removed and
+    /// came back is another one, and a verdict on the former says nothing about it.
+    pub targets: BTreeMap<SocketAddr, u64>,
 }
 
-/// The checks of all services. Dropping it, or cancelling its token, ends them.
+/// The checks of all services. Dropping it ends them too.
 #[derive(Debug)]
 pub struct Monitor {
     plans: mpsc::UnboundedSender<(ServiceName, Option<Plan>)>,
 }
 
 impl Monitor {
-    /// Starts without anything to check; changes of state go to `verdicts`.
-    pub fn spawn(verdicts: mpsc::UnboundedSender<Verdict>, cancel: CancellationToken) -> Self {
+    /// Nothing to check yet; changes of state go to `verdicts`. The future does the checks, until
+    /// `cancel`.
+    pub fn new(
+        verdicts: mpsc::UnboundedSender<Verdict>,
+        cancel: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send) {
         let (plans, receiver) = mpsc::unbounded_channel();
         let task = Task {
             services: HashMap::new(),
             queue: DelayQueue::new(),
             probes: JoinSet::new(),
             permits: Arc::new(Semaphore::new(CONCURRENCY)),
-            next_life: 0,
             verdicts,
         };
-        tokio::spawn(task.run(receiver, cancel));
-        Self { plans }
+        (Self { plans }, task.run(receiver, cancel))
     }
 
     /// From now on checks this for a service, or nothing. Endpoints that stay keep their state.
@@ -97,6 +107,7 @@ struct Outcome {
 
 struct Service {
     policy: HealthPolicy,
+    permits: Arc<Semaphore>,
     targets: HashMap<SocketAddr, Target>,
 }
 
@@ -112,7 +123,6 @@ struct Task {
     queue: DelayQueue<Due>,
     probes: JoinSet<Outcome>,
     permits: Arc<Semaphore>,
-    next_life: u64,
     verdicts: mpsc::UnboundedSender<Verdict>,
 }
 
@@ -135,7 +145,8 @@ impl Task {
                 }
                 Some(outcome) = self.probes.join_next() => match outcome {
                     Ok(outcome) => self.take(outcome),
-                    Err(error) => tracing::error!(%error, "a health check ended abnormally"),
+                    // A check that panicked would never be due again: end, and be noticed.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
             }
         }
@@ -143,27 +154,34 @@ impl Task {
 
     fn plan(&mut self, name: &ServiceName, plan: Plan) {
         let Plan { policy, targets } = plan;
-        let service = self
-            .services
-            .entry(name.clone())
-            .or_insert_with(|| Service { policy: policy.clone(), targets: HashMap::new() });
-        service.policy = policy;
-        let gone: HashSet<SocketAddr> =
-            service.targets.keys().filter(|address| !targets.contains(address)).copied().collect();
-        for address in gone {
-            if let Some(key) = service.targets.remove(&address).and_then(|target| target.queued) {
-                self.queue.remove(&key);
+        let Task { services, queue, .. } = self;
+        let service = services.entry(name.clone()).or_insert_with(|| Service {
+            policy: policy.clone(),
+            permits: Arc::new(Semaphore::new(CONCURRENCY_OF_ONE)),
+            targets: HashMap::new(),
+        });
+        service.targets.retain(|address, target| {
+            let stays = targets.get(address) == Some(&target.life);
+            if let Some(key) = target.queued.as_ref().filter(|_| !stays) {
+                queue.remove(key);
+            }
+            stays
+        });
+        let first = || policy.interval.min(FIRST_SPREAD).mul_f64(fastrand::f64());
+        if service.policy != policy {
+            // What was planned by the old interval may be far away.
+            for key in service.targets.values().filter_map(|target| target.queued.as_ref()) {
+                queue.reset(key, first());
             }
         }
-        let spread = service.policy.interval.min(FIRST_SPREAD);
-        for address in targets {
+        for (address, life) in targets {
             service.targets.entry(address).or_insert_with(|| {
-                self.next_life += 1;
                 let due = Due { service: name.clone(), address };
-                let queued = Some(self.queue.insert(due, spread.mul_f64(fastrand::f64())));
-                Target { checked: Checked::default(), life: self.next_life, queued }
+                let queued = Some(queue.insert(due, first()));
+                Target { checked: Checked::default(), life, queued }
             });
         }
+        service.policy = policy;
     }
 
     fn forget(&mut self, service: &ServiceName) {
@@ -179,13 +197,13 @@ impl Task {
         let Some(service) = self.services.get_mut(&due.service) else { return };
         let Some(target) = service.targets.get_mut(&due.address) else { return };
         target.queued = None;
-        let (life, permits) = (target.life, Arc::clone(&self.permits));
+        let life = target.life;
+        let (own, all) = (Arc::clone(&service.permits), Arc::clone(&self.permits));
         let (check, timeout) = (service.policy.check, service.policy.timeout);
         self.probes.spawn(async move {
-            let permit = permits.acquire_owned().await;
+            let _permits = (own.acquire_owned().await, all.acquire_owned().await);
             let started = Instant::now();
             let result = probe::probe(check, due.address, timeout).await;
-            drop(permit);
             Outcome { due, life, started, result }
         });
     }
@@ -209,6 +227,7 @@ impl Task {
         let _ = self.verdicts.send(Verdict {
             service: due.service,
             address: due.address,
+            life,
             state,
             reason,
         });
@@ -236,11 +255,12 @@ mod tests {
     async fn follows_a_listener() {
         let (sender, mut verdicts) = mpsc::unbounded_channel();
         let cancel = CancellationToken::new();
-        let monitor = Monitor::spawn(sender, cancel.clone());
+        let (monitor, task) = Monitor::new(sender, cancel.clone());
+        let task = tokio::spawn(task);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = listener.local_addr().expect("address");
         let service = ServiceName::new("s");
-        let plan = Plan { policy: policy(), targets: BTreeSet::from([address]) };
+        let plan = Plan { policy: policy(), targets: BTreeMap::from([(address, 1)]) };
         monitor.set(service.clone(), Some(plan));
         let next = async |verdicts: &mut mpsc::UnboundedReceiver<Verdict>| {
             let verdict = tokio::time::timeout(Duration::from_secs(30), verdicts.recv()).await;
@@ -255,6 +275,36 @@ mod tests {
         assert_eq!(next(&mut verdicts).await.state, State::Healthy);
         monitor.set(service, None);
         cancel.cancel();
-        assert_eq!(verdicts.recv().await, None, "the task has ended");
+        task.await.expect("ended in order");
+        assert_eq!(verdicts.recv().await, None);
+    }
+    /// A shorter interval applies at once, and an endpoint's new life starts from nothing.
+    #[tokio::test]
+    async fn follows_a_new_plan() {
+        let (sender, mut verdicts) = mpsc::unbounded_channel();
+        let cancel = CancellationToken::new();
+        let (monitor, task) = Monitor::new(sender, cancel.clone());
+        tokio::spawn(task);
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let address = listener.local_addr().expect("address");
+        let service = ServiceName::new("s");
+        let slow = HealthPolicy { interval: Duration::from_secs(3600), ..policy() };
+        let plan = |policy, life| Some(Plan { policy, targets: BTreeMap::from([(address, life)]) });
+        let mut next = async |life| {
+            let verdict = tokio::time::timeout(Duration::from_secs(30), verdicts.recv()).await;
+            let verdict = verdict.expect("in time").expect("a verdict");
+            assert_eq!(verdict.life, life);
+            verdict.state
+        };
+        monitor.set(service.clone(), plan(slow.clone(), 1));
+        assert_eq!(next(1).await, State::Healthy);
+        drop(listener);
+        monitor.set(service.clone(), plan(policy(), 1));
+        assert_eq!(next(1).await, State::Unhealthy, "before the hour is over");
+        monitor.set(service, plan(slow, 2));
+        // Its first life would say nothing new.
+        let _listener = TcpListener::bind(address).await.expect("bind again");
+        assert_eq!(next(2).await, State::Healthy);
+        cancel.cancel();
     }
 }

@@ -9,8 +9,9 @@ use crate::model::HealthCheck;
 
 /// Checks an endpoint once. An error says, for people, what was seen.
 ///
-/// The check dials the endpoint itself, never a service address, so the kernel programs do not
-/// touch it even when the agent runs inside the balanced cgroup.
+/// The check dials the endpoint itself. The kernel programs do not touch that, also when the agent
+/// runs inside the balanced cgroup, unless the endpoint is some service's frontend: the catalog warns
+/// of those, because clients would not get any further there.
 pub async fn probe(
     check: HealthCheck,
     address: SocketAddr,

@@ -18,6 +18,7 @@ mod tests;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use mesh_common::{Addr, Backend, FrontendKey, Table};
 
 use super::alloc::IdPool;
@@ -63,6 +64,8 @@ pub struct Usage {
     pub slots: u32,
     /// Records of `BACKENDS`.
     pub backends: u32,
+    /// Entries of `VIRTUAL_IPS`.
+    pub virtual_ips: u32,
 }
 
 /// The keeper of the maps.
@@ -87,6 +90,7 @@ pub struct Reconciler<M> {
     waiting_records: Vec<u32>,
     /// Backend ids that nothing names, whose record is still to be cleared.
     clearing: Vec<u32>,
+    virtual_ips: u32,
     /// What was wanted of services for which something failed.
     unfinished: HashMap<ServiceName, Arc<Tables>>,
 }
@@ -109,6 +113,7 @@ impl<M: Maps> Reconciler<M> {
             retired_records: Vec::new(),
             waiting_records: Vec::new(),
             clearing: Vec::new(),
+            virtual_ips: 0,
             unfinished: HashMap::new(),
         }
     }
@@ -124,6 +129,27 @@ impl<M: Maps> Reconciler<M> {
         &mut self.maps
     }
 
+    /// Makes these the ranges in which an address that is no service is refused. Called once.
+    ///
+    /// # Errors
+    ///
+    /// When there are more than `VIRTUAL_IPS` holds, or the kernel refuses one.
+    pub fn set_virtual_ips(&mut self, ranges: &[IpNet]) -> Result<(), Problem> {
+        let limit = self.maps.capacity().virtual_ips;
+        let missing = ranges.len().saturating_sub(limit as usize);
+        if missing > 0 {
+            let (what, of, map) = ("ranges", ranges.len(), "VIRTUAL_IPS");
+            return Err(Problem::Full { what, missing, of, map, limit, note: "" });
+        }
+        for range in ranges {
+            // An IPv4 prefix lies behind the 96 bits that map it into IPv6.
+            let mapped = if range.network().is_ipv4() { 96 } else { 0 };
+            self.maps.insert_virtual_ip(range.network().into(), mapped + range.prefix_len())?;
+        }
+        self.virtual_ips = u32::try_from(ranges.len()).unwrap_or(limit);
+        Ok(self.maps.set_virtual_ip_count(self.virtual_ips)?)
+    }
+
     /// How much of each map is used, including what waits for a grace period.
     pub fn usage(&self) -> Usage {
         let entries = self.frontends.len() + self.addresses.len();
@@ -132,6 +158,7 @@ impl<M: Maps> Reconciler<M> {
             services: self.records.used(),
             slots: self.extents.used(),
             backends: self.backends.used(),
+            virtual_ips: self.virtual_ips,
         }
     }
 

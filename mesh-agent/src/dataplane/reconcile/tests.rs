@@ -12,7 +12,8 @@ use crate::dataplane::fault::Faulty;
 use crate::dataplane::maps::Capacity;
 use crate::dataplane::memory::Memory;
 
-const ROOMY: Capacity = Capacity { frontends: 64, services: 64, slots: 256, backends: 128 };
+const ROOMY: Capacity =
+    Capacity { frontends: 64, services: 64, slots: 256, backends: 128, virtual_ips: 2 };
 
 fn name(n: u8) -> ServiceName {
     ServiceName::new(&format!("s{n}"))
@@ -180,6 +181,26 @@ fn an_address_stays_until_its_new_owner_has_it() {
     assert_eq!(reconciler.usage(), Usage::default());
 }
 
+#[test]
+fn virtual_ips() {
+    let mut reconciler = Reconciler::new(Memory::new(ROOMY));
+    reconciler.apply(vec![(name(1), tables(&[1], &[1]))]);
+    let ranges = ["10.96.0.0/16", "fd00:96::/64"].map(|range| range.parse().expect("a range"));
+    reconciler.set_virtual_ips(&ranges).expect("room for two");
+    let at = |address: &str, port| {
+        let address: std::net::IpAddr = address.parse().expect("an address");
+        answers(reconciler.maps(), &FrontendKey::new(address.into(), port, Protocol::Tcp))
+    };
+    assert!(at("10.96.0.1", 80).is_ok());
+    assert_eq!(at("10.96.0.1", 81), Err(Some(Reason::NoPort)));
+    assert_eq!(at("10.96.0.9", 80), Err(Some(Reason::NoService)));
+    assert_eq!(at("fd00:96::1", 80), Err(Some(Reason::NoService)));
+    assert_eq!(at("10.97.0.1", 80), Err(None));
+    let three = [ranges[0], ranges[1], ranges[0]];
+    let error = reconciler.set_virtual_ips(&three).expect_err("no room for three");
+    assert!(error.to_string().contains("1 of 3 ranges do not fit: VIRTUAL_IPS holds 2"), "{error}");
+}
+
 /// A step of the storm.
 #[derive(Clone, Debug)]
 enum Step {
@@ -213,7 +234,7 @@ proptest! {
         small in any::<bool>(),
     ) {
         let capacity =
-            if small { Capacity { frontends: 9, services: 5, slots: 12, backends: 9 } } else { ROOMY };
+            if small { Capacity { frontends: 9, services: 5, slots: 12, backends: 9, ..ROOMY } } else { ROOMY };
         let mut calls = 0;
         let maps = Faulty {
             maps: Memory::new(capacity),

@@ -1,0 +1,83 @@
+//! When something that failed may be tried again: soon at first, then less and less often.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// The first pause.
+const FIRST: Duration = Duration::from_millis(50);
+
+/// The longest one.
+const LONGEST: Duration = Duration::from_secs(5);
+
+/// A pause that may be on.
+#[derive(Debug, Default)]
+pub(super) struct Pause {
+    on: Option<(Instant, Duration)>,
+}
+
+impl Pause {
+    /// Begins a first pause, unless one is on: what goes well elsewhere puts nothing off.
+    pub(super) fn begin(&mut self) {
+        self.on.get_or_insert_with(|| (Instant::now() + FIRST, FIRST));
+    }
+
+    /// Begins a pause twice as long as the last one.
+    pub(super) fn lengthen(&mut self) {
+        let length = self.on.map_or(FIRST, |(_, last)| (last * 2).min(LONGEST));
+        self.on = Some((Instant::now() + length, length));
+    }
+
+    /// There is reason to hope: the pause lasts no longer than a first one.
+    pub(super) fn hasten(&mut self) {
+        let soon = Instant::now() + FIRST;
+        let (until, length) = self.on.unwrap_or((soon, FIRST));
+        self.on = Some((until.min(soon), length));
+    }
+
+    /// No pause.
+    pub(super) fn end(&mut self) {
+        self.on = None;
+    }
+
+    /// Whether a pause is on.
+    pub(super) fn is_on(&self) -> bool {
+        self.on.is_some()
+    }
+
+    /// Waits for the end of the pause; for ever when none is on.
+    pub(super) async fn over(&self) {
+        match self.on {
+            None => std::future::pending().await,
+            Some((until, _)) => tokio::time::sleep_until(until).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn grows_and_can_be_hastened() {
+        let start = Instant::now();
+        let mut pause = Pause::default();
+        pause.begin();
+        pause.over().await;
+        assert_eq!(start.elapsed(), FIRST);
+        pause.lengthen();
+        pause.begin();
+        pause.over().await;
+        assert_eq!(start.elapsed(), 3 * FIRST, "50 ms, then 100 ms, whatever began meanwhile");
+        for _ in 0..10 {
+            pause.lengthen();
+        }
+        let now = Instant::now();
+        pause.hasten();
+        pause.over().await;
+        assert_eq!(now.elapsed(), FIRST);
+        pause.lengthen();
+        pause.over().await;
+        assert_eq!(now.elapsed(), FIRST + LONGEST, "but what failed again waits on");
+    }
+}
