@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -72,6 +72,15 @@ pub fn ask(node: &Node, way: &str, address: &str) -> Result<Outcome> {
 /// As [`ask`].
 pub fn ask_outside(node: &Node, way: &str, address: &str) -> Result<Outcome> {
     ask_by(node.outside(process::binary("mesh-client")?), way, address)
+}
+
+/// As [`ask`], from a cgroup of the caller's choice.
+///
+/// # Errors
+///
+/// As [`ask`].
+pub fn ask_in(node: &Node, cgroup: &Path, way: &str, address: &str) -> Result<Outcome> {
+    ask_by(node.command_in(cgroup, process::binary("mesh-client")?)?, way, address)
 }
 
 fn ask_by(mut command: Command, way: &str, address: &str) -> Result<Outcome> {

@@ -81,6 +81,36 @@ fn a_second_agent_on_the_same_cgroup_refuses() -> Result<()> {
     check::balanced(&mut node, &["a"], |node| check::who(node, VIP))
 }
 
+/// A service manager removes the cgroup of what has stopped, and makes it again. Programs attached
+/// to the removed one balance nothing, and nobody tells the agent.
+#[test]
+fn a_cgroup_that_is_removed_and_made_again() -> Result<()> {
+    let node = Node::builder().backend("a", "10.0.0.1:8080").start_without_agent()?;
+    let slice = node.cgroup().child("slice")?;
+    let directory = node.directory().join("own");
+    let mut agent = Agent::new(&directory, &slice, node.namespace(), &[], Echo::On)?;
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).endpoint("10.0.0.1");
+    agent.write_services("app.yaml", &Service::file(&[app]))?;
+    agent.start()?;
+    let ask = || check::ask_in(&node, &slice, "blocking", VIP);
+    ensure!(ask()?.backend.as_deref() == Some("a"));
+
+    std::fs::remove_dir(&slice)?;
+    let status = agent.status()?;
+    ensure!(!status.ready && status.programs.iter().all(|program| !program.attached));
+    ensure!(status.reasons.iter().any(|reason| reason.contains("nothing is balanced")));
+    std::fs::create_dir(&slice)?;
+    until("the agent to be ready again", Duration::from_secs(20), || {
+        Ok(agent.status()?.ready.then_some(()))
+    })?;
+    ensure!(ask()?.backend.as_deref() == Some("a"));
+
+    agent.stop()?;
+    ensure!(ask()?.backend.is_none(), "control: answered with the agent stopped");
+    std::fs::remove_dir(&slice)?;
+    Ok(())
+}
+
 #[test]
 fn without_a_cgroup_it_refuses() -> Result<()> {
     let node = Node::builder().start_without_agent()?;
