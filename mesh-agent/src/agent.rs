@@ -4,11 +4,13 @@
 //! so that no connect is refused only because the agent has just begun; a source that does not
 //! answer delays that by [`PATIENCE`] at the most.
 
+use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use rustix::process::Resource;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinError, JoinSet};
@@ -16,16 +18,19 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{server, socket};
-use crate::check;
+use crate::check::hooks;
 use crate::config::{Config, Source};
 use crate::dataplane::load::{self, Attachment, Options, Programs};
 use crate::dataplane::reconcile::Reconciler;
 use crate::discovery::files;
 use crate::engine::{Engine, Handle, Inputs};
-use crate::health::Monitor;
+use crate::health::{self, Monitor};
 
 /// How long a source that does not answer can delay the start.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// More files than this are of no use.
+const MOST_FILES: u64 = 65_536;
 
 /// How often what the programs log is read.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
@@ -42,7 +47,7 @@ const ENDING: Duration = Duration::from_secs(2);
 /// The agent's tasks, by what people call them. None ends before it is told to.
 type Tasks = JoinSet<&'static str>;
 
-/// Runs the agent until SIGTERM or SIGINT, then detaches everything.
+/// Runs the agent until SIGTERM, SIGINT or SIGHUP, then detaches everything.
 ///
 /// # Errors
 ///
@@ -54,7 +59,9 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         bail!("no cgroup is named: use --cgroup, or `cgroup:` in the agent file");
     };
     let mut signals = Signals::listen()?;
+    let open_files = raise_open_files();
     let claim = socket::Claim::take(&config.socket).await?;
+    let _lock = lock(&cgroup)?;
     refuse_second(&cgroup)?;
 
     let (mut programs, maps, grace) = load::load(options)?;
@@ -67,9 +74,11 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         follow_log(&mut programs, &mut tasks, &cancel)?;
     }
     let (events, sources) = mpsc::channel(EVENTS);
-    let (sender, verdicts) = mpsc::unbounded_channel();
-    let (monitor, checks) = Monitor::new(sender, cancel.clone());
-    let inputs = Inputs { sources, verdicts };
+    let (sender, findings) = mpsc::unbounded_channel();
+    // Half of the file descriptors are for everything else.
+    let concurrency = health::CONCURRENCY.min(open_files / 2);
+    let (monitor, checks) = Monitor::new(concurrency, sender, cancel.clone());
+    let inputs = Inputs { sources, findings };
     let (engine, heard, work) =
         Engine::prepare(&config, reconciler, grace, monitor, inputs, cancel.clone());
     spawn(&mut tasks, "the health checks", checks);
@@ -171,27 +180,62 @@ fn ended_early(ended: Option<Result<&'static str, JoinError>>) -> anyhow::Error 
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// The terminal was closed.
+    hangup: Signal,
 }
 
 impl Signals {
     fn listen() -> anyhow::Result<Self> {
         let listen = |kind| signal(kind).context("listening for signals");
-        let (terminate, interrupt) =
-            (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-        Ok(Self { terminate, interrupt })
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
     }
 
     async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+            _ = self.hangup.recv() => "SIGHUP",
         }
     }
 }
 
+/// The right to balance a cgroup: a lock on its directory, which ends with the process. It works
+/// without the privilege to see the names of attached programs, which [`refuse_second`] needs.
+fn lock(cgroup: &Path) -> anyhow::Result<File> {
+    let directory =
+        File::open(cgroup).with_context(|| format!("opening cgroup {}", cgroup.display()))?;
+    match directory.try_lock() {
+        Ok(()) => Ok(directory),
+        Err(TryLockError::WouldBlock) => bail!(
+            "another agent balances {}: stop it first, or name another cgroup",
+            cgroup.display()
+        ),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("locking cgroup {}", cgroup.display()))
+        }
+    }
+}
+
+/// Raises the number of files that this process may open, as far as it may by itself, and returns
+/// it. The default of 1,024 is for programs that use `select(2)`.
+fn raise_open_files() -> usize {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    let now = limit.current.unwrap_or(MOST_FILES);
+    limit.current = Some(limit.maximum.unwrap_or(MOST_FILES).min(MOST_FILES).max(now));
+    let reached = match rustix::process::setrlimit(Resource::Nofile, limit) {
+        Ok(()) => limit.current.unwrap_or(now),
+        Err(_) => now,
+    };
+    usize::try_from(reached).unwrap_or(usize::MAX)
+}
+
 /// Two agents on one cgroup would count and translate twice.
 fn refuse_second(cgroup: &Path) -> anyhow::Result<()> {
-    let ours = check::hooks::ours(cgroup)
+    let ours = hooks::ours(cgroup)
         .with_context(|| format!("asking for the programs attached to {}", cgroup.display()))?;
     if let Some((directory, id)) = ours.first() {
         bail!(

@@ -2,8 +2,8 @@
 //! the address, and whoever looks for a fault should know of both.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use aya::programs::loaded_programs;
 
@@ -75,7 +75,8 @@ fn attached(directory: &Path, top: &Path) -> io::Result<Found> {
     Ok(found)
 }
 
-/// The programs of this project that balance sockets of this cgroup: on it or on an ancestor.
+/// The programs of this project that balance sockets of this cgroup or of one inside it: those on
+/// it, on its ancestors and on its descendants. Empty without `CAP_SYS_ADMIN`, which tells names.
 ///
 /// # Errors
 ///
@@ -87,7 +88,20 @@ pub fn ours(directory: &Path) -> io::Result<Vec<(PathBuf, u32)>> {
     };
     let names = names();
     let own = |id: &u32| names.get(id).is_some_and(|name| name.starts_with("mesh_connect"));
-    Ok(attached(directory, &top)?.into_keys().filter(|(_, id)| own(id)).collect())
+    let mut found: Vec<_> = attached(directory, &top)?.into_keys().collect();
+    let mut inside = vec![directory.to_owned()];
+    while let Some(directory) = inside.pop() {
+        // Cgroups come and go meanwhile.
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        let children = entries.filter_map(Result::ok);
+        for child in children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            let ids = program_ids(&child.path(), Hook::Connect4).unwrap_or_default();
+            found.extend(ids.into_iter().map(|id| (child.path(), id)));
+            inside.push(child.path());
+        }
+    }
+    found.retain(|(_, id)| own(id));
+    Ok(found)
 }
 
 /// The names of the loaded programs by id; empty without `CAP_SYS_ADMIN`.

@@ -23,7 +23,7 @@ use crate::dataplane::load::Attachment;
 use crate::dataplane::maps::MapError;
 use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::discovery::{Event, SourceState};
-use crate::health::{Monitor, Plan, Verdict};
+use crate::health::{Finding, Monitor, Plan, Verdict};
 use crate::model::ServiceName;
 use pause::Pause;
 pub use view::Handle;
@@ -60,6 +60,12 @@ pub struct Engine {
     reconciler: Reconciler<KernelMaps>,
     /// What is in the way of services, in plain words.
     problems: BTreeMap<ServiceName, Vec<String>>,
+    /// Why health checks cannot be made, if they cannot.
+    trouble: Option<String>,
+    /// Definitions that are done otherwise than written, or are likely mistakes.
+    notes: BTreeMap<ServiceName, Vec<String>>,
+    /// Definitions that are not used at all.
+    shadowed: BTreeSet<String>,
     last_error: Option<String>,
     /// What is attached; nothing before the start, and after it was lost.
     attachment: Option<Attachment>,
@@ -79,7 +85,7 @@ pub struct Inputs {
     /// What the sources report.
     pub sources: mpsc::Receiver<Event>,
     /// What the health checks find.
-    pub verdicts: mpsc::UnboundedReceiver<Verdict>,
+    pub findings: mpsc::UnboundedReceiver<Finding>,
 }
 
 /// How many items of a kind are spelled out for people.
@@ -107,6 +113,9 @@ impl Engine {
             monitor,
             reconciler,
             problems: BTreeMap::new(),
+            trouble: None,
+            notes: BTreeMap::new(),
+            shadowed: BTreeSet::new(),
             last_error: None,
             attachment: None,
             grace: Arc::new(grace),
@@ -127,7 +136,7 @@ impl Engine {
         mut questions: mpsc::Receiver<Question>,
         cancel: CancellationToken,
     ) {
-        let (mut events, mut verdicts) = (Vec::new(), Vec::new());
+        let (mut events, mut findings) = (Vec::new(), Vec::new());
         self.tell_all_heard();
         loop {
             tokio::select! {
@@ -136,8 +145,8 @@ impl Engine {
                 () = cancel.cancelled() => break,
                 waited = joined(&mut self.waiting) => self.end_grace(&waited),
                 () = self.retry.over() => self.try_again(),
-                1.. = inputs.verdicts.recv_many(&mut verdicts, BATCH) => {
-                    self.take_verdicts(verdicts.drain(..));
+                1.. = inputs.findings.recv_many(&mut findings, BATCH) => {
+                    self.take_findings(findings.drain(..));
                 }
                 1.. = inputs.sources.recv_many(&mut events, BATCH) => {
                     self.take_events(events.drain(..));
@@ -161,12 +170,74 @@ impl Engine {
                 Event::State(state) => self.take_source(state),
             }
         }
+        self.note_definitions(&changed);
         self.update(changed);
         self.tell_all_heard();
     }
 
+    /// Notes what is odd about the definitions that changed, and says so once.
+    fn note_definitions(&mut self, changed: &BTreeSet<ServiceName>) {
+        let mut notes: BTreeMap<&ServiceName, Vec<String>> =
+            changed.iter().map(|name| (name, Vec::new())).collect();
+        for name in changed {
+            let Some(entry) = self.catalog.get(name.as_str()) else { continue };
+            let inside = entry.service.endpoints.iter().filter(|endpoint| {
+                self.config.virtual_ips.iter().any(|range| range.contains(&endpoint.address))
+            });
+            let lost = inside.map(|endpoint| {
+                format!(
+                    "the endpoint {} lies inside virtual-ips: connects go to it as it is, and no \
+                     service address is resolved a second time",
+                    endpoint.address
+                )
+            });
+            let texts = entry.shadowed.iter().chain(&entry.warnings).cloned().chain(lost);
+            notes.insert(name, texts.take(MANY).collect());
+        }
+        for (name, texts) in notes {
+            let before = self.notes.remove(name).unwrap_or_default();
+            for text in texts.iter().filter(|text| !before.contains(text)) {
+                tracing::warn!(service = %name, "{text}");
+            }
+            if !texts.is_empty() {
+                self.notes.insert(name.clone(), texts);
+            }
+        }
+        let shadowed: BTreeSet<String> =
+            self.catalog.shadowed_definitions().map(|shadowed| shadowed.to_string()).collect();
+        for text in shadowed.difference(&self.shadowed) {
+            tracing::warn!("{text}");
+        }
+        self.shadowed = shadowed;
+    }
+
+    /// Checks cannot be made, or can again.
+    fn take_trouble(&mut self, trouble: Option<&str>) {
+        match trouble {
+            Some(error) => {
+                let text = format!(
+                    "health checks cannot be made: {error}; endpoints keep the state they had, \
+                     look at the limits of this process (`ulimit -n`) and of the node"
+                );
+                tracing::error!("{text}");
+                self.last_error = Some(text.clone());
+                self.trouble = Some(text);
+            }
+            None => {
+                tracing::info!("health checks can be made again");
+                self.trouble = None;
+            }
+        }
+    }
+
+    /// A source that can say what is wrong with it has answered too.
+    fn all_answered(&self) -> bool {
+        self.sources.len() == self.config.sources.len()
+            && self.sources.values().all(|source| source.ready || !source.errors.is_empty())
+    }
+
     fn tell_all_heard(&mut self) {
-        if self.all_ready()
+        if self.all_answered()
             && let Some(heard) = self.all_heard.take()
         {
             // Nobody listens once the agent stops.
@@ -184,9 +255,16 @@ impl Engine {
         self.sources.insert(state.source, state);
     }
 
-    fn take_verdicts(&mut self, verdicts: impl Iterator<Item = Verdict>) {
+    fn take_findings(&mut self, findings: impl Iterator<Item = Finding>) {
         let mut changed = BTreeSet::new();
-        for Verdict { service, address, life, state, reason } in verdicts {
+        for finding in findings {
+            let Verdict { service, address, life, state, reason } = match finding {
+                Finding::Verdict(verdict) => verdict,
+                Finding::Trouble(trouble) => {
+                    self.take_trouble(trouble.as_deref());
+                    continue;
+                }
+            };
             let known =
                 self.health.get_mut(&service).and_then(|health| health.endpoints.get_mut(&address));
             // A verdict may come in after its endpoint went, or even came back.

@@ -1,6 +1,7 @@
 //! What the engine tells: the answers of the API, read from the kernel's maps and named with what
 //! the agent knows.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -140,8 +141,7 @@ impl Engine {
             .map(|backend| State::from_number(backend.state))
             .collect();
         let problems = self.problems.get(name).into_iter().flatten();
-        let texts =
-            entry.into_iter().flat_map(|entry| entry.shadowed.iter().chain(&entry.warnings));
+        let notes = self.notes.get(name).into_iter().flatten();
         types::Service {
             name: name.to_string(),
             source: entry.map_or_else(String::new, |entry| entry.origin.item.to_string()),
@@ -151,7 +151,7 @@ impl Engine {
                 total: states.len(),
                 healthy: states.iter().filter(|&&state| state == State::Healthy).count(),
             },
-            problems: problems.chain(texts).cloned().collect(),
+            problems: problems.chain(notes).cloned().collect(),
         }
     }
 
@@ -242,12 +242,16 @@ impl Engine {
                 _ => "the kernel programs are not attached yet".to_owned(),
             });
         }
-        let shadowed = self.catalog.shadowed_definitions().map(|shadowed| shadowed.to_string());
-        let problems = self
-            .problems
-            .iter()
-            .map(|(name, texts)| format!("service {name}: {}", texts.join("; ")));
-        let mut others: Vec<String> = problems.chain(shadowed).collect();
+        reasons.extend(self.trouble.clone());
+        let of_services = |texts: &BTreeMap<ServiceName, Vec<String>>| {
+            let text = |(name, texts): (&ServiceName, &Vec<String>)| {
+                format!("service {name}: {}", texts.join("; "))
+            };
+            texts.iter().map(text).collect::<Vec<_>>()
+        };
+        let mut others = of_services(&self.problems);
+        others.extend(of_services(&self.notes));
+        others.extend(self.shadowed.iter().cloned());
         if others.len() > MANY {
             let more = others.len() - MANY;
             others.truncate(MANY);

@@ -21,17 +21,30 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::time::{DelayQueue, delay_queue};
 
 use crate::model::{HealthPolicy, ServiceName};
+use probe::Failure;
 use state::Checked;
 
-/// How many checks run at a time; the others wait. A check takes one socket, and 1,024 is a common
-/// limit.
-const CONCURRENCY: usize = 512;
+/// The most checks that run at a time; the others wait. A check takes one file descriptor.
+pub const CONCURRENCY: usize = 512;
 
-/// How many of them may be of one service.
-const CONCURRENCY_OF_ONE: usize = 64;
+/// One service may have this share of them: one in so many.
+const SHARE: usize = 8;
+
+/// Trouble is over when there was none for so long.
+const TROUBLE: Duration = Duration::from_secs(5);
 
 /// The first checks of endpoints that come together are spread over at most this.
 const FIRST_SPREAD: Duration = Duration::from_millis(200);
+
+/// What the checks find out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Finding {
+    /// An endpoint's state has changed.
+    Verdict(Verdict),
+    /// Checks cannot be made any more, for this reason; or they can again. Endpoints keep the state
+    /// that they had.
+    Trouble(Option<String>),
+}
 
 /// An endpoint's state has changed.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -65,10 +78,11 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Nothing to check yet; changes of state go to `verdicts`. The future does the checks, until
-    /// `cancel`.
+    /// Nothing to check yet; what is found goes to `findings`. The future does the checks,
+    /// `concurrency` at a time, until `cancel`.
     pub fn new(
-        verdicts: mpsc::UnboundedSender<Verdict>,
+        concurrency: usize,
+        findings: mpsc::UnboundedSender<Finding>,
         cancel: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (plans, receiver) = mpsc::unbounded_channel();
@@ -76,8 +90,10 @@ impl Monitor {
             services: HashMap::new(),
             queue: DelayQueue::new(),
             probes: JoinSet::new(),
-            permits: Arc::new(Semaphore::new(CONCURRENCY)),
-            verdicts,
+            permits: Arc::new(Semaphore::new(concurrency.max(1))),
+            permits_of_one: (concurrency / SHARE).max(1),
+            trouble: None,
+            findings,
         };
         (Self { plans }, task.run(receiver, cancel))
     }
@@ -102,7 +118,7 @@ struct Outcome {
     /// Which life of the endpoint was checked: it may have been removed and come back.
     life: u64,
     started: Instant,
-    result: Result<(), String>,
+    result: Result<(), Failure>,
 }
 
 struct Service {
@@ -123,7 +139,10 @@ struct Task {
     queue: DelayQueue<Due>,
     probes: JoinSet<Outcome>,
     permits: Arc<Semaphore>,
-    verdicts: mpsc::UnboundedSender<Verdict>,
+    permits_of_one: usize,
+    /// When a check could not be made last.
+    trouble: Option<Instant>,
+    findings: mpsc::UnboundedSender<Finding>,
 }
 
 impl Task {
@@ -154,10 +173,10 @@ impl Task {
 
     fn plan(&mut self, name: &ServiceName, plan: Plan) {
         let Plan { policy, targets } = plan;
-        let Task { services, queue, .. } = self;
+        let Task { services, queue, permits_of_one, .. } = self;
         let service = services.entry(name.clone()).or_insert_with(|| Service {
             policy: policy.clone(),
-            permits: Arc::new(Semaphore::new(CONCURRENCY_OF_ONE)),
+            permits: Arc::new(Semaphore::new(*permits_of_one)),
             targets: HashMap::new(),
         });
         service.targets.retain(|address, target| {
@@ -218,20 +237,33 @@ impl Task {
         let jitter = 0.9 + 0.2 * fastrand::f64();
         let next = started + service.policy.interval.mul_f64(jitter);
         target.queued = Some(self.queue.insert_at(due.clone(), next));
+        if let Err(Failure::Local(error)) = result {
+            if self.trouble.replace(Instant::now()).is_none() {
+                report(&self.findings, Finding::Trouble(Some(error)));
+            }
+            return;
+        }
+        // Some checks may go well while others cannot be made: it is over when all go well.
+        if self.trouble.is_some_and(|last| last.elapsed() > TROUBLE) {
+            self.trouble = None;
+            report(&self.findings, Finding::Trouble(None));
+        }
         let Some(state) = target.checked.observe(result.is_ok(), &service.policy) else { return };
         let reason = match result {
-            Ok(()) => "tcp checks pass".to_owned(),
-            Err(error) => format!("{} tcp checks failed: {error}", service.policy.fall),
+            Err(Failure::Endpoint(error)) => {
+                format!("{} tcp checks failed: {error}", service.policy.fall)
+            }
+            _ => "tcp checks pass".to_owned(),
         };
-        // The receiver only goes away when the agent stops.
-        let _ = self.verdicts.send(Verdict {
-            service: due.service,
-            address: due.address,
-            life,
-            state,
-            reason,
-        });
+        let Due { service, address } = due;
+        let verdict = Verdict { service, address, life, state, reason };
+        report(&self.findings, Finding::Verdict(verdict));
     }
+}
+
+fn report(findings: &mpsc::UnboundedSender<Finding>, finding: Finding) {
+    // The receiver only goes away when the agent stops.
+    let _ = findings.send(finding);
 }
 
 #[cfg(test)]
@@ -250,40 +282,44 @@ mod tests {
         }
     }
 
+    async fn verdict(findings: &mut mpsc::UnboundedReceiver<Finding>) -> Verdict {
+        let finding = tokio::time::timeout(Duration::from_secs(30), findings.recv()).await;
+        match finding.expect("in time").expect("a finding") {
+            Finding::Verdict(verdict) => verdict,
+            Finding::Trouble(trouble) => panic!("{trouble:?}"),
+        }
+    }
+
     /// A real listener goes away and comes back.
     #[tokio::test]
     async fn follows_a_listener() {
-        let (sender, mut verdicts) = mpsc::unbounded_channel();
+        let (sender, mut findings) = mpsc::unbounded_channel();
         let cancel = CancellationToken::new();
-        let (monitor, task) = Monitor::new(sender, cancel.clone());
+        let (monitor, task) = Monitor::new(CONCURRENCY, sender, cancel.clone());
         let task = tokio::spawn(task);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = listener.local_addr().expect("address");
         let service = ServiceName::new("s");
         let plan = Plan { policy: policy(), targets: BTreeMap::from([(address, 1)]) };
         monitor.set(service.clone(), Some(plan));
-        let next = async |verdicts: &mut mpsc::UnboundedReceiver<Verdict>| {
-            let verdict = tokio::time::timeout(Duration::from_secs(30), verdicts.recv()).await;
-            verdict.expect("in time").expect("a verdict")
-        };
-        assert_eq!(next(&mut verdicts).await.state, State::Healthy);
+        assert_eq!(verdict(&mut findings).await.state, State::Healthy);
         drop(listener);
-        let down = next(&mut verdicts).await;
+        let down = verdict(&mut findings).await;
         assert_eq!(down.state, State::Unhealthy);
         assert!(down.reason.contains("refused"), "{}", down.reason);
         let _listener = TcpListener::bind(address).await.expect("bind again");
-        assert_eq!(next(&mut verdicts).await.state, State::Healthy);
+        assert_eq!(verdict(&mut findings).await.state, State::Healthy);
         monitor.set(service, None);
         cancel.cancel();
         task.await.expect("ended in order");
-        assert_eq!(verdicts.recv().await, None);
+        assert_eq!(findings.recv().await, None);
     }
     /// A shorter interval applies at once, and an endpoint's new life starts from nothing.
     #[tokio::test]
     async fn follows_a_new_plan() {
-        let (sender, mut verdicts) = mpsc::unbounded_channel();
+        let (sender, mut findings) = mpsc::unbounded_channel();
         let cancel = CancellationToken::new();
-        let (monitor, task) = Monitor::new(sender, cancel.clone());
+        let (monitor, task) = Monitor::new(CONCURRENCY, sender, cancel.clone());
         tokio::spawn(task);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = listener.local_addr().expect("address");
@@ -291,8 +327,7 @@ mod tests {
         let slow = HealthPolicy { interval: Duration::from_secs(3600), ..policy() };
         let plan = |policy, life| Some(Plan { policy, targets: BTreeMap::from([(address, life)]) });
         let mut next = async |life| {
-            let verdict = tokio::time::timeout(Duration::from_secs(30), verdicts.recv()).await;
-            let verdict = verdict.expect("in time").expect("a verdict");
+            let verdict = verdict(&mut findings).await;
             assert_eq!(verdict.life, life);
             verdict.state
         };
