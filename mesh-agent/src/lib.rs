@@ -17,4 +17,5 @@ pub mod engine;
 pub mod explain;
 pub mod health;
 pub mod model;
+mod text;
 pub mod yaml;

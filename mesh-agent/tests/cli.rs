@@ -111,6 +111,17 @@ fn no_agent_is_a_status_of_its_own() {
     }
 }
 
+#[test]
+fn a_limit_on_open_files_is_named() {
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -n 4; exec \"$0\" --socket /none status"])
+        .arg(env!("CARGO_BIN_EXE_mesh-agent"))
+        .output()
+        .expect("sh runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("see `ulimit -n`"), "{output:?}");
+}
+
 /// `mesh-agent completions bash | head -0`: the reader is gone before anything is written.
 #[test]
 fn a_reader_that_goes_away_is_no_failure() {

@@ -35,7 +35,7 @@ pub(super) fn block_on<F: Future>(future: F) -> Result<F::Output, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Failure::failed(format!("cannot start: {error}; see `ulimit -n`")))?;
+        .map_err(|error| Failure::no_runtime(&error))?;
     Ok(runtime.block_on(future))
 }
 

@@ -1,8 +1,10 @@
 //! How a command ends when it does not succeed.
 
+use std::io;
 use std::process::ExitCode;
 
 use crate::api::client::ClientError;
+use crate::text;
 
 /// Why a command failed. Wrong usage is not among these: clap answers that itself, with status 2.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -20,6 +22,13 @@ impl Failure {
     #[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err` by name")]
     pub(super) fn failed(message: impl ToString) -> Self {
         Self::Failed(message.to_string())
+    }
+
+    /// Neither threads nor what they wait with can be had.
+    pub(super) fn no_runtime(error: &io::Error) -> Self {
+        let advice = text::open_files(error)
+            .unwrap_or("see `ulimit -u`, and pids.max of the cgroup it is started in");
+        Self::failed(format!("cannot start: {error}; {advice}"))
     }
 
     /// What is to be written to standard error.

@@ -14,6 +14,7 @@ use crate::check::cgroup::Cgroup;
 use crate::check::mounts::Mounts;
 use crate::config::Config;
 use crate::dataplane::load::Options;
+use crate::text::chain;
 
 /// How long threads may take to end.
 const ENDING: Duration = Duration::from_secs(1);
@@ -23,13 +24,11 @@ pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure>
     let options = Options { log: args.log_refusals };
     let config = config(args, socket)?;
     log(options);
-    let runtime = Runtime::new().map_err(|error| {
-        Failure::failed(format!("cannot start threads: {error}; look at `ulimit -u`"))
-    })?;
+    let runtime = Runtime::new().map_err(|error| Failure::no_runtime(&error))?;
     let result = runtime.block_on(agent::run(config, options));
     // A thread that hangs in a dead file system must not keep the process.
     runtime.shutdown_timeout(ENDING);
-    result.map_err(|error| Failure::failed(format!("{error:#}")))
+    result.map_err(|error| Failure::failed(chain(error.as_ref())))
 }
 
 /// The configuration of this run: flags win over the file. Its `cgroup` is there.

@@ -12,6 +12,7 @@ use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::kernel::{Grace, KernelMaps, OpenError};
 use super::sys::attached::{Hook, program_ids};
+use crate::text::chain;
 
 /// The kernel object, or nothing in a binary that was built without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
@@ -83,20 +84,6 @@ pub enum LoadError {
         #[source]
         source: Box<ProgramError>,
     },
-}
-
-/// An error with its causes, in one line: aya's own messages leave out the system call's error.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text.replace('\n', " ")
 }
 
 /// How to load.
