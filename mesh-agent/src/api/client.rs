@@ -1,8 +1,9 @@
 //! The asking end, used by the command line.
 
-use std::io;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fs, io};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
@@ -13,7 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::server::ExplainQuery;
-use super::types;
+use super::{socket, types};
 
 /// How long one question may take. The agent answers from memory.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,6 +38,12 @@ pub enum ClientError {
         /// Path of the socket.
         socket: PathBuf,
         /// What was found there.
+        reason: String,
+    },
+    /// No agent can listen there.
+    #[error("{reason}; name the agent's socket with --socket")]
+    NoSocket {
+        /// What is there instead, with its path.
         reason: String,
     },
     /// The socket is there, but not for this user.
@@ -164,6 +171,8 @@ impl Client {
         path: &str,
         query: &[(&str, Option<&str>)],
     ) -> Result<(hyper::StatusCode, Bytes), ClientError> {
+        socket::check_length(&self.socket)
+            .map_err(|error| ClientError::NoSocket { reason: error.to_string() })?;
         let stream =
             UnixStream::connect(&self.socket).await.map_err(|error| self.absent(&error))?;
         let (mut sender, connection) =
@@ -194,7 +203,16 @@ impl Client {
 
     fn absent(&self, error: &io::Error) -> ClientError {
         let socket = self.socket.clone();
+        // The kernel says of other files, too, that they refuse the connection.
+        if fs::metadata(&socket).is_ok_and(|found| !found.file_type().is_socket()) {
+            return ClientError::NoSocket {
+                reason: format!("{} is not a socket", socket.display()),
+            };
+        }
         match error.kind() {
+            io::ErrorKind::NotADirectory => ClientError::NoSocket {
+                reason: format!("{}: a part of the path is not a directory", socket.display()),
+            },
             io::ErrorKind::PermissionDenied => ClientError::Permission { socket },
             io::ErrorKind::NotFound => {
                 ClientError::NotRunning { socket, reason: "there is no such socket".into() }

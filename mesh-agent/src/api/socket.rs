@@ -13,14 +13,28 @@ use std::os::unix::fs::{
     PermissionsExt as _,
 };
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixSocket, UnixStream};
+use tokio::time::{Instant, sleep};
+
+use crate::text;
 
 /// Mode of the socket: its owner and its group may talk to the agent.
 const MODE: u32 = 0o660;
 
 /// How many clients may wait to be accepted.
 const BACKLOG: u32 = 128;
+
+/// The longest path of a socket, in bytes: `sun_path` less its final zero (`unix(7)`).
+const MAX_PATH: usize = 107;
+
+/// How long an agent that is there is given to end. One that was killed has its lock, and its
+/// socket, until the kernel is done with it.
+const ENDING: Duration = Duration::from_secs(1);
+
+/// How often it is looked for meanwhile.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// The right to be the agent at a socket path. Held as long as this lives; dropping it removes the
 /// lock file.
@@ -58,8 +72,11 @@ pub enum SocketError {
     /// Something else has this name.
     #[error("{} exists and is not a socket: move it away, or name another with --socket", .0.display())]
     NotASocket(PathBuf),
+    /// No socket can have such a path.
+    #[error("{0}; name another with --socket")]
+    TooLong(TooLong),
     /// The system refuses.
-    #[error("{}: {action}: {source}; run as root, or name another path with --socket", path.display())]
+    #[error("{}: {action}: {source}; {}", path.display(), advice(source))]
     Io {
         /// What was to be done.
         action: &'static str,
@@ -70,15 +87,60 @@ pub enum SocketError {
     },
 }
 
+/// A path that no socket can have.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error(
+    "the path of a socket has at most {MAX_PATH} bytes, and this one has {}: {}",
+    .0.as_os_str().len(),
+    .0.display()
+)]
+pub struct TooLong(pub PathBuf);
+
+/// Whether a socket can have this path.
+pub(super) fn check_length(path: &Path) -> Result<(), TooLong> {
+    if path.as_os_str().len() > MAX_PATH { Err(TooLong(path.to_path_buf())) } else { Ok(()) }
+}
+
+/// What to do about a file that cannot be made or used.
+fn advice(error: &io::Error) -> &'static str {
+    if let Some(advice) = text::open_files(error) {
+        return advice;
+    }
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "run as root, or name another path with --socket",
+        io::ErrorKind::NotFound => "nothing can be made there: name another path with --socket",
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+            "a part of the path is a file and not a directory: name another path with --socket"
+        }
+        io::ErrorKind::IsADirectory => "move it away, or name another path with --socket",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "make room, or name another path with --socket"
+        }
+        _ => "name another path with --socket",
+    }
+}
+
 // === impl Claim ===
 
 impl Claim {
-    /// Becomes the only agent at `socket`, or learns who is. What a dead agent left is removed.
+    /// Becomes the only agent at `socket`, or learns who is. What a dead agent left is removed;
+    /// one that is ending is waited for, up to a second.
     ///
     /// # Errors
     ///
     /// [`SocketError::Taken`] when an agent is there, and whatever keeps the files from being made.
     pub async fn take(socket: &Path) -> Result<Self, SocketError> {
+        check_length(socket).map_err(SocketError::TooLong)?;
+        let deadline = Instant::now() + ENDING;
+        loop {
+            match Self::try_take(socket).await {
+                Err(SocketError::Taken { .. }) if Instant::now() < deadline => sleep(PAUSE).await,
+                result => return result,
+            }
+        }
+    }
+
+    async fn try_take(socket: &Path) -> Result<Self, SocketError> {
         let lock = Self::lock_path(socket);
         let file = lock_file(socket, &lock)?;
         let claim = Self { socket: socket.to_path_buf(), lock, _file: file };
@@ -104,8 +166,7 @@ impl Claim {
     ///
     /// # Errors
     ///
-    /// What the system says: most often a missing right to write the directory, or a path longer
-    /// than the 107 bytes of `sockaddr_un`.
+    /// What the system says: most often a missing right to write the directory.
     pub fn listen(self) -> Result<Listener, SocketError> {
         let listener = bind(&self.socket).map_err(failed("cannot listen", &self.socket))?;
         Ok(Listener { listener, claim: self })

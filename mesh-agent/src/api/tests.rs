@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use mesh_common::Protocol;
 use tempfile::TempDir;
@@ -148,6 +149,45 @@ async fn a_second_agent_is_refused_and_names_the_first() {
     Client::new(&server.socket).version().await.expect("the first still answers");
 }
 
+/// One that was killed holds its lock until the kernel is done with it.
+#[tokio::test]
+async fn an_agent_that_is_ending_is_waited_for() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let socket = directory.path().join("agent.sock");
+    let first = Claim::take(&socket).await.expect("free");
+    let ending = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        drop(first);
+    };
+    let (second, ()) = tokio::join!(Claim::take(&socket), ending);
+    second.expect("free again");
+}
+
+#[tokio::test]
+async fn paths_where_no_socket_can_be_are_told_apart() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let file = directory.path().join("file");
+    fs::write(&file, "").expect("file");
+    let name = |length: usize| {
+        let base = directory.path().as_os_str().len() + 1;
+        directory.path().join("x".repeat(length - base))
+    };
+    drop(Claim::take(&name(107)).await.and_then(Claim::listen).expect("107 bytes are right"));
+    for (path, taking, asking) in [
+        (name(108), "at most 107 bytes, and this one has 108", "at most 107 bytes"),
+        (file.clone(), "is not a socket", "file is not a socket; name the agent's socket"),
+        (directory.path().into(), "is not a socket", "is not a socket; name the agent's socket"),
+        (file.join("sock"), "is a file and not a directory", "is not a directory; name"),
+        ("/proc/nothing/sock".into(), "nothing can be made there", "there is no such socket"),
+    ] {
+        let refused = Claim::take(&path).await.expect_err("no socket").to_string();
+        assert!(refused.contains(taking) && refused.contains("--socket"), "{refused}");
+        assert!(!refused.contains("run as root"), "{refused}");
+        let error = Client::new(&path).version().await.expect_err("no socket").to_string();
+        assert!(error.contains(asking), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn a_stop_removes_the_socket_and_waits_for_nobody_long() {
     let server = start().await;
@@ -156,7 +196,7 @@ async fn a_stop_removes_the_socket_and_waits_for_nobody_long() {
     stuck.write_all(b"GET /v1/ver").await.expect("send");
     Client::new(&server.socket).version().await.expect("accepted in order");
     server.cancel.cancel();
-    let stopped = tokio::time::timeout(std::time::Duration::from_secs(5), server.task).await;
+    let stopped = tokio::time::timeout(Duration::from_secs(5), server.task).await;
     stopped.expect("in time").expect("no panic").expect("no error");
     let left: Vec<_> =
         fs::read_dir(server.socket.parent().expect("directory")).expect("directory").collect();

@@ -57,6 +57,7 @@ impl From<ClientError> for Failure {
             // The agent did answer: it knows why it cannot.
             ClientError::Refused { .. } | ClientError::Protocol { .. } => Self::failed(error),
             ClientError::NotRunning { .. }
+            | ClientError::NoSocket { .. }
             | ClientError::Permission { .. }
             | ClientError::Timeout { .. } => Self::NoAgent(error.to_string()),
         }
