@@ -118,6 +118,7 @@ fn probabilities_are_the_weights_and_the_answer_is_the_draw() {
         let scores: Vec<_> = explanation.candidates.iter().map(|c| c.score).collect();
         for (score, expected) in scores.iter().zip([0.1, 0.5, 0.4, 0.0, 0.0]) {
             assert!((score - expected).abs() < 1e-8, "{scores:?}");
+            assert!(score.is_sign_positive(), "-0 is no probability: {scores:?}");
         }
         assert_eq!(
             detail(&explanation, "left out"),
@@ -154,6 +155,8 @@ fn refusals_carry_their_reason() {
         Some(Answer::Refused { errno: "ECONNREFUSED".into(), reason: reason.name().into() })
     };
     assert_eq!(explanation.answer, refused(Reason::NoWeight));
+    assert!(explanation.candidates.iter().all(|c| c.score.is_sign_positive()));
+    assert_eq!(explanation.candidates.len(), 1);
     assert_eq!(detail(&explanation, "left out"), Some("10.0.0.1:80: weight 0"));
 
     tables.virtual_ip = Some(key_of(ORDERS).addr);

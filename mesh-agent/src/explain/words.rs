@@ -127,11 +127,7 @@ impl Story {
     pub(super) fn balanced(mut self, drawn: &Slot, shares: &[(Slot, f64)]) -> Explanation {
         self.candidates(shares);
         let backend = address(drawn).to_string();
-        let percent = shares
-            .iter()
-            .filter(|(slot, _)| address(slot) == address(drawn))
-            .map(|(_, share)| share * 100.0)
-            .sum::<f64>();
+        let percent = share(shares, address(drawn)) * 100.0;
         self.step(
             "choice",
             format!(
@@ -146,11 +142,7 @@ impl Story {
 
     /// Which backends can be chosen, and why the others cannot.
     fn candidates(&mut self, shares: &[(Slot, f64)]) {
-        let share = |wanted: SocketAddr| {
-            let of_it = shares.iter().filter(|(slot, _)| address(slot) == wanted);
-            // Not `sum`, for which nothing is -0.
-            of_it.fold(0.0, |sum, (_, share)| sum + share)
-        };
+        let share = |wanted| share(shares, wanted);
         let backends = std::mem::take(&mut self.backends);
         let (inside, outside): (Vec<_>, Vec<_>) =
             backends.iter().partition(|backend| share(backend.address) > 0.0);
@@ -189,6 +181,13 @@ impl Story {
             );
         }
     }
+}
+
+/// The probability of an address, over all slots that lead there.
+fn share(shares: &[(Slot, f64)], wanted: SocketAddr) -> f64 {
+    let of_it = shares.iter().filter(|(slot, _)| address(slot) == wanted);
+    // Not `sum`, for which nothing is -0.
+    of_it.fold(0.0, |sum, (_, share)| sum + share)
 }
 
 /// Why each of these takes no connection.
