@@ -82,6 +82,16 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
     ];
     assert_eq!(said, expected);
     assert_eq!(
+        refused(r#"virtual-ips: [127.0.0.0/8, 127.0.0.53, 126.0.0.0/7, "::1", "::/96"]"#),
+        [
+            "a:1:15: 127.0.0.0/8 covers loopback addresses, so every other connect to them would be refused; expected a range outside 127.0.0.0/8",
+            "a:1:28: 127.0.0.53/32 covers loopback addresses, so every other connect to them would be refused; expected a range outside 127.0.0.0/8",
+            "a:1:40: 126.0.0.0/7 covers loopback addresses, so every other connect to them would be refused; expected a range outside 127.0.0.0/8",
+            "a:1:53: ::1/128 covers loopback addresses, so every other connect to them would be refused; expected a range outside ::1/128",
+            "a:1:60: ::/96 covers loopback addresses, so every other connect to them would be refused; expected a range outside ::1/128",
+        ]
+    );
+    assert_eq!(
         refused("sources: [{files: {directory: /a}}, {files: {directory: /a}}]"),
         ["a:1:37: the directory \"/a\" is here twice; keep one"]
     );

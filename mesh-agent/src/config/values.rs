@@ -1,6 +1,6 @@
 //! Values that both kinds of files share: addresses, names, durations, paths.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -86,6 +86,11 @@ pub(super) fn network(node: &Node, problems: &mut Problems) -> Option<IpNet> {
         )
     } else if covers_mapped(&network) {
         format!("{network} covers IPv4-mapped addresses; write IPv4 networks as IPv4")
+    } else if overlap(&network, &loopback(&network)) {
+        format!(
+            "{network} covers loopback addresses, so every other connect to them would be refused; expected a range outside {}",
+            loopback(&network)
+        )
     } else {
         return Some(network);
     };
@@ -96,7 +101,20 @@ pub(super) fn network(node: &Node, problems: &mut Problems) -> Option<IpNet> {
 /// Whether an IPv6 network and `::ffff:0:0/96` have an address in common.
 fn covers_mapped(network: &IpNet) -> bool {
     let mapped = IpNet::V6(ipnet::Ipv6Net::new_assert(Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(), 96));
-    network.contains(&mapped) || mapped.contains(network)
+    overlap(network, &mapped)
+}
+
+/// The loopback addresses of a network's family.
+fn loopback(network: &IpNet) -> IpNet {
+    match network {
+        IpNet::V4(_) => IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+        IpNet::V6(_) => IpNet::V6(Ipv6Addr::LOCALHOST.into()),
+    }
+}
+
+/// Whether two networks have an address in common: then one contains the other.
+fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
 }
 
 /// A duration with a unit, from `least` to a day.
