@@ -1,6 +1,6 @@
 //! Printing: one value as a table for people, or as JSON or YAML for programs.
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal, Write as _};
 use std::time::{Duration, SystemTime};
 
 use comfy_table::{Cell, Color, ContentArrangement, Row, Table, presets};
@@ -10,7 +10,7 @@ use super::args::Format;
 use super::failure::Failure;
 
 /// Tables are no wider than this, except with `-o wide`.
-const WIDTH: u16 = 100;
+pub(super) const WIDTH: u16 = 100;
 
 /// Where a command's result goes, and in which form.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +24,8 @@ pub(super) struct Output {
 pub(super) struct Style {
     pub(super) wide: bool,
     pub(super) colour: bool,
+    /// The most columns of the terminal that a line takes, unless `wide`.
+    pub(super) width: u16,
 }
 
 // === impl Output ===
@@ -59,10 +61,14 @@ impl Output {
 // === impl Style ===
 
 impl Style {
-    /// Colour only for a person at a terminal who wants it (no-color.org).
+    /// What fits standard output, be it a terminal or not.
     pub(super) fn of_stdout(format: Format) -> Self {
-        let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Self { wide: format == Format::Wide, colour: !unwanted && io::stdout().is_terminal() }
+        let terminal = terminal_size::terminal_size_of(io::stdout());
+        Self {
+            wide: format == Format::Wide,
+            colour: wants_colour(&io::stdout()),
+            width: terminal.map_or(WIDTH, |(width, _)| width.0.min(WIDTH)),
+        }
     }
 
     /// A table whose lines are cut to the width: one line for each row.
@@ -74,6 +80,13 @@ impl Style {
     pub(super) fn text(self, header: &[&str]) -> Grid {
         Grid::new(self, header, usize::MAX)
     }
+}
+
+/// Colour only for a person who wants it (no-color.org), at a terminal that can do it.
+pub(super) fn wants_colour(stream: &impl IsTerminal) -> bool {
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let unable = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
+    !unwanted && !unable && stream.is_terminal()
 }
 
 /// A table in the making: no borders, two spaces between columns, as kubectl prints them.
@@ -93,9 +106,11 @@ impl Grid {
         if style.wide {
             table.set_content_arrangement(ContentArrangement::Disabled);
         } else {
-            table.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
+            table.set_content_arrangement(ContentArrangement::Dynamic).set_width(style.width);
         }
         if !header.is_empty() {
+            let mut header = Row::from(header);
+            header.max_height(1);
             table.set_header(header);
         }
         Self { table, lines }
@@ -173,7 +188,7 @@ pub(super) fn age(since: &str, now: SystemTime) -> String {
 
 /// Writes a line to standard error. There is nobody to tell when that fails.
 pub(super) fn complain(message: &str) {
-    let _ = writeln!(io::stderr(), "mesh-agent: {message}");
+    let _ = writeln!(io::stderr(), "mesh-agent: {}", clean(message));
 }
 
 /// Writes to standard output.
@@ -206,7 +221,7 @@ mod tests {
 
     #[test]
     fn rows_are_one_line_and_fit() {
-        let style = Style { wide: false, colour: false };
+        let style = Style { wide: false, colour: false, width: WIDTH };
         let long = "a word ".repeat(40);
         let mut list = style.list(&["NAME", "DETAIL"]);
         list.row([text("orders\n\u{1b}[31m"), text(&long)]);
@@ -224,7 +239,7 @@ mod tests {
     #[test]
     fn colour_is_only_where_it_is_wanted() {
         let render = |colour| {
-            let mut list = Style { wide: false, colour }.list(&["STATE"]);
+            let mut list = Style { wide: false, colour, width: WIDTH }.list(&["STATE"]);
             list.row([coloured("unhealthy")]);
             list.finish()
         };

@@ -1,6 +1,6 @@
 //! `run`: from the agent file and the flags to a configuration that the agent can start with.
 
-use std::io::{self, IsTerminal as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::args::RunArgs;
 use super::failure::Failure;
+use super::output;
 use crate::agent;
 use crate::check::cgroup::Cgroup;
 use crate::check::mounts::Mounts;
@@ -67,12 +68,11 @@ fn log(options: Options) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
         EnvFilter::new(if options.log { "info,mesh_ebpf=debug" } else { "info" })
     });
-    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     // A second call, as in tests, keeps the first subscriber.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
-        .with_ansi(!plain && io::stderr().is_terminal())
+        .with_ansi(output::wants_colour(&io::stderr()))
         .with_target(false)
         .try_init();
 }

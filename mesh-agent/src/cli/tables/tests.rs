@@ -1,10 +1,15 @@
 //! Each table against a whole example, so that what people see changes only on purpose.
 
+use super::super::output::WIDTH;
 use super::*;
 use crate::api::types::{BackendCounts, Candidate, Counters, Map, Program, Refused, Source, Step};
 
-const PLAIN: Style = Style { wide: false, colour: false };
-const WIDE: Style = Style { wide: true, colour: false };
+const PLAIN: Style = Style { wide: false, colour: false, width: WIDTH };
+const WIDE: Style = Style { wide: true, ..PLAIN };
+
+fn now() -> SystemTime {
+    humantime::parse_rfc3339("2026-01-10T00:03:00Z").expect("time")
+}
 
 fn assert_table(shown: &str, expected: &str) {
     let expected = expected.trim_start_matches('\n');
@@ -48,7 +53,6 @@ web: 10.96.0.10:80/tcp is taken by service orders
 
 #[test]
 fn backends_fit_the_width() {
-    let now = humantime::parse_rfc3339("2026-01-10T00:03:00Z").expect("time");
     let backend = Backend {
         service: "orders".into(),
         port: 80,
@@ -64,14 +68,14 @@ fn backends_fit_the_width() {
         since: "2026-01-10T00:00:00Z".into(),
     };
     assert_table(
-        &backends(std::slice::from_ref(&backend), PLAIN, now),
+        &backends(std::slice::from_ref(&backend), PLAIN, now()),
         "
 SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  AGE  REASON
 orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       3m   connection refused
 ",
     );
     assert_table(
-        &backends(std::slice::from_ref(&backend), WIDE, now),
+        &backends(std::slice::from_ref(&backend), WIDE, now()),
         "
 SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  AGE  ACTIVE  FAILED  ZONE        REASON
 orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       3m   -       2       eu-west-1a  connection refused
@@ -84,11 +88,19 @@ orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       3m   -       2       
         opened: u64::MAX,
         weight: 65_535,
         port: 65_535,
-        ..backend
+        ..backend.clone()
     };
-    let shown = backends(&[long], PLAIN, now);
-    assert!(shown.lines().all(|line| line.chars().count() <= 100), "{shown}");
-    assert_eq!(shown.lines().count(), 2, "{shown}");
+    for width in [40, 80, 100] {
+        let shown = backends(&[long.clone(), backend.clone()], Style { width, ..PLAIN }, now());
+        let fits = |line: &str| line.chars().count() <= usize::from(width);
+        assert!(shown.lines().all(fits), "{shown}");
+        assert_eq!(shown.lines().count(), 3, "{shown}");
+        // Columns stay columns: each begins where its header does.
+        let places = |line: &str, word: &str| line.split(word).next().map(|s| s.chars().count());
+        let mut lines = shown.lines();
+        let age = places(lines.next().expect("a header"), "AGE");
+        assert!(lines.all(|line| places(line, "3m ") == age), "{shown}");
+    }
 }
 
 #[test]
