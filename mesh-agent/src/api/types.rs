@@ -96,8 +96,17 @@ pub struct Status {
     pub maps: Vec<Map>,
     /// Counters of the data plane since the programs were loaded.
     pub counters: Counters,
-    /// The last thing that went wrong.
-    pub last_error: Option<String>,
+    /// The last thing that went wrong, if anything did.
+    pub last_error: Option<LastError>,
+}
+
+/// Something that went wrong.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct LastError {
+    /// When, RFC 3339.
+    pub time: String,
+    /// What.
+    pub error: String,
 }
 
 /// A kernel program.

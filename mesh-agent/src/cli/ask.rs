@@ -41,7 +41,7 @@ pub(super) fn block_on<F: Future>(future: F) -> Result<F::Output, Failure> {
 
 pub(super) fn status(named: Option<PathBuf>, output: &Output) -> Result<(), Failure> {
     let status = ask(named, Client::status)?;
-    output.print(&status, tables::status)
+    output.print(&status, |status, style| tables::status(status, style, SystemTime::now()))
 }
 
 pub(super) fn services(

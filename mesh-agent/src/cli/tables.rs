@@ -88,7 +88,7 @@ fn counted(count: Option<u64>) -> Cell {
 }
 
 /// `status`.
-pub(super) fn status(status: &Status, style: Style) -> String {
+pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
     let mut head = style.text(&[]);
     let zone = status.zone.as_ref().map(|zone| format!(" (zone {zone})")).unwrap_or_default();
     head.row([text("node"), text(format!("{}{zone}", status.node))]);
@@ -98,7 +98,11 @@ pub(super) fn status(status: &Status, style: Style) -> String {
         head.row([text("reason"), text(reason)]);
     }
     head.row([text("cgroup"), text(&status.cgroup)]);
-    head.row([text("last error"), text(status.last_error.as_deref().unwrap_or("none"))]);
+    let last_error = status.last_error.as_ref().map_or_else(
+        || "none".into(),
+        |last| format!("{} ago: {}", age(&last.time, now), last.error),
+    );
+    head.row([text("last error"), text(last_error)]);
     let mut out = head.finish();
 
     let mut programs = style.list(&["PROGRAM", "HOOK", "ATTACHED"]);

@@ -66,7 +66,8 @@ pub struct Engine {
     notes: BTreeMap<ServiceName, Vec<String>>,
     /// Definitions that are not used at all.
     shadowed: BTreeSet<String>,
-    last_error: Option<String>,
+    /// The last thing that went wrong, and when.
+    last_error: Option<(SystemTime, String)>,
     /// What is attached; nothing before the start, and after it was lost.
     attachment: Option<Attachment>,
     grace: Arc<Grace>,
@@ -220,7 +221,7 @@ impl Engine {
                      look at the limits of this process (`ulimit -n`) and of the node"
                 );
                 tracing::error!("{text}");
-                self.last_error = Some(text.clone());
+                self.fail(text.clone());
                 self.trouble = Some(text);
             }
             None => {
@@ -250,7 +251,7 @@ impl Engine {
         let before = self.sources.get(&state.source);
         let known = |error| before.is_some_and(|before| before.errors.contains(error));
         if let Some(error) = state.errors.iter().find(|error| !known(*error)) {
-            self.last_error = Some(error.clone());
+            self.fail(error.clone());
         }
         self.sources.insert(state.source, state);
     }
@@ -343,10 +344,15 @@ impl Engine {
             }
             if self.problems.get(&name) != Some(&texts) {
                 tracing::error!(service = %name, "{}", texts.join("; "));
-                self.last_error = Some(format!("service {name}: {}", texts.join("; ")));
+                self.fail(format!("service {name}: {}", texts.join("; ")));
             }
             self.problems.insert(name, texts);
         }
+    }
+
+    /// Keeps what went wrong for `status`.
+    fn fail(&mut self, error: String) {
+        self.last_error = Some((SystemTime::now(), error));
     }
 
     fn start_grace(&mut self) {
@@ -370,7 +376,7 @@ impl Engine {
             Err(error) => {
                 // What was retired stays so until a later wait succeeds.
                 tracing::error!("waiting for running programs: {error}");
-                self.last_error = Some(format!("waiting for running programs: {error}"));
+                self.fail(format!("waiting for running programs: {error}"));
                 self.grace_pause.lengthen();
             }
         }

@@ -216,7 +216,10 @@ impl Engine {
             sources: self.source_states(),
             maps: self.maps(),
             counters: self.counters(),
-            last_error: self.last_error.clone(),
+            last_error: self.last_error.as_ref().map(|(time, error)| types::LastError {
+                time: timestamp(*time),
+                error: error.clone(),
+            }),
         }
     }
 

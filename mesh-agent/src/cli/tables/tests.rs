@@ -2,7 +2,9 @@
 
 use super::super::output::WIDTH;
 use super::*;
-use crate::api::types::{BackendCounts, Candidate, Counters, Map, Program, Refused, Source, Step};
+use crate::api::types::{
+    BackendCounts, Candidate, Counters, LastError, Map, Program, Refused, Source, Step,
+};
 
 const PLAIN: Style = Style { wide: false, colour: false, width: WIDTH };
 const WIDE: Style = Style { wide: true, ..PLAIN };
@@ -131,9 +133,13 @@ fn status_names_everything_that_is_wrong() {
                 refused: vec![Refused { reason: "no-port".into(), count: 2 }],
                 ..Counters::default()
             },
-            last_error: None,
+            last_error: Some(LastError {
+                time: "2026-01-10T00:00:00Z".into(),
+                error: "waiting for running programs: membarrier failed".into(),
+            }),
         },
         PLAIN,
+        now(),
     );
     assert_table(
         &shown,
@@ -143,7 +149,7 @@ agent       0.1.0 (pid 42)
 ready       no
 reason      the source files /etc/mesh/services.d was never read
 cgroup      /sys/fs/cgroup/web.slice
-last error  none
+last error  3m ago: waiting for running programs: membarrier failed
 
 PROGRAM        HOOK      ATTACHED
 mesh_connect4  connect4  yes
