@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
@@ -171,6 +172,20 @@ impl From<Protocol> for mesh_common::Protocol {
     }
 }
 
+/// Commands that are documented, and come with a later version.
+const LATER: [&str; 8] =
+    ["connections", "events", "top", "drain", "undrain", "register", "deregister", "heartbeat"];
+
+/// The command of a later version that somebody typed, if that is the error.
+pub(super) fn later(error: &clap::Error) -> Option<&str> {
+    match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(command)) if error.kind() == ErrorKind::InvalidSubcommand => {
+            LATER.contains(&command.as_str()).then_some(command)
+        }
+        _ => None,
+    }
+}
+
 /// Reads what is dialled, and says what is wrong in words of the person who typed it.
 fn dialled(text: &str) -> Result<SocketAddr, String> {
     const EXPECTED: &str = "expected IP:PORT, like 10.96.0.10:80 or [fd00:96::10]:80";
@@ -219,12 +234,20 @@ mod tests {
         }
     }
 
-    /// Commands of later versions are unknown, not accepted and ignored.
+    /// Commands of later versions are refused by name, not accepted and ignored.
     #[test]
     fn only_what_exists_is_offered() {
-        for command in ["drain", "top", "events", "connections", "register"] {
-            let error = Cli::try_parse_from(["mesh-agent", command]).expect_err(command);
-            assert_eq!(error.exit_code(), 2);
+        let refused = |args: &[&str]| {
+            let args = ["mesh-agent"].iter().chain(args);
+            Cli::try_parse_from(args).expect_err("no such command")
+        };
+        for command in LATER {
+            assert_eq!(later(&refused(&[command])), Some(command));
+        }
+        let typed = refused(&["-o", "json", "drain", "orders", "10.0.0.1", "--nothing"]);
+        assert_eq!(later(&typed), Some("drain"));
+        for other in [&["statsu"] as &[_], &["services", "--drain"], &[]] {
+            assert_eq!(later(&refused(other)), None, "{other:?}");
         }
     }
 

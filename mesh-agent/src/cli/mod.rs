@@ -20,11 +20,25 @@ use self::args::{Cli, Command};
 use self::failure::Failure;
 use self::output::{Output, Style};
 
+/// The exit status of wrong usage; clap has the same.
+const WRONG_USAGE: u8 = 2;
+
 /// Parses the arguments of this process and does what they say.
 #[must_use]
 pub fn main() -> ExitCode {
-    // Wrong usage ends here, with exit status 2.
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            if let Some(command) = args::later(&error) {
+                output::complain(&format!(
+                    "`{command}` is not in this version; `mesh-agent --help` lists what is"
+                ));
+                return ExitCode::from(WRONG_USAGE);
+            }
+            // Help and the version come here too; what is wrong usage ends with status 2.
+            error.exit();
+        }
+    };
     match execute(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
