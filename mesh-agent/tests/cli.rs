@@ -6,12 +6,15 @@ use std::process::{Command, Output, Stdio};
 use mesh_agent::api::server::{ExplainQuery, View, ViewError, serve};
 use mesh_agent::api::socket::Claim;
 use mesh_agent::api::types;
+use mesh_common::Protocol;
 use tokio_util::sync::CancellationToken;
 
 #[derive(Clone)]
 struct Fixed;
 
 const ORDERS: &str = "10.96.0.10:80";
+
+const NO_SUCH: &str = "there is no service \"nosuch\": `mesh-agent services` lists them";
 
 impl View for Fixed {
     async fn services(&self) -> Result<Vec<types::Service>, ViewError> {
@@ -25,8 +28,8 @@ impl View for Fixed {
         }])
     }
 
-    async fn backends(&self, _: Option<String>) -> Result<Vec<types::Backend>, ViewError> {
-        Ok(Vec::new())
+    async fn backends(&self, service: Option<String>) -> Result<Vec<types::Backend>, ViewError> {
+        service.map_or(Ok(Vec::new()), |name| Err(ViewError::no_service(&name)))
     }
 
     async fn status(&self) -> Result<types::Status, ViewError> {
@@ -34,7 +37,7 @@ impl View for Fixed {
     }
 
     async fn explain(&self, query: ExplainQuery) -> Result<types::Explanation, ViewError> {
-        let known = query.address.to_string() == ORDERS;
+        let known = query.address.to_string() == ORDERS && query.protocol == Protocol::Tcp;
         Ok(types::Explanation {
             client: query.from,
             frontend: query.address.to_string(),
@@ -75,7 +78,8 @@ async fn each_way_a_command_can_end() {
         (&["services"] as &[&str], 0, "orders  random   1/2", ""),
         (&["services", "orders", "-o", "json"], 0, r#""name": "orders""#, ""),
         (&["services", "-o", "yaml"], 0, "- name: orders", ""),
-        (&["services", "nosuch"], 1, "", "no service \"nosuch\""),
+        (&["services", "nosuch"], 1, "", NO_SUCH),
+        (&["backends", "nosuch"], 1, "", NO_SUCH),
         (&["backends"], 0, "", "no backends"),
         (&["backends", "-o", "json"], 0, "[]", ""),
         (&["status"], 1, "", "see the log"),
@@ -84,7 +88,9 @@ async fn each_way_a_command_can_end() {
         (&["explain", "192.0.2.1:80"], 1, "not touched", "192.0.2.1:80 is no service"),
         (&["explain", "192.0.2.1"], 2, "", "the port is missing"),
         (&["cleanup"], 1, "", "an agent already answers"),
-        (&["drain"], 2, "", "unrecognized subcommand"),
+        (&["explain", ORDERS, "--protocol", "udp"], 1, "", "this version balances TCP only"),
+        (&["drain", "orders", "10.0.0.1"], 2, "", "`drain` is not in this version"),
+        (&["darin"], 2, "", "unrecognized subcommand"),
     ] {
         let output = mesh(&socket, args);
         let shown = format!("{args:?}: {output:?}");

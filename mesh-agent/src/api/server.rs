@@ -4,14 +4,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, RawQuery, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use mesh_common::{ABI_VERSION, Protocol};
-use serde::Deserialize;
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
@@ -150,26 +149,25 @@ fn version() -> types::Version {
 // === handlers ===
 
 type Answer<T> = Result<Json<T>, ViewError>;
-type Asked<T> = Result<Query<T>, QueryRejection>;
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ByName {
-    name: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ByService {
-    service: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ByAddress {
-    address: String,
-    protocol: Option<String>,
-    from: Option<String>,
+/// The parameters of a question, in the order of `known`.
+fn parameters<const N: usize>(
+    query: Option<&str>,
+    known: [&str; N],
+) -> Result<[Option<String>; N], ViewError> {
+    let mut values = [const { None }; N];
+    for (key, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
+        let Some(place) = known.iter().position(|name| *name == key) else {
+            return Err(ViewError::BadRequest(format!(
+                "unknown parameter {key:?}: expected {}",
+                known.join(", ")
+            )));
+        };
+        if values[place].replace(value.into_owned()).is_some() {
+            return Err(ViewError::BadRequest(format!("the parameter {key} is here twice")));
+        }
+    }
+    Ok(values)
 }
 
 async fn status<V: View>(State(view): State<V>) -> Answer<types::Status> {
@@ -178,9 +176,10 @@ async fn status<V: View>(State(view): State<V>) -> Answer<types::Status> {
 
 async fn services<V: View>(
     State(view): State<V>,
-    query: Asked<ByName>,
+    RawQuery(query): RawQuery,
 ) -> Answer<Vec<types::Service>> {
-    match query?.0.name {
+    let [name] = parameters(query.as_deref(), ["name"])?;
+    match name {
         None => view.services().await.map(Json),
         Some(name) => Ok(Json(vec![find(&view, &name).await?])),
     }
@@ -188,35 +187,42 @@ async fn services<V: View>(
 
 async fn service<V: View>(
     State(view): State<V>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Answer<types::Service> {
+    let Path(name) = name.map_err(|_| {
+        ViewError::BadRequest("the name of the service is not UTF-8, percent-encoded".into())
+    })?;
     find(&view, &name).await.map(Json)
 }
 
 async fn find<V: View>(view: &V, name: &str) -> Result<types::Service, ViewError> {
     let services = view.services().await?;
-    services.into_iter().find(|service| service.name == name).ok_or_else(|| {
-        ViewError::NotFound(format!("no service {name:?}: `mesh-agent services` lists all"))
-    })
+    services
+        .into_iter()
+        .find(|service| service.name == name)
+        .ok_or_else(|| ViewError::no_service(name))
 }
 
 async fn backends<V: View>(
     State(view): State<V>,
-    query: Asked<ByService>,
+    RawQuery(query): RawQuery,
 ) -> Answer<Vec<types::Backend>> {
-    view.backends(query?.0.service).await.map(Json)
+    let [service] = parameters(query.as_deref(), ["service"])?;
+    view.backends(service).await.map(Json)
 }
 
 async fn explain<V: View>(
     State(view): State<V>,
-    query: Asked<ByAddress>,
+    RawQuery(query): RawQuery,
 ) -> Answer<types::Explanation> {
-    let ByAddress { address, protocol, from } = query?.0;
-    let address = address.parse().map_err(|_| {
-        ViewError::BadRequest(format!(
-            "address {address:?}: expected IP:PORT, like 10.96.0.10:80 or [fd00:96::10]:80"
-        ))
+    const EXPECTED: &str = "expected IP:PORT, like 10.96.0.10:80 or [fd00:96::10]:80";
+    let [address, protocol, from] = parameters(query.as_deref(), ["address", "protocol", "from"])?;
+    let address = address.ok_or_else(|| {
+        ViewError::BadRequest(format!("the parameter address is missing: {EXPECTED}"))
     })?;
+    let address = address
+        .parse()
+        .map_err(|_| ViewError::BadRequest(format!("address {address:?}: {EXPECTED}")))?;
     let protocol = match protocol.as_deref() {
         None | Some("tcp") => Protocol::Tcp,
         Some("udp") => Protocol::Udp,
@@ -235,9 +241,11 @@ impl From<crate::explain::UnknownClient> for ViewError {
     }
 }
 
-impl From<QueryRejection> for ViewError {
-    fn from(rejection: QueryRejection) -> Self {
-        Self::BadRequest(rejection.body_text())
+impl ViewError {
+    /// There is no service of this name.
+    #[must_use]
+    pub fn no_service(name: &str) -> Self {
+        Self::NotFound(format!("there is no service {name:?}: `mesh-agent services` lists them"))
     }
 }
 

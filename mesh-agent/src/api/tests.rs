@@ -38,7 +38,7 @@ impl View for Fixed {
     async fn backends(&self, service: Option<String>) -> Result<Vec<types::Backend>, ViewError> {
         match service {
             None => Ok(Vec::new()),
-            Some(name) => Err(ViewError::NotFound(format!("no service {name}"))),
+            Some(name) => Err(ViewError::no_service(&name)),
         }
     }
 
@@ -119,8 +119,10 @@ async fn wrong_requests_are_told_so_in_json() {
     for (request, status, words) in [
         ("GET /v2/services", "404", "no such path"),
         ("POST /v1/services", "405", "only GET"),
-        ("GET /v1/services?nmae=x", "400", "unknown field"),
-        ("GET /v1/explain", "400", "missing field"),
+        ("GET /v1/services?nmae=x", "400", r#"unknown parameter \"nmae\": expected name"#),
+        ("GET /v1/backends?service=a&service=b", "400", "service is here twice"),
+        ("GET /v1/services/%FF", "400", "not UTF-8"),
+        ("GET /v1/explain", "400", "the parameter address is missing"),
         ("GET /v1/explain?address=10.0.0.1", "400", "expected IP:PORT"),
         ("GET /v1/explain?address=10.0.0.1:80&protocol=sctp", "400", "expected tcp or udp"),
         ("GET /v1/services/x", "404", "no service"),

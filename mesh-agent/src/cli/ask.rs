@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use mesh_common::ABI_VERSION;
+use mesh_common::{ABI_VERSION, Protocol};
 use serde::Serialize;
 
 use super::args::ExplainArgs;
@@ -83,6 +83,10 @@ pub(super) fn explain(
         return Ok(());
     }
     Err(Failure::failed(match explanation.service {
+        _ if query.protocol != Protocol::Tcp => format!(
+            "{} would not be balanced: this version balances TCP only",
+            explanation.frontend
+        ),
         Some(service) => format!(
             "{} of service {service} would not be balanced: the steps say why",
             explanation.frontend

@@ -88,11 +88,10 @@ impl View for Handle {
                 .collect()),
             Some(name) => {
                 let name = ServiceName::new(&name);
-                let entry = engine.catalog.get(name.as_str()).ok_or_else(|| {
-                    ViewError::NotFound(format!(
-                        "there is no service {name}; `mesh-agent services` lists them"
-                    ))
-                })?;
+                let entry = engine
+                    .catalog
+                    .get(name.as_str())
+                    .ok_or_else(|| ViewError::no_service(name.as_str()))?;
                 Ok(engine.backends(&name, entry))
             }
         })
