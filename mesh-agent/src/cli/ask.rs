@@ -15,6 +15,9 @@ use crate::api::server::ExplainQuery;
 use crate::api::types;
 use crate::config::Config;
 
+/// How many open files a question takes, with some to spare.
+const FILES: u64 = 16;
+
 /// The socket to use: the one that was named, or the one of the agent file. A file that cannot be
 /// read does not matter here: whoever asks need not be allowed to read it.
 pub(super) fn socket(named: Option<PathBuf>, config: Option<&Path>) -> PathBuf {
@@ -32,6 +35,7 @@ fn ask<T>(
 
 /// Runs a future to its end. One thread is enough to wait for one answer.
 pub(super) fn block_on<F: Future>(future: F) -> Result<F::Output, Failure> {
+    super::need_files(FILES)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -50,6 +50,19 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Refuses to begin with too few open files: the runtime panics where it cannot have those that
+/// it needs.
+fn need_files(least: u64) -> Result<(), Failure> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    match limit {
+        Some(limit) if limit < least => Err(Failure::failed(format!(
+            "this process may open {limit} files and needs {least} at the least: raise the limit, \
+             see `ulimit -n`"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 fn execute(cli: Cli) -> Result<(), Failure> {
     let Cli { socket, output: format, command } = cli;
     let output = Output::new(format, Style::of_stdout(format));

@@ -17,6 +17,9 @@ use crate::config::Config;
 use crate::dataplane::load::Options;
 use crate::text::chain;
 
+/// How many files the agent has open before it checks any endpoint, with some to spare.
+const FILES: u64 = 64;
+
 /// How long threads may take to end.
 const ENDING: Duration = Duration::from_secs(1);
 
@@ -25,6 +28,7 @@ pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure>
     let options = Options { log: args.log_refusals };
     let config = config(args, socket)?;
     log(options);
+    super::need_files(FILES)?;
     let runtime = Runtime::new().map_err(|error| Failure::no_runtime(&error))?;
     let result = runtime.block_on(agent::run(config, options));
     // A thread that hangs in a dead file system must not keep the process.
