@@ -14,7 +14,7 @@ use rustix::process::Resource;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{server, socket};
@@ -28,6 +28,9 @@ use crate::health::{self, Monitor};
 
 /// How long a source that does not answer can delay the start.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a former agent of the cgroup may take to be gone.
+const TAKING: Duration = Duration::from_secs(1);
 
 /// More files than this are of no use.
 const MOST_FILES: u64 = 65_536;
@@ -61,8 +64,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let open_files = raise_open_files();
     let claim = socket::Claim::take(&config.socket).await?;
-    let _lock = lock(&cgroup)?;
-    refuse_second(&cgroup)?;
+    let _lock = take_cgroup(&cgroup).await?;
 
     let (mut programs, maps, grace) = load::load(options)?;
     let mut reconciler = Reconciler::new(maps);
@@ -205,17 +207,29 @@ impl Signals {
 
 /// The right to balance a cgroup: a lock on its directory, which ends with the process. It works
 /// without the privilege to see the names of attached programs, which [`refuse_second`] needs.
+///
+/// An agent that was killed keeps both for some milliseconds, so both are tried for a while.
+async fn take_cgroup(cgroup: &Path) -> anyhow::Result<File> {
+    let until = Instant::now() + TAKING;
+    loop {
+        match lock(cgroup).and_then(|lock| refuse_second(cgroup).map(|()| lock)) {
+            Err(_) if Instant::now() < until => tokio::time::sleep(TAKING / 20).await,
+            result => return result,
+        }
+    }
+}
+
 fn lock(cgroup: &Path) -> anyhow::Result<File> {
-    let directory =
-        File::open(cgroup).with_context(|| format!("opening cgroup {}", cgroup.display()))?;
+    let name = cgroup.display();
+    let directory = File::open(cgroup)
+        .with_context(|| format!("opening cgroup {name}; does it exist, and are you root?"))?;
     match directory.try_lock() {
         Ok(()) => Ok(directory),
-        Err(TryLockError::WouldBlock) => bail!(
-            "another agent balances {}: stop it first, or name another cgroup",
-            cgroup.display()
-        ),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another agent balances {name}: stop it first, or name another cgroup")
+        }
         Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("locking cgroup {}", cgroup.display()))
+            Err(error).with_context(|| format!("locking cgroup {name}"))
         }
     }
 }
@@ -235,8 +249,12 @@ fn raise_open_files() -> usize {
 
 /// Two agents on one cgroup would count and translate twice.
 fn refuse_second(cgroup: &Path) -> anyhow::Result<()> {
-    let ours = hooks::ours(cgroup)
-        .with_context(|| format!("asking for the programs attached to {}", cgroup.display()))?;
+    let ours = hooks::ours(cgroup).with_context(|| {
+        format!(
+            "asking for the programs attached to {}; run as root, and see `mesh-agent check`",
+            cgroup.display()
+        )
+    })?;
     if let Some((directory, id)) = ours.first() {
         bail!(
             "kernel programs of another agent are attached to {} (program id {id}); stop that \
