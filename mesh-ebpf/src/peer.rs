@@ -11,13 +11,13 @@ const PROCEED: i32 = 1;
 
 /// `getpeername` with an `AF_INET` answer.
 #[cgroup_sock_addr(getpeername4)]
-pub fn mesh_getpeername4(ctx: SockAddrContext) -> i32 {
+pub fn mesh_peername4(ctx: SockAddrContext) -> i32 {
     peer::<V4>(&ctx)
 }
 
 /// `getpeername` with an `AF_INET6` answer.
 #[cgroup_sock_addr(getpeername6)]
-pub fn mesh_getpeername6(ctx: SockAddrContext) -> i32 {
+pub fn mesh_peername6(ctx: SockAddrContext) -> i32 {
     peer::<V6>(&ctx)
 }
 

@@ -38,7 +38,7 @@ fn until_detached(node: &Node) -> Result<()> {
 fn sigterm_detaches_everything() -> Result<()> {
     let mut node = node()?;
     let attached: Vec<_> = node.attached()?.into_iter().map(|program| program.name).collect();
-    for program in ["mesh_connect4", "mesh_connect6", "mesh_getpeer"] {
+    for program in ["mesh_connect4", "mesh_connect6", "mesh_peername4", "mesh_peername6"] {
         ensure!(attached.iter().any(|name| name.starts_with(program)), "{attached:?}");
     }
     let status = node.agent.status()?;

@@ -8,8 +8,8 @@ use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 const PROGRAMS: [(&str, &str); 4] = [
     ("mesh_connect4", "cgroup/connect4"),
     ("mesh_connect6", "cgroup/connect6"),
-    ("mesh_getpeername4", "cgroup/getpeername4"),
-    ("mesh_getpeername6", "cgroup/getpeername6"),
+    ("mesh_peername4", "cgroup/getpeername4"),
+    ("mesh_peername6", "cgroup/getpeername6"),
 ];
 
 /// Checks an object.

@@ -21,8 +21,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/me
 pub const PROGRAMS: [(&str, Hook); 4] = [
     ("mesh_connect4", Hook::Connect4),
     ("mesh_connect6", Hook::Connect6),
-    ("mesh_getpeername4", Hook::GetPeerName4),
-    ("mesh_getpeername6", Hook::GetPeerName6),
+    ("mesh_peername4", Hook::GetPeerName4),
+    ("mesh_peername6", Hook::GetPeerName6),
 ];
 
 /// Why the data plane cannot be had.
