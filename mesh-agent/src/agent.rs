@@ -64,7 +64,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let open_files = raise_open_files();
     let claim = socket::Claim::take(&config.socket).await?;
-    let _lock = take_cgroup(&cgroup).await?;
+    let mut lock = Some(take_cgroup(&cgroup).await?);
 
     let (mut programs, maps, grace) = load::load(options)?;
     let mut reconciler = Reconciler::new(maps);
@@ -107,7 +107,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             Ok(())
         }
         ended = tasks.join_next() => Err(ended_early(ended)),
-        error = balance(&mut programs, &cgroup, &engine, heard) => Err(error),
+        error = balance(&mut programs, &cgroup, &mut lock, &engine, heard) => Err(error),
     };
     // No new connect is balanced from here on; what is open stays as it is.
     drop(programs);
@@ -124,6 +124,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
 async fn balance(
     programs: &mut Programs,
     cgroup: &Path,
+    lock: &mut Option<File>,
     engine: &Handle,
     heard: oneshot::Receiver<()>,
 ) -> anyhow::Error {
@@ -155,6 +156,12 @@ async fn balance(
                  them; attaching again as soon as it is there"
             );
         }
+        // What is left of ours would look like another agent's, and another cgroup of that name has
+        // another lock, which another agent may have taken.
+        programs.detach();
+        *lock = None;
+        let Ok(taken) = try_cgroup(cgroup) else { continue };
+        *lock = Some(taken);
         if let Ok(again) = programs.attach(cgroup) {
             tracing::info!(cgroup = %cgroup.display(), "balancing again");
             engine.set_attachment(Some(again.clone())).await;
@@ -212,11 +219,17 @@ impl Signals {
 async fn take_cgroup(cgroup: &Path) -> anyhow::Result<File> {
     let until = Instant::now() + TAKING;
     loop {
-        match lock(cgroup).and_then(|lock| refuse_second(cgroup).map(|()| lock)) {
+        match try_cgroup(cgroup) {
             Err(_) if Instant::now() < until => tokio::time::sleep(TAKING / 20).await,
             result => return result,
         }
     }
+}
+
+fn try_cgroup(cgroup: &Path) -> anyhow::Result<File> {
+    let lock = lock(cgroup)?;
+    refuse_second(cgroup)?;
+    Ok(lock)
 }
 
 fn lock(cgroup: &Path) -> anyhow::Result<File> {

@@ -166,7 +166,8 @@ impl Programs {
         Ok(id)
     }
 
-    fn detach(&mut self) {
+    /// Detaches all that is attached.
+    pub fn detach(&mut self) {
         for (program, link) in self.links.drain(..) {
             let detached = hook(&mut self.ebpf, program).and_then(|hook| hook.detach(link));
             if let Err(error) = detached {
