@@ -121,8 +121,9 @@ impl Catalog {
     /// Applies one message of a source as a whole: first `removed`, then `upserts`. Removing what
     /// is not defined is no error.
     ///
-    /// Gives the names, each once and in order, whose definition in force or whose set of owned
-    /// frontends is another one now; those that [`Catalog::get`] no longer finds are gone.
+    /// Gives the names, each once and in order, whose [`Entry`] is another one now: definition,
+    /// origin, frontends, or what is said about them. Those that [`Catalog::get`] no longer finds
+    /// are gone.
     pub fn apply(
         &mut self,
         upserts: impl IntoIterator<Item = (Origin, Arc<Service>)>,
@@ -256,8 +257,7 @@ impl Catalog {
         }
     }
 
-    /// Makes the entry of a service anew, and tells whether its definition or its frontends
-    /// changed.
+    /// Makes the entry of a service anew, and tells whether it is another one.
     fn refresh(&mut self, name: &ServiceName) -> bool {
         let Some(new) = self.entry(name) else { return self.entries.remove(name).is_some() };
         match self.entries.entry(name.clone()) {
@@ -266,9 +266,9 @@ impl Catalog {
                 true
             }
             btree_map::Entry::Occupied(mut place) => {
-                let old = place.insert(new);
-                let new = place.get();
-                old.service != new.service || old.frontends != new.frontends
+                let changed = *place.get() != new;
+                place.insert(new);
+                changed
             }
         }
     }

@@ -89,6 +89,10 @@ pub struct Inputs {
     pub findings: mpsc::UnboundedReceiver<Finding>,
 }
 
+/// How many findings are taken together: one pass over a service, however many of its endpoints
+/// went.
+const FINDINGS: usize = 65_536;
+
 /// How many items of a kind are spelled out for people.
 const MANY: usize = 20;
 
@@ -146,14 +150,15 @@ impl Engine {
                 () = cancel.cancelled() => break,
                 waited = joined(&mut self.waiting) => self.end_grace(&waited),
                 () = self.retry.over() => self.try_again(),
-                1.. = inputs.findings.recv_many(&mut findings, BATCH) => {
+                1.. = inputs.findings.recv_many(&mut findings, FINDINGS) => {
                     self.take_findings(findings.drain(..));
                 }
                 1.. = inputs.sources.recv_many(&mut events, BATCH) => {
                     self.take_events(events.drain(..));
                 }
                 Some(question) = questions.recv() => question(&mut self),
-                () = self.grace_pause.over() => self.grace_pause.end(),
+                // `start_grace` below is what it was for.
+                () = self.grace_pause.over() => {}
             }
             self.start_grace();
         }
@@ -193,7 +198,7 @@ impl Engine {
                 )
             });
             let texts = entry.shadowed.iter().chain(&entry.warnings).cloned().chain(lost);
-            notes.insert(name, texts.take(MANY).collect());
+            notes.insert(name, few(texts.collect()));
         }
         for (name, texts) in notes {
             let before = self.notes.remove(name).unwrap_or_default();
@@ -333,11 +338,7 @@ impl Engine {
             let lasting = problems.iter().filter(|problem| !problem.is_passing());
             let mut texts: Vec<String> = lasting.map(ToString::to_string).collect();
             texts.dedup();
-            if texts.len() > MANY {
-                let more = texts.len() - MANY;
-                texts.truncate(MANY);
-                texts.push(format!("and {more} more"));
-            }
+            let texts = few(texts);
             if texts.is_empty() {
                 self.problems.remove(&name);
                 continue;
@@ -418,6 +419,16 @@ impl Health {
             self.plan = plan;
         }
     }
+}
+
+/// At most so many texts, the last of which says how many there are more.
+fn few(mut texts: Vec<String>) -> Vec<String> {
+    if texts.len() > MANY {
+        let more = texts.len() - MANY;
+        texts.truncate(MANY);
+        texts.push(format!("and {more} more"));
+    }
+    texts
 }
 
 /// The frontends that a service owns, as the kernel knows them.

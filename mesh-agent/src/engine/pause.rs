@@ -13,19 +13,23 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// A pause that may be on.
 #[derive(Debug, Default)]
 pub(super) struct Pause {
+    /// Until when, and how long the last one was.
     on: Option<(Instant, Duration)>,
+    /// It is over, and what it was for may be tried; how it ends is not known yet.
+    over: bool,
 }
 
 impl Pause {
     /// Begins a first pause, unless one is on: what goes well elsewhere puts nothing off.
     pub(super) fn begin(&mut self) {
-        self.on.get_or_insert_with(|| (Instant::now() + FIRST, FIRST));
+        if !self.is_on() {
+            self.set(FIRST);
+        }
     }
 
-    /// Begins a pause twice as long as the last one.
+    /// It failed again: begins a pause twice as long as the last one.
     pub(super) fn lengthen(&mut self) {
-        let length = self.on.map_or(FIRST, |(_, last)| (last * 2).min(LONGEST));
-        self.on = Some((Instant::now() + length, length));
+        self.set(self.on.map_or(FIRST, |(_, last)| (last * 2).min(LONGEST)));
     }
 
     /// There is reason to hope: the pause lasts no longer than a first one.
@@ -33,24 +37,33 @@ impl Pause {
         let soon = Instant::now() + FIRST;
         let (until, length) = self.on.unwrap_or((soon, FIRST));
         self.on = Some((until.min(soon), length));
+        self.over = false;
     }
 
-    /// No pause.
+    /// It went well: the next pause is a first one.
     pub(super) fn end(&mut self) {
-        self.on = None;
+        *self = Self::default();
     }
 
     /// Whether a pause is on.
     pub(super) fn is_on(&self) -> bool {
-        self.on.is_some()
+        self.on.is_some() && !self.over
     }
 
     /// Waits for the end of the pause; for ever when none is on.
-    pub(super) async fn over(&self) {
+    pub(super) async fn over(&mut self) {
         match self.on {
-            None => std::future::pending().await,
-            Some((until, _)) => tokio::time::sleep_until(until).await,
+            Some((until, _)) if !self.over => {
+                tokio::time::sleep_until(until).await;
+                self.over = true;
+            }
+            _ => std::future::pending().await,
         }
+    }
+
+    fn set(&mut self, length: Duration) {
+        self.on = Some((Instant::now() + length, length));
+        self.over = false;
     }
 }
 
@@ -59,12 +72,12 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn grows_and_can_be_hastened() {
+    async fn grows_until_it_goes_well() {
         let start = Instant::now();
         let mut pause = Pause::default();
         pause.begin();
         pause.over().await;
-        assert_eq!(start.elapsed(), FIRST);
+        assert!(!pause.is_on() && start.elapsed() == FIRST);
         pause.lengthen();
         pause.begin();
         pause.over().await;
@@ -79,5 +92,9 @@ mod tests {
         pause.lengthen();
         pause.over().await;
         assert_eq!(now.elapsed(), FIRST + LONGEST, "but what failed again waits on");
+        pause.end();
+        pause.begin();
+        pause.over().await;
+        assert_eq!(now.elapsed(), 2 * FIRST + LONGEST);
     }
 }

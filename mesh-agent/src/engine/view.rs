@@ -1,7 +1,7 @@
 //! What the engine tells: the answers of the API, read from the kernel's maps and named with what
 //! the agent knows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -10,7 +10,7 @@ use mesh_common::layout::counter;
 use mesh_common::{FrontendKey, Protocol, Reason, State};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Engine, Known, MANY, Question};
+use super::{Engine, Known, Question, few};
 use crate::api::server::{ExplainQuery, View, ViewError};
 use crate::api::types;
 use crate::catalog::{self, Entry};
@@ -155,16 +155,19 @@ impl Engine {
     }
 
     fn backends(&self, name: &ServiceName, entry: &Entry) -> Vec<types::Backend> {
+        let endpoints = &entry.service.endpoints;
+        let endpoints: HashMap<_, _> = endpoints
+            .iter()
+            .map(|endpoint| ((endpoint.address, endpoint.port), endpoint))
+            .collect();
         let mut held: Vec<_> = self.reconciler.backends(name).collect();
         held.sort();
         held.into_iter()
             .filter_map(|(key, id)| {
                 let backend = self.reconciler.maps().backend(id)?;
                 let known = self.known(name, key.address);
-                let endpoint = entry.service.endpoints.iter().find(|endpoint| {
-                    endpoint.address == key.address.ip()
-                        && endpoint.port.is_none_or(|port| port == key.address.port())
-                });
+                let (ip, port) = (key.address.ip(), key.address.port());
+                let endpoint = endpoints.get(&(ip, Some(port))).or(endpoints.get(&(ip, None)));
                 Some(types::Backend {
                     service: name.to_string(),
                     port: key.port,
@@ -254,12 +257,7 @@ impl Engine {
         let mut others = of_services(&self.problems);
         others.extend(of_services(&self.notes));
         others.extend(self.shadowed.iter().cloned());
-        if others.len() > MANY {
-            let more = others.len() - MANY;
-            others.truncate(MANY);
-            others.push(format!("… and {more} more"));
-        }
-        reasons.extend(others);
+        reasons.extend(few(others));
         reasons
     }
 

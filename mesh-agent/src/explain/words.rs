@@ -1,5 +1,6 @@
 //! The sentences of an explanation.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
@@ -127,7 +128,7 @@ impl Story {
     pub(super) fn balanced(mut self, drawn: &Slot, shares: &[(Slot, f64)]) -> Explanation {
         self.candidates(shares);
         let backend = address(drawn).to_string();
-        let percent = share(shares, address(drawn)) * 100.0;
+        let percent = by_address(shares).get(&address(drawn)).copied().unwrap_or_default() * 100.0;
         self.step(
             "choice",
             format!(
@@ -142,28 +143,22 @@ impl Story {
 
     /// Which backends can be chosen, and why the others cannot.
     fn candidates(&mut self, shares: &[(Slot, f64)]) {
-        let share = |wanted| share(shares, wanted);
+        let mut shares_left = by_address(shares);
         let backends = std::mem::take(&mut self.backends);
-        let (inside, outside): (Vec<_>, Vec<_>) =
-            backends.iter().partition(|backend| share(backend.address) > 0.0);
-        self.explanation.candidates = backends
-            .iter()
-            .map(|backend| Candidate {
+        let (mut inside, mut outside) = (Vec::new(), Vec::new());
+        for backend in &backends {
+            let score = shares_left.remove(&backend.address).unwrap_or_default();
+            if score > 0.0 { &mut inside } else { &mut outside }.push(backend);
+            self.explanation.candidates.push(Candidate {
                 address: backend.address.to_string(),
                 state: backend.state.name().into(),
-                score: share(backend.address),
-            })
-            .collect();
-        // In the table, but no longer (or not yet) known by name.
-        for (slot, share) in shares {
-            if !backends.iter().any(|backend| backend.address == address(slot)) {
-                self.explanation.candidates.push(Candidate {
-                    address: address(slot).to_string(),
-                    state: State::Unknown.name().into(),
-                    score: *share,
-                });
-            }
+                score,
+            });
         }
+        // In the table, but no longer (or not yet) known by name.
+        self.explanation.candidates.extend(shares_left.into_iter().map(|(address, score)| {
+            Candidate { address: address.to_string(), state: State::Unknown.name().into(), score }
+        }));
         if !shares.is_empty() {
             let candidates = &self.explanation.candidates;
             let can = candidates.iter().filter(|candidate| candidate.score > 0.0).count();
@@ -183,11 +178,13 @@ impl Story {
     }
 }
 
-/// The probability of an address, over all slots that lead there.
-fn share(shares: &[(Slot, f64)], wanted: SocketAddr) -> f64 {
-    let of_it = shares.iter().filter(|(slot, _)| address(slot) == wanted);
-    // Not `sum`, for which nothing is -0.
-    of_it.fold(0.0, |sum, (_, share)| sum + share)
+/// The probability of each address, over all slots that lead there.
+fn by_address(shares: &[(Slot, f64)]) -> BTreeMap<SocketAddr, f64> {
+    let mut found = BTreeMap::new();
+    for (slot, share) in shares {
+        *found.entry(address(slot)).or_default() += share;
+    }
+    found
 }
 
 /// Why each of these takes no connection.

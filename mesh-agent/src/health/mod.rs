@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use mesh_common::State;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::time::{DelayQueue, delay_queue};
@@ -130,8 +130,25 @@ struct Service {
 struct Target {
     checked: Checked,
     life: u64,
-    /// Its place in the queue; nothing while it is being checked.
-    queued: Option<delay_queue::Key>,
+    turn: Turn,
+}
+
+/// Where an endpoint is between two checks.
+enum Turn {
+    /// Its place in the queue.
+    Queued(delay_queue::Key),
+    /// It is being checked, or waits for a place among those that are.
+    Running(AbortHandle),
+}
+
+impl Turn {
+    /// The endpoint goes: no check of it is to wait for anything.
+    fn end(&self, queue: &mut DelayQueue<Due>) {
+        match self {
+            Self::Queued(key) => drop(queue.remove(key)),
+            Self::Running(task) => task.abort(),
+        }
+    }
 }
 
 struct Task {
@@ -164,9 +181,16 @@ impl Task {
                 }
                 Some(outcome) = self.probes.join_next() => match outcome {
                     Ok(outcome) => self.take(outcome),
+                    Err(error) if error.is_cancelled() => {}
                     // A check that panicked would never be due again: end, and be noticed.
                     Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
+                // Some checks may go well while others cannot be made: it is over when none failed
+                // for a while.
+                () = until(self.trouble.map(|last| last + TROUBLE)) => {
+                    self.trouble = None;
+                    report(&self.findings, Finding::Trouble(None));
+                }
             }
         }
     }
@@ -181,23 +205,25 @@ impl Task {
         });
         service.targets.retain(|address, target| {
             let stays = targets.get(address) == Some(&target.life);
-            if let Some(key) = target.queued.as_ref().filter(|_| !stays) {
-                queue.remove(key);
+            if !stays {
+                target.turn.end(queue);
             }
             stays
         });
         let first = || policy.interval.min(FIRST_SPREAD).mul_f64(fastrand::f64());
         if service.policy != policy {
             // What was planned by the old interval may be far away.
-            for key in service.targets.values().filter_map(|target| target.queued.as_ref()) {
-                queue.reset(key, first());
+            for target in service.targets.values() {
+                if let Turn::Queued(key) = &target.turn {
+                    queue.reset(key, first());
+                }
             }
         }
         for (address, life) in targets {
             service.targets.entry(address).or_insert_with(|| {
                 let due = Due { service: name.clone(), address };
-                let queued = Some(queue.insert(due, first()));
-                Target { checked: Checked::default(), life, queued }
+                let turn = Turn::Queued(queue.insert(due, first()));
+                Target { checked: Checked::default(), life, turn }
             });
         }
         service.policy = policy;
@@ -206,25 +232,22 @@ impl Task {
     fn forget(&mut self, service: &ServiceName) {
         let gone = self.services.remove(service);
         for target in gone.into_iter().flat_map(|service| service.targets.into_values()) {
-            if let Some(key) = target.queued {
-                self.queue.remove(&key);
-            }
+            target.turn.end(&mut self.queue);
         }
     }
 
     fn start(&mut self, due: Due) {
         let Some(service) = self.services.get_mut(&due.service) else { return };
         let Some(target) = service.targets.get_mut(&due.address) else { return };
-        target.queued = None;
         let life = target.life;
         let (own, all) = (Arc::clone(&service.permits), Arc::clone(&self.permits));
         let (check, timeout) = (service.policy.check, service.policy.timeout);
-        self.probes.spawn(async move {
+        target.turn = Turn::Running(self.probes.spawn(async move {
             let _permits = (own.acquire_owned().await, all.acquire_owned().await);
             let started = Instant::now();
             let result = probe::probe(check, due.address, timeout).await;
             Outcome { due, life, started, result }
-        });
+        }));
     }
 
     fn take(&mut self, outcome: Outcome) {
@@ -236,17 +259,12 @@ impl Task {
         }
         let jitter = 0.9 + 0.2 * fastrand::f64();
         let next = started + service.policy.interval.mul_f64(jitter);
-        target.queued = Some(self.queue.insert_at(due.clone(), next));
+        target.turn = Turn::Queued(self.queue.insert_at(due.clone(), next));
         if let Err(Failure::Local(error)) = result {
             if self.trouble.replace(Instant::now()).is_none() {
                 report(&self.findings, Finding::Trouble(Some(error)));
             }
             return;
-        }
-        // Some checks may go well while others cannot be made: it is over when all go well.
-        if self.trouble.is_some_and(|last| last.elapsed() > TROUBLE) {
-            self.trouble = None;
-            report(&self.findings, Finding::Trouble(None));
         }
         let Some(state) = target.checked.observe(result.is_ok(), &service.policy) else { return };
         let reason = match result {
@@ -258,6 +276,14 @@ impl Task {
         let Due { service, address } = due;
         let verdict = Verdict { service, address, life, state, reason };
         report(&self.findings, Finding::Verdict(verdict));
+    }
+}
+
+/// Waits until then, or for ever.
+async fn until(at: Option<Instant>) {
+    match at {
+        None => std::future::pending().await,
+        Some(at) => tokio::time::sleep_until(at).await,
     }
 }
 

@@ -5,8 +5,7 @@
 //! its service and by every extent that names it, up to the end of that grace period, so nothing
 //! that a slot names is ever given to somebody else.
 
-use std::collections::HashMap;
-use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::{HashMap, HashSet};
 
 use mesh_common::{Slot, Table};
 
@@ -29,11 +28,6 @@ pub struct Extents {
     pool: ExtentPool,
     /// Live extents by base: length and number of holders.
     live: HashMap<u32, (u32, u32)>,
-    /// Slots of all live extents.
-    live_slots: u32,
-    /// How many live extents have each length.
-    lengths: BTreeMap<u32, u32>,
-    limit: u32,
     retired: Vec<(u32, u32)>,
     waiting: Vec<(u32, u32)>,
     /// Number of holders of each backend id.
@@ -46,9 +40,6 @@ impl Extents {
         Self {
             pool: ExtentPool::new(slots),
             live: HashMap::new(),
-            live_slots: 0,
-            lengths: BTreeMap::new(),
-            limit: slots,
             retired: Vec::new(),
             waiting: Vec::new(),
             backends: HashMap::new(),
@@ -66,36 +57,19 @@ impl Extents {
             && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
     }
 
-    /// How many slots there is room for in place of the table `now`.
-    ///
-    /// As many slots as the largest table has stay free of tables, so that every table can be
-    /// replaced: what is full must still be able to shrink, and to lose an endpoint that died.
-    fn room(&self, now: Option<Table>) -> u32 {
-        let largest = self.lengths.last_key_value().map_or(0, |(&len, _)| len);
-        let others = self.live_slots - now.map_or(0, Table::len);
-        let left = self.limit.saturating_sub(others);
-        // A table that would be the largest itself needs its own length twice.
-        let room = if left / 2 >= largest { left / 2 } else { left.saturating_sub(largest) };
-        room.min(Table::MAX_LEN)
-    }
-
-    /// Writes slots into a new extent, which the caller holds, in place of the table `now`.
-    pub fn write<M: Maps>(
-        &mut self,
-        maps: &mut M,
-        slots: &[Slot],
-        now: Option<Table>,
-    ) -> Result<Written, MapError> {
-        let room = self.room(now);
-        let len = match u32::try_from(slots.len()) {
-            Ok(len) if (1..=room).contains(&len) => len,
-            _ => return Ok(Written::Room(room.min(self.pool.longest()))),
+    /// Writes slots into a new extent, which the caller holds.
+    pub fn write<M: Maps>(&mut self, maps: &mut M, slots: &[Slot]) -> Result<Written, MapError> {
+        let taken = match u32::try_from(slots.len()) {
+            Ok(len) if (1..=Table::MAX_LEN).contains(&len) => {
+                self.pool.take(len).map(|base| (base, len))
+            }
+            _ => None,
         };
-        // Room that is not there now is in extents that wait for running programs; or what is free
-        // is in pieces, and then only a shorter table fits.
-        let Some(base) = self.pool.take(len) else {
-            let waiting = !self.retired.is_empty() || !self.waiting.is_empty();
-            let longest = self.pool.longest();
+        let Some((base, len)) = taken else {
+            // There are at least two slots for each backend, so this is for want of a run of free
+            // ones: they wait for running programs, or they are in pieces.
+            let waiting = !self.retired.is_empty() || self.is_waiting();
+            let longest = self.pool.longest().min(Table::MAX_LEN);
             return Ok(if waiting { Written::Busy } else { Written::Room(longest) });
         };
         if let Err(error) = maps.write_slots(base, slots) {
@@ -103,12 +77,21 @@ impl Extents {
             return Err(error);
         }
         self.live.insert(base, (len, 1));
-        self.live_slots += len;
-        *self.lengths.entry(len).or_default() += 1;
         for slot in slots {
             *self.backends.entry(slot.backend).or_default() += 1;
         }
         Ok(Written::Table(Table::slots(base, len)))
+    }
+
+    /// Whether a table has nothing but some of these slots' backends, at least `len` of them: then a
+    /// new table of that length would be no better.
+    pub fn is_as_good<M: Maps>(&self, maps: &M, table: Table, slots: &[Slot], len: u32) -> bool {
+        let known: HashSet<_> = slots.iter().map(|slot| (slot.backend, slot.generation)).collect();
+        let range = table.base()..table.base() + table.len();
+        table.len() >= len.max(1)
+            && range
+                .filter_map(|index| maps.slot(index))
+                .all(|slot| known.contains(&(slot.backend, slot.generation)))
     }
 
     /// One more holder.
@@ -134,13 +117,6 @@ impl Extents {
             let len = *len;
             self.retired.push((table.base(), len));
             self.live.remove(&table.base());
-            self.live_slots -= len;
-            if let Entry::Occupied(mut count) = self.lengths.entry(len) {
-                *count.get_mut() -= 1;
-                if *count.get() == 0 {
-                    count.remove();
-                }
-            }
         }
     }
 

@@ -9,6 +9,9 @@ use crate::compile::{self, Rows, TableKey, Tables};
 use crate::dataplane::maps::{MapError, Maps};
 use crate::model::ServiceName;
 
+/// How many attempts a service waits for ids that it was granted.
+const PATIENCE: u32 = 3;
+
 /// Id and generation of each wanted backend that could be had, in their order.
 type Ids = [Option<(u32, u32)>];
 
@@ -21,22 +24,23 @@ impl<M: Maps> Reconciler<M> {
         wanted: &Tables,
         problems: &mut Vec<Problem>,
     ) {
-        let ids = self.hold_backends(held, wanted, problems);
+        let (ids, busy) = self.hold_backends(name, held, wanted, problems);
         let mut missing = 0;
-        let tables: Vec<Option<Table>> = wanted
-            .tables
-            .iter()
-            .map(|(key, rows)| match self.hold_table(held, *key, rows, wanted, &ids, problems) {
-                Ok((table, left_out)) => {
-                    missing += left_out;
-                    Some(table)
-                }
-                Err(error) => {
-                    problems.push(error.into());
-                    None
-                }
-            })
-            .collect();
+        let mut tables = Vec::with_capacity(wanted.tables.len());
+        for (key, rows) in &wanted.tables {
+            // For the milliseconds that those take, what is in force stays so.
+            let now = (held.tables.get(key).copied(), 0);
+            let table = match busy {
+                true => Ok(now),
+                false => self.hold_table(held, *key, rows, wanted, &ids, problems),
+            };
+            let (table, left_out) = table.unwrap_or_else(|error| {
+                problems.push(error.into());
+                (None, 0)
+            });
+            missing += left_out;
+            tables.push(table);
+        }
         if missing > 0 {
             problems.push(Problem::Full {
                 what: "slots",
@@ -44,7 +48,7 @@ impl<M: Maps> Reconciler<M> {
                 of: wanted.tables.iter().map(|(_, rows)| rows.len()).sum(),
                 map: "SLOTS",
                 limit: self.maps.capacity().slots,
-                note: ", of which as many as the largest table has are kept free for updates",
+                note: ", and what is free is in pieces",
             });
         }
         self.hold_frontends(name, held, wanted, &tables, problems);
@@ -52,30 +56,42 @@ impl<M: Maps> Reconciler<M> {
 
     // === backends ===
 
+    /// Also tells whether some have no id only because those that went still wait for running
+    /// programs.
     fn hold_backends(
         &mut self,
+        name: &ServiceName,
         held: &mut Held,
         wanted: &Tables,
         problems: &mut Vec<Problem>,
-    ) -> Vec<Option<(u32, u32)>> {
-        let mut missing = 0;
-        let ids = wanted.backends.iter().map(|backend| {
+    ) -> (Vec<Option<(u32, u32)>>, bool) {
+        let granted = self.shares.grow(name, wanted.backends.len());
+        let (mut busy, mut ids) = (false, Vec::with_capacity(wanted.backends.len()));
+        for backend in &wanted.backends[..granted] {
             let id = self.hold_backend(held, backend, problems);
-            missing += usize::from(matches!(id, Hold::NoRoom));
-            id.ok()
-        });
-        let ids = ids.collect();
-        if missing > 0 {
+            busy |= matches!(id, Hold::NoRoom);
+            ids.push(id.ok());
+        }
+        // Services that wait for one another would wait for ever: after some attempts, each goes on
+        // with what it has, and what it had before is free for the others.
+        held.waits = if busy { held.waits + 1 } else { 0 };
+        if busy {
+            problems.push(Problem::Busy { map: "BACKENDS" });
+            busy = held.waits <= PATIENCE;
+        }
+        ids.resize(wanted.backends.len(), None);
+        held.granted = granted;
+        if granted < wanted.backends.len() {
             problems.push(Problem::Full {
                 what: "backends",
-                missing,
+                missing: wanted.backends.len() - granted,
                 of: wanted.backends.len(),
                 map: "BACKENDS",
                 limit: self.maps.capacity().backends,
-                note: "",
+                note: ", of which as many as the largest service has stay free for its replacement",
             });
         }
-        ids
+        (ids, busy)
     }
 
     /// The id and generation of a backend, which is made or updated.
@@ -122,8 +138,8 @@ impl<M: Maps> Reconciler<M> {
 
     // === tables ===
 
-    /// The table for these rows: the one in force if it has them, otherwise a new one. Also says
-    /// how many rows had to be left out for lack of slots.
+    /// The table for these rows: the one in force if it has them, otherwise a new one; nothing when
+    /// that has to wait a moment. Also says how many rows had to be left out for lack of slots.
     ///
     /// Whatever does not fit, endpoints that are gone are never kept: a table is made as large as
     /// there is room for, and one that cannot be made at all refuses.
@@ -135,16 +151,16 @@ impl<M: Maps> Reconciler<M> {
         wanted: &Tables,
         ids: &Ids,
         problems: &mut Vec<Problem>,
-    ) -> Result<(Table, usize), MapError> {
+    ) -> Result<(Option<Table>, usize), MapError> {
         let now = held.tables.get(&key).copied();
         let (table, left_out) = match rows {
-            Rows::Refuse(reason) => (Table::refuse(*reason), 0),
+            Rows::Refuse(reason) => (Some(Table::refuse(*reason)), 0),
             Rows::Candidates(places) => {
                 let candidate = |&place: &usize| Some((&wanted.backends[place], ids[place]?));
                 self.write_table(now, places.iter().filter_map(candidate).collect(), problems)?
             }
         };
-        if now != Some(table) {
+        if let Some(table) = table.filter(|table| now != Some(*table)) {
             held.tables.insert(key, table);
             if let Some(now) = now {
                 self.extents.release(now);
@@ -158,28 +174,33 @@ impl<M: Maps> Reconciler<M> {
         now: Option<Table>,
         mut candidates: Vec<Candidate<'_>>,
         problems: &mut Vec<Problem>,
-    ) -> Result<(Table, usize), MapError> {
-        let all = candidates.len();
+    ) -> Result<(Option<Table>, usize), MapError> {
+        let all = slots(&candidates);
         loop {
             let slots = slots(&candidates);
-            let left_out = all - slots.len();
+            let left_out = all.len() - slots.len();
             if slots.is_empty() {
-                return Ok((Table::refuse(Reason::NoRoom), left_out));
+                return Ok((Some(Table::refuse(Reason::NoRoom)), left_out));
             }
             if let Some(now) = now
                 && self.extents.holds(&self.maps, now, &slots)
             {
-                return Ok((now, left_out));
+                return Ok((Some(now), left_out));
             }
-            match self.extents.write(&mut self.maps, &slots, now)? {
-                Written::Table(table) => return Ok((table, left_out)),
+            let room = match self.extents.write(&mut self.maps, &slots)? {
+                Written::Table(table) => return Ok((Some(table), left_out)),
+                Written::Room(room) => room,
                 Written::Busy => {
                     problems.push(Problem::Busy { map: "SLOTS" });
-                    // What is in force stays so for the milliseconds that this takes.
-                    return Ok((now.unwrap_or(Table::refuse(Reason::NoRoom)), 0));
+                    return Ok((now, 0));
                 }
-                Written::Room(room) => candidates.truncate(slots.len().min(room as usize)),
+            };
+            if let Some(now) = now
+                && self.extents.is_as_good(&self.maps, now, &all, room)
+            {
+                return Ok((Some(now), all.len() - now.len() as usize));
             }
+            candidates.truncate(slots.len().min(room as usize));
         }
     }
 

@@ -12,6 +12,7 @@ mod extents;
 mod hold;
 mod problem;
 mod release;
+mod share;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +28,7 @@ use crate::compile::{BackendKey, TableKey, Tables};
 use crate::model::ServiceName;
 use extents::Extents;
 pub use problem::Problem;
+use share::Shares;
 
 /// What is in the maps for a frontend.
 #[derive(Debug)]
@@ -45,6 +47,10 @@ struct Held {
     backends: HashMap<BackendKey, HeldBackend>,
     tables: HashMap<TableKey, Table>,
     frontends: HashSet<FrontendKey>,
+    /// How many of the backends that it wants it may have.
+    granted: usize,
+    /// Attempts in a row that found ids missing that it was granted.
+    waits: u32,
 }
 
 #[derive(Debug)]
@@ -79,6 +85,7 @@ pub struct Reconciler<M> {
     /// Those of them that no frontend may need any more.
     unused_addresses: HashSet<Addr>,
     extents: Extents,
+    shares: Shares,
     records: IdPool,
     backends: IdPool,
     /// The last generation given to a service record; 0 is none.
@@ -96,9 +103,11 @@ pub struct Reconciler<M> {
 }
 
 impl<M: Maps> Reconciler<M> {
-    /// Takes over maps that are empty.
+    /// Takes over maps that are empty. There are at least two slots for each backend: one in force,
+    /// and one in a table that is being replaced.
     pub fn new(maps: M) -> Self {
         let capacity = maps.capacity();
+        debug_assert!(capacity.slots / 2 >= capacity.backends, "{capacity:?}");
         Self {
             maps,
             services: HashMap::new(),
@@ -106,6 +115,7 @@ impl<M: Maps> Reconciler<M> {
             addresses: HashMap::new(),
             unused_addresses: HashSet::new(),
             extents: Extents::new(capacity.slots),
+            shares: Shares::new(capacity.backends),
             records: IdPool::new(capacity.services),
             backends: IdPool::new(capacity.backends),
             generation: 0,
@@ -200,6 +210,10 @@ impl<M: Maps> Reconciler<M> {
         &mut self,
         wanted: Vec<(ServiceName, Arc<Tables>)>,
     ) -> Vec<(ServiceName, Vec<Problem>)> {
+        // What is given back first can be granted to others of the batch.
+        for (name, tables) in &wanted {
+            self.shares.shrink(name, tables.backends.len());
+        }
         let mut outcome = Vec::with_capacity(wanted.len());
         for (name, tables) in &wanted {
             let mut held = self.services.remove(name).unwrap_or_default();
@@ -286,6 +300,9 @@ impl<M: Maps> Reconciler<M> {
 
 impl Held {
     fn is_empty(&self) -> bool {
-        self.backends.is_empty() && self.tables.is_empty() && self.frontends.is_empty()
+        let holds_nothing =
+            self.backends.is_empty() && self.tables.is_empty() && self.frontends.is_empty();
+        // One that waits counts how often it has.
+        holds_nothing && self.waits == 0
     }
 }

@@ -41,7 +41,8 @@ impl<M: Maps> Reconciler<M> {
             }
             keep
         });
-        let backends: HashSet<BackendKey> = wanted.backends.iter().map(|b| b.key).collect();
+        let backends: HashSet<BackendKey> =
+            wanted.backends.iter().take(held.granted).map(|b| b.key).collect();
         held.backends.retain(|key, backend| {
             let keep = backends.contains(key);
             if !keep && self.extents.release_backend(backend.id) {

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use mesh_common::{Protocol, Reason, State, Verdict, translate};
+use mesh_common::{Protocol, Reason, Slot, State, Verdict, translate};
 use proptest::prelude::*;
 
+use super::extents::Written;
 use super::*;
 use crate::compile::{self, BackendKey, Rows, TableKey};
 use crate::dataplane::fault::Faulty;
@@ -64,7 +65,7 @@ fn answers(memory: &Memory, key: &FrontendKey) -> Result<BTreeSet<SocketAddr>, O
 }
 
 fn finish<M: Maps>(reconciler: &mut Reconciler<M>) {
-    for _ in 0..4 {
+    for _ in 0..8 {
         reconciler.retry();
         if reconciler.begin_grace() {
             reconciler.end_grace(true);
@@ -126,12 +127,12 @@ fn texts(outcome: &[(ServiceName, Vec<Problem>)]) -> Vec<String> {
 
 #[test]
 fn what_does_not_fit_is_named_and_the_rest_works() {
-    let capacity = Capacity { slots: 4, ..ROOMY };
+    let capacity = Capacity { backends: 4, ..ROOMY };
     let mut reconciler = Reconciler::new(Memory::new(capacity));
     let wanted = vec![(name(1), tables(&[1], &[1, 2])), (name(2), tables(&[2], &[3, 4]))];
     let problems = texts(&reconciler.apply(wanted));
-    assert!(problems.len() == 1 && problems[0].contains("2 of 2 slots"), "{problems:?}");
-    assert!(problems[0].contains("SLOTS holds 4"), "{problems:?}");
+    assert!(problems.len() == 1 && problems[0].contains("2 of 2 backends"), "{problems:?}");
+    assert!(problems[0].contains("BACKENDS holds 4"), "{problems:?}");
     assert!(answers(reconciler.maps(), &frontend(1)).is_ok());
     // It is refused and does not leave for a router.
     assert_eq!(answers(reconciler.maps(), &frontend(2)), Err(Some(Reason::NoRoom)));
@@ -141,22 +142,86 @@ fn what_does_not_fit_is_named_and_the_rest_works() {
     assert!(answers(reconciler.maps(), &frontend(2)).is_ok());
 }
 
-/// Full maps must not freeze what is in them: a dead endpoint has to go.
+/// As full as it gets, a service can be changed, replaced and renamed, and serves all the while.
 #[test]
 fn full_maps_follow_every_change() {
-    let slots = Capacity { slots: 7, ..ROOMY };
-    let backends = Capacity { backends: 4, ..ROOMY };
-    for capacity in [slots, backends] {
-        let mut reconciler = Reconciler::new(Memory::new(capacity));
-        let others = vec![(name(1), tables(&[1], &[1, 2, 3])), (name(2), tables(&[2], &[9]))];
-        reconciler.apply(others);
-        for endpoints in [&[2, 3][..], &[3, 4], &[4, 5, 6], &[7]] {
-            reconciler.apply(vec![(name(1), tables(&[1], endpoints))]);
-            finish(&mut reconciler);
-            let wanted: BTreeSet<_> = endpoints.iter().map(|&n| address(n)).collect();
-            assert_eq!(answers(reconciler.maps(), &frontend(1)), Ok(wanted), "{capacity:?}");
+    let capacity = Capacity { backends: 7, slots: 14, ..ROOMY };
+    let mut reconciler = Reconciler::new(Memory::new(capacity));
+    let others = vec![(name(1), tables(&[1], &[1, 2, 3])), (name(2), tables(&[2], &[9]))];
+    assert_eq!(texts(&reconciler.apply(others)), [""; 0]);
+    let mut service = 1;
+    for (rename, endpoints) in
+        [(false, &[2, 3][..]), (false, &[3, 4]), (true, &[4, 5, 6]), (true, &[7, 8, 10])]
+    {
+        let before = answers(reconciler.maps(), &frontend(1));
+        let old = service;
+        service += u8::from(rename) * 2;
+        let wanted = [(name(old), tables(&[], &[])), (name(service), tables(&[1], endpoints))];
+        reconciler.apply(wanted[usize::from(!rename)..].to_vec());
+        let after = Ok(endpoints.iter().map(|&n| address(n)).collect());
+        // At once, or when those that went have given back what they had.
+        let now = answers(reconciler.maps(), &frontend(1));
+        assert!(now == after || now == before, "{now:?}");
+        finish(&mut reconciler);
+        assert_eq!(answers(reconciler.maps(), &frontend(1)), after);
+        assert!(!reconciler.is_unfinished());
+    }
+}
+
+/// Many changes within one grace period use up the slots: the table stays until there are some.
+#[test]
+fn changes_faster_than_a_grace_period() {
+    let capacity = Capacity { backends: 10, slots: 20, ..ROOMY };
+    let mut reconciler = Reconciler::new(Memory::new(capacity));
+    let mut last = Vec::new();
+    for n in 0..8 {
+        last = vec![n, n + 1, n + 2, n + 3, n + 4];
+        reconciler.apply(vec![(name(1), tables(&[1], &last))]);
+        let now = answers(reconciler.maps(), &frontend(1)).expect("it serves");
+        assert_eq!(now.len(), 5, "no table is cut short for what will be there in a moment");
+        reconciler.begin_grace();
+    }
+    reconciler.end_grace(true);
+    finish(&mut reconciler);
+    let wanted = last.iter().map(|&n| address(n)).collect();
+    assert_eq!(answers(reconciler.maps(), &frontend(1)), Ok(wanted));
+    assert!(!reconciler.is_unfinished());
+}
+
+/// Free slots in pieces: the table has what fits, and is not written again and again.
+#[test]
+fn slots_in_pieces() {
+    let capacity = Capacity { backends: 12, slots: 24, ..ROOMY };
+    let mut extents = Extents::new(capacity.slots);
+    let mut memory = Memory::new(capacity);
+    let slots =
+        |n: u32| (0..n).map(|backend| Slot { backend, ..Slot::default() }).collect::<Vec<_>>();
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        for len in [3, 1] {
+            match extents.write(&mut memory, &slots(len)).expect("no fault") {
+                Written::Table(table) => held.push(table),
+                _ => panic!("there is room"),
+            }
         }
     }
+    for table in held.iter().filter(|table| table.len() == 3) {
+        extents.release(*table);
+    }
+    let write = |extents: &mut Extents, memory: &mut Memory, len| {
+        extents.write(memory, &slots(len)).expect("no fault")
+    };
+    assert!(matches!(write(&mut extents, &mut memory, 4), Written::Busy));
+    extents.begin_grace();
+    assert!(matches!(write(&mut extents, &mut memory, 4), Written::Busy));
+    extents.end_grace(&memory, &mut Vec::new());
+    assert!(matches!(write(&mut extents, &mut memory, 4), Written::Room(3)));
+    let Written::Table(table) = write(&mut extents, &mut memory, 3) else {
+        panic!("there is room")
+    };
+    assert!(extents.is_as_good(&memory, table, &slots(4), 3));
+    assert!(!extents.is_as_good(&memory, table, &slots(4), 4), "a longer one is better");
+    assert!(!extents.is_as_good(&memory, table, &slots(2), 2), "it has one that is gone");
 }
 
 #[test]
@@ -234,7 +299,7 @@ proptest! {
         small in any::<bool>(),
     ) {
         let capacity =
-            if small { Capacity { frontends: 9, services: 5, slots: 12, backends: 9, ..ROOMY } } else { ROOMY };
+            if small { Capacity { frontends: 9, services: 5, slots: 18, backends: 9, ..ROOMY } } else { ROOMY };
         let mut calls = 0;
         let maps = Faulty {
             maps: Memory::new(capacity),
