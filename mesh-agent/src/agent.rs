@@ -25,6 +25,7 @@ use crate::dataplane::reconcile::Reconciler;
 use crate::discovery::files;
 use crate::engine::{Engine, Handle, Inputs};
 use crate::health::{self, Monitor};
+use crate::text;
 
 /// How long a source that does not answer can delay the start.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -142,6 +143,7 @@ async fn balance(
     };
     engine.set_attachment(attachment.clone()).await;
     tracing::info!(cgroup = %cgroup.display(), "balancing");
+    let mut hindrance = None;
     let mut tick = tokio::time::interval(WATCH);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -160,12 +162,25 @@ async fn balance(
         // another lock, which another agent may have taken.
         programs.detach();
         *lock = None;
-        let Ok(taken) = try_cgroup(cgroup) else { continue };
-        *lock = Some(taken);
-        if let Ok(again) = programs.attach(cgroup) {
-            tracing::info!(cgroup = %cgroup.display(), "balancing again");
-            engine.set_attachment(Some(again.clone())).await;
-            attachment = Some(again);
+        let again = try_cgroup(cgroup).and_then(|taken| {
+            *lock = Some(taken);
+            Ok(programs.attach(cgroup)?)
+        });
+        match again {
+            Ok(again) => {
+                tracing::info!(cgroup = %cgroup.display(), "balancing again");
+                engine.set_attachment(Some(again.clone())).await;
+                attachment = Some(again);
+                hindrance = None;
+            }
+            Err(error) => {
+                let error = text::chain(error.as_ref());
+                if hindrance.as_ref() != Some(&error) {
+                    tracing::error!("attaching again: {error}");
+                    engine.set_lost(error.clone()).await;
+                    hindrance = Some(error);
+                }
+            }
         }
     }
 }

@@ -16,7 +16,6 @@ fn every_key_has_its_default() {
     assert!(!config.node.is_empty());
     assert_eq!(config.cgroup, None);
     assert_eq!(config.socket, Path::new("/run/mesh/agent.sock"));
-    assert_eq!(config.state_dir, Path::new("/var/lib/mesh"));
     assert_eq!(config.pin_dir, Path::new("/sys/fs/bpf/mesh"));
     assert_eq!(config.sources, [Source::Files { directory: "/etc/mesh/services.d".into() }]);
 }
@@ -27,7 +26,6 @@ fn every_key_is_read() {
 node: {name: node-a, zone: eu-west-1a}
 cgroup: /sys/fs/cgroup
 socket: /run/a.sock
-state-dir: /var/a
 pin-dir: /sys/fs/bpf/a
 virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
 sources:
@@ -42,7 +40,6 @@ sources:
         zone: Some("eu-west-1a".into()),
         cgroup: Some("/sys/fs/cgroup".into()),
         socket: "/run/a.sock".into(),
-        state_dir: "/var/a".into(),
         pin_dir: "/sys/fs/bpf/a".into(),
         virtual_ips: ["10.96.0.0/16", "fd00:96::/64", "10.97.0.1/32"]
             .map(|net| net.parse().expect("a network"))
@@ -64,8 +61,8 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
 "#,
     );
     let expected = [
-        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, socket, state-dir, pin-dir, virtual-ips, sources)",
-        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, socket, state-dir, pin-dir, virtual-ips, sources",
+        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, sources)",
+        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, sources",
         "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
         "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",
         "a:5:15: 10.96.0.1/16 has bits set behind its prefix; write 10.96.0.0/16",

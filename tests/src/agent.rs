@@ -381,7 +381,6 @@ impl Agent {
         // Writing to a string cannot fail.
         let _ = writeln!(yaml, "cgroup: {}", self.cgroup.display());
         let _ = writeln!(yaml, "socket: {directory}/agent.sock");
-        let _ = writeln!(yaml, "state-dir: {directory}/state");
         let _ = writeln!(yaml, "pin-dir: {directory}/pins");
         if !virtual_ips.is_empty() {
             let _ = writeln!(yaml, "virtual-ips: {virtual_ips:?}");

@@ -98,8 +98,8 @@ pub(super) struct RunArgs {
     /// The cgroup2 directory to balance; wins over the file, like the others below
     #[arg(long, value_name = "DIR")]
     pub(super) cgroup: Option<PathBuf>,
-    /// What must survive a reboot
-    #[arg(long, value_name = "DIR")]
+    /// Refused by name: this version keeps nothing on disk
+    #[arg(long, value_name = "DIR", hide = true)]
     pub(super) state_dir: Option<PathBuf>,
     /// Where programs and maps are pinned (this version pins nothing)
     #[arg(long, value_name = "DIR")]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use mesh_common::{ABI_VERSION, Protocol};
+use mesh_common::{ABI_VERSION, Protocol, Reason};
 use serde::Serialize;
 
 use super::args::ExplainArgs;
@@ -12,7 +12,7 @@ use super::output::{self, Output};
 use super::tables;
 use crate::api::client::{Client, ClientError};
 use crate::api::server::ExplainQuery;
-use crate::api::types;
+use crate::api::types::{self, Answer};
 use crate::config::Config;
 
 /// How many open files a question takes, with some to spare.
@@ -83,7 +83,9 @@ pub(super) fn explain(
     let query = ExplainQuery { address: args.address, protocol: args.protocol.into(), from };
     let explanation = ask(named, async |client: &Client| client.explain(&query).await)?;
     output.print(&explanation, tables::explanation)?;
-    if explanation.answer.is_some() {
+    // That an address is nobody's is the answer to a question, but not to the one that was meant.
+    let unknown = |answer: &Answer| matches!(answer, Answer::Refused { reason, .. } if reason == Reason::NoService.name());
+    if explanation.answer.as_ref().is_some_and(|answer| !unknown(answer)) {
         return Ok(());
     }
     Err(Failure::failed(match explanation.service {

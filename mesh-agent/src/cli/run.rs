@@ -38,6 +38,11 @@ pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure>
 
 /// The configuration of this run: flags win over the file. Its `cgroup` is there.
 fn config(args: RunArgs, socket: Option<PathBuf>) -> Result<Config, Failure> {
+    if args.state_dir.is_some() {
+        return Err(Failure::failed(
+            "`--state-dir` is not supported yet: this version keeps nothing on disk; leave it out",
+        ));
+    }
     let mut config = Config::load(args.config.as_deref()).map_err(Failure::failed)?;
     let take = |flag: Option<PathBuf>, value: &mut PathBuf| {
         if let Some(flag) = flag {
@@ -45,7 +50,6 @@ fn config(args: RunArgs, socket: Option<PathBuf>) -> Result<Config, Failure> {
         }
     };
     take(socket, &mut config.socket);
-    take(args.state_dir, &mut config.state_dir);
     take(args.pin_dir, &mut config.pin_dir);
     let named = args.cgroup.or(config.cgroup.take()).ok_or_else(|| no_cgroup(&mount_point()))?;
     config.cgroup = Some(Cgroup::open(&named).map_err(Failure::failed)?.directory);
@@ -89,8 +93,8 @@ mod tests {
         RunArgs {
             config: Some(config),
             cgroup,
-            state_dir: Some("/flag".into()),
-            pin_dir: None,
+            state_dir: None,
+            pin_dir: Some("/flag".into()),
             log_refusals: false,
         }
     }
@@ -99,7 +103,7 @@ mod tests {
     fn flags_win_and_the_cgroup_must_be_one() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let file = directory.path().join("agent.yaml");
-        std::fs::write(&file, "state-dir: /file\nsocket: /file.sock\n").expect("file");
+        std::fs::write(&file, "pin-dir: /file\nsocket: /file.sock\n").expect("file");
 
         let failure = config(args(file.clone(), None), None).expect_err("no cgroup");
         let message = failure.message().expect("a message");
@@ -110,10 +114,14 @@ mod tests {
         let message = failure.message().expect("a message");
         assert!(message.contains("not a cgroup2 directory"), "{message}");
 
+        let state = RunArgs { state_dir: Some("/x".into()), ..args(file.clone(), None) };
+        let failure = config(state, None).expect_err("not supported yet");
+        assert!(failure.message().expect("a message").contains("--state-dir"));
+
         let mount = mount_point();
         let config = config(args(file, Some(mount.clone())), None).expect("cgroup2 is mounted");
         assert_eq!(config.cgroup, Some(mount));
-        assert_eq!(config.state_dir, Path::new("/flag"));
+        assert_eq!(config.pin_dir, Path::new("/flag"));
         assert_eq!(config.socket, Path::new("/file.sock"));
     }
 }

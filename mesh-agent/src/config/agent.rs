@@ -19,8 +19,8 @@ pub const DEFAULT_SERVICES: &str = "/etc/mesh/services.d";
 
 const AGENT: Keys = Keys {
     of: "the agent file",
-    known: &["node", "cgroup", "socket", "state-dir", "pin-dir", "virtual-ips", "sources"],
-    later: &["metrics"],
+    known: &["node", "cgroup", "socket", "pin-dir", "virtual-ips", "sources"],
+    later: &["state-dir", "metrics"],
 };
 
 const NODE: Keys = Keys { of: "node", known: &["name", "zone"], later: &[] };
@@ -45,8 +45,6 @@ pub struct Config {
     pub cgroup: Option<PathBuf>,
     /// The API's socket.
     pub socket: PathBuf,
-    /// What must survive a reboot.
-    pub state_dir: PathBuf,
     /// Where programs, links and maps are pinned.
     pub pin_dir: PathBuf,
     /// Addresses that are refused unless they are a service's. None covers everything, and none
@@ -110,7 +108,6 @@ impl Default for Config {
             zone: None,
             cgroup: None,
             socket: "/run/mesh/agent.sock".into(),
-            state_dir: "/var/lib/mesh".into(),
             pin_dir: "/sys/fs/bpf/mesh".into(),
             virtual_ips: Vec::new(),
             sources: vec![Source::Files { directory: DEFAULT_SERVICES.into() }],
@@ -178,11 +175,9 @@ impl Config {
         if let Some(node) = top.get("cgroup") {
             self.cgroup = path(node, "a cgroup directory", problems);
         }
-        for (key, what, target) in [
-            ("socket", "a path", &mut self.socket),
-            ("state-dir", "a directory", &mut self.state_dir),
-            ("pin-dir", "a directory", &mut self.pin_dir),
-        ] {
+        for (key, what, target) in
+            [("socket", "a path", &mut self.socket), ("pin-dir", "a directory", &mut self.pin_dir)]
+        {
             if let Some(path) = top.get(key).and_then(|node| path(node, what, problems)) {
                 *target = path;
             }

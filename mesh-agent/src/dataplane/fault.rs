@@ -78,10 +78,6 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         self.maps.frontend(key)
     }
 
-    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)> {
-        self.maps.service(index)
-    }
-
     fn slot(&self, index: u32) -> Option<Slot> {
         self.maps.slot(index)
     }

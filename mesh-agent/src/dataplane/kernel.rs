@@ -238,11 +238,6 @@ impl Maps for KernelMaps {
         self.frontends.get(key, 0).ok()
     }
 
-    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)> {
-        let service = self.services.get(index)?;
-        Some((service.table(), service.key, service.generation()))
-    }
-
     fn slot(&self, index: u32) -> Option<Slot> {
         self.slots.get(index).copied()
     }

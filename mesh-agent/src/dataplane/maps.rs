@@ -70,8 +70,6 @@ pub trait Maps {
 
     /// Reads an entry of `FRONTENDS`.
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;
-    /// Reads the table, key and generation of a record of `SERVICES`.
-    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)>;
     /// Reads a record of `SLOTS`.
     fn slot(&self, index: u32) -> Option<Slot>;
     /// Reads a record of `BACKENDS`.

@@ -169,11 +169,6 @@ impl Maps for Memory {
         self.frontends.get(key).copied()
     }
 
-    fn service(&self, index: u32) -> Option<(Table, FrontendKey, u64)> {
-        let service = self.services.get(index as usize)?;
-        Some((service.table(), service.key, service.generation()))
-    }
-
     fn slot(&self, index: u32) -> Option<Slot> {
         self.slots.get(index as usize).copied()
     }

@@ -70,6 +70,8 @@ pub struct Engine {
     last_error: Option<(SystemTime, String)>,
     /// What is attached; nothing before the start, and after it was lost.
     attachment: Option<Attachment>,
+    /// Why what was lost cannot be attached again.
+    lost: Option<String>,
     grace: Arc<Grace>,
     waiting: Option<JoinHandle<Result<(), MapError>>>,
     /// When the next grace period may start, after one that failed.
@@ -123,6 +125,7 @@ impl Engine {
             shadowed: BTreeSet::new(),
             last_error: None,
             attachment: None,
+            lost: None,
             grace: Arc::new(grace),
             waiting: None,
             grace_pause: Pause::default(),

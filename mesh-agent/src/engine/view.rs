@@ -56,7 +56,16 @@ impl Handle {
     /// Tells the engine what is attached.
     pub async fn set_attachment(&self, attachment: Option<Attachment>) {
         // An engine that is gone does not need to know.
-        let _ = self.ask(move |engine| engine.attachment = attachment).await;
+        let set = move |engine: &mut Engine| {
+            engine.attachment = attachment;
+            engine.lost = None;
+        };
+        let _ = self.ask(set).await;
+    }
+
+    /// Tells the engine why what was attached cannot be attached again.
+    pub async fn set_lost(&self, error: String) {
+        let _ = self.ask(move |engine| engine.lost = Some(error)).await;
     }
 
     /// Who `from` is; not asked in the engine's task, because files are looked at.
@@ -240,9 +249,10 @@ impl Engine {
         if !attached {
             reasons.push(match (&self.attachment, &self.config.cgroup) {
                 (Some(_), Some(cgroup)) => format!(
-                    "the kernel programs are no longer attached to {0}: nothing is balanced; they \
-                     are attached again as soon as {0} is there",
-                    cgroup.display()
+                    "the kernel programs are no longer attached to {}: nothing is balanced; it is \
+                     tried again every second ({})",
+                    cgroup.display(),
+                    self.lost.as_deref().unwrap_or("not tried yet")
                 ),
                 _ => "the kernel programs are not attached yet".to_owned(),
             });
