@@ -1,5 +1,7 @@
-//! Whether the tests left something on the machine: cgroups, pins, network namespaces, kernel
-//! programs.
+//! Whether the tests left something on the machine: processes, cgroups, pins, kernel programs.
+//!
+//! Network namespaces are not looked for: those of the tests have no name, so they live only as
+//! long as the processes in them, and these are found.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,22 +20,35 @@ const PROGRAM: &[u8] = b"mesh_";
 /// How long to wait for the kernel to free what a process held that has ended.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The programs below the target directory that no test starts: another terminal may run them.
+const OURS: [&str; 2] = ["xtask", "cargo"];
+
+/// What /proc appends to the path of a program whose file was replaced or removed since it started.
+const DELETED: &str = " (deleted)";
+
 /// What is there at one moment.
-#[derive(PartialEq, Eq, Debug)]
-pub(crate) struct Leftovers(BTreeSet<String>);
+#[derive(Debug)]
+pub(crate) struct Leftovers {
+    target: PathBuf,
+    found: BTreeSet<String>,
+}
 
 impl Leftovers {
-    /// Looks at the machine.
+    /// Looks at the machine. Programs below `target` are what the tests run.
     ///
     /// # Errors
     ///
     /// When something cannot be read; it needs root.
-    pub(crate) fn now() -> Result<Self> {
+    pub(crate) fn now(target: &Path) -> Result<Self> {
+        // As /proc names programs.
+        let target = target
+            .canonicalize()
+            .with_context(|| format!("cannot find the target directory {}", target.display()))?;
         let mut found = BTreeSet::new();
         for (kind, mount) in mounts()? {
             find(kind, &mount, &mut found);
         }
-        find("network namespace", Path::new("/run/netns"), &mut found);
+        processes(&target, &mut found)?;
         for program in aya::programs::loaded_programs() {
             // One that goes away while it is looked at is none that stays.
             let Ok(program) = program else { continue };
@@ -42,7 +57,7 @@ impl Leftovers {
                 found.insert(format!("kernel program {name} (id {})", program.id()));
             }
         }
-        Ok(Self(found))
+        Ok(Self { target, found })
     }
 
     /// Fails when something is there now that was not there before.
@@ -53,8 +68,8 @@ impl Leftovers {
     pub(crate) fn assert_none_since(&self) -> Result<()> {
         let start = Instant::now();
         loop {
-            let now = Self::now()?;
-            let new: Vec<&str> = now.0.difference(&self.0).map(String::as_str).collect();
+            let now = Self::now(&self.target)?;
+            let new: Vec<&str> = now.found.difference(&self.found).map(String::as_str).collect();
             if new.is_empty() {
                 return Ok(());
             }
@@ -97,6 +112,38 @@ fn find(kind: &str, directory: &Path, found: &mut BTreeSet<String>) {
     }
 }
 
+/// Looks for processes of the tests. What ends meanwhile is not there, nor is what has ended and
+/// was not reaped: it has no program any more.
+fn processes(target: &Path, found: &mut BTreeSet<String>) -> Result<()> {
+    let entries = fs::read_dir("/proc").context("cannot read /proc: is it mounted?")?;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(exe) = fs::read_link(entry.path().join("exe")) else { continue };
+        let cgroups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        let program = program(&exe);
+        if is_of_the_tests(&program, &cgroups, target) {
+            found.insert(format!("process {pid} ({})", program.display()));
+        }
+    }
+    Ok(())
+}
+
+/// The program of a process, by the same name before and after its file was built anew.
+fn program(exe: &Path) -> PathBuf {
+    let text = exe.to_string_lossy();
+    PathBuf::from(text.strip_suffix(DELETED).unwrap_or(&text))
+}
+
+/// Whether the tests started a process, by its program and its cgroups (the text of
+/// `/proc/PID/cgroup`).
+fn is_of_the_tests(program: &Path, cgroups: &str, target: &Path) -> bool {
+    let ours = program.file_name().is_some_and(|name| OURS.iter().any(|ours| name == *ours));
+    let paths = cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    let confined = paths.flat_map(|path| path.split('/')).any(|name| name.starts_with(NAME));
+    confined || (program.starts_with(target) && !ours)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,5 +164,28 @@ mod tests {
         fs::remove_dir_all(&top).expect("removal");
         let expected = format!("cgroup {}", top.join("a/mesh-test-1-2").display());
         assert_eq!(found.into_iter().collect::<Vec<_>>(), [expected]);
+    }
+
+    #[test]
+    fn processes_are_recognised_by_program_or_cgroup() {
+        let is = |exe: &str, cgroups| {
+            is_of_the_tests(&program(Path::new(exe)), cgroups, Path::new("/t"))
+        };
+        let elsewhere = "4:memory:/\n0::/user.slice\n";
+        assert!(is("/t/debug/mesh-agent", elsewhere));
+        assert!(is("/t/debug/mesh-agent (deleted)", elsewhere));
+        assert!(is("/usr/bin/sleep", "4:memory:/\n0::/mesh-test-1-2/inner\n"));
+        assert!(!is("/usr/bin/sleep", elsewhere));
+        assert!(!is("/tools/mesh-agent", elsewhere), "another directory");
+        assert!(!is("/t/debug/xtask (deleted)", elsewhere), "xtask itself");
+    }
+
+    #[test]
+    fn a_running_process_is_found() {
+        let exe = std::env::current_exe().and_then(fs::canonicalize).expect("this program");
+        let mut found = BTreeSet::new();
+        processes(exe.parent().expect("its directory"), &mut found).expect("/proc");
+        let this = format!("process {} ({})", std::process::id(), exe.display());
+        assert!(found.contains(&this), "{this} is not in {found:?}");
     }
 }

@@ -42,7 +42,7 @@ pub(crate) fn run(
         ebpf::build_binaries(workspace, "mesh-tests", &[CLIENT.0], profile, Linkage::Static)?;
     copy(&client.join(CLIENT.0), &binaries.join(CLIENT.1))?;
 
-    let before = Leftovers::now()?;
+    let before = Leftovers::now(&workspace.target)?;
     let mut cargo = ebpf::host_cargo(workspace);
     cargo.args(["test", "--workspace", "--exclude", "mesh-ebpf", "--no-fail-fast"]);
     cargo.args(filter);

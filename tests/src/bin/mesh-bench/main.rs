@@ -11,13 +11,13 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use mesh_tests::process::{Echo, until};
-use mesh_tests::sys::bpf::{self, StatsGuard};
+use mesh_tests::sys::bpf::{self, Attached, StatsGuard};
 use mesh_tests::{Agent, Node, Service};
 
-use report::{Program, Report, Variant};
+use report::{Costs, Program, Report, Variant};
 use worker::Worker;
 
 /// Benchmarks of the data plane.
@@ -47,12 +47,18 @@ enum Command {
 const CONNECTS: usize = 500;
 /// Rounds in which the programs are measured.
 const STATS_ROUNDS: usize = 8;
+/// How often each program runs in those rounds.
+const RUNS: u64 = (STATS_ROUNDS * CONNECTS) as u64;
 /// Services of the large set.
 const MANY: u32 = 10_000;
 /// Services in one file: files have a limit of their own.
 const PER_FILE: u32 = 1_000;
 /// Where the backends of all services listen.
 const BACKENDS: [&str; 3] = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
+/// The second address of the first service.
+const ADDRESS_V6: &str = "fd00:96::1";
+/// The backend behind it.
+const BACKEND_V6: &str = "::1";
 
 fn main() -> ExitCode {
     let result = match Bench::parse().command {
@@ -90,8 +96,8 @@ fn connect(json: bool, runs: u32) -> Result<()> {
         eprintln!();
     }
     // Apart, because measuring the programs makes every connect dearer.
-    let programs = setup.measure_programs()?;
-    let report = Report::new(&variants, programs)?;
+    let costs = setup.measure_programs()?;
+    let report = Report::new(&variants, costs)?;
     if json {
         println!("{}", report.json()?);
     } else {
@@ -148,22 +154,49 @@ impl Setup {
         self.workers[subject.worker].round(CONNECTS, subject.span).context(subject.name)
     }
 
-    fn measure_programs(&mut self) -> Result<Vec<Program>> {
+    /// Runs the programs, first for sockets that they leave alone, then for sockets that they
+    /// balance. Always for the same service: what a random one costs is seen in the connects.
+    fn measure_programs(&mut self) -> Result<Costs> {
         let stats = StatsGuard::enable().context("cannot measure the programs")?;
-        for _ in 0..STATS_ROUNDS {
-            // Always the same service: what a random one costs is seen in the connects.
-            for subject in &SUBJECTS[..3] {
-                self.round(subject)?;
-            }
-        }
-        let mut programs = Vec::new();
-        for (variant, cgroup) in &self.cgroups {
-            for program in bpf::attached(cgroup)? {
-                programs.push(Program::new(variant, &program));
-            }
-        }
+        let passed = self.measure(|worker| worker.pass(CONNECTS))?;
+        let balanced = self.measure(|worker| worker.balance(CONNECTS))?;
         drop(stats);
-        Ok(programs)
+        for program in &balanced {
+            // What ran for anything else would be part of the figure.
+            ensure!(
+                program.runs == RUNS,
+                "{} of {} ran {} times for {RUNS} balanced sockets: is another process in the \
+                 benchmark's cgroup?",
+                program.name,
+                program.variant,
+                program.runs,
+            );
+        }
+        Ok(Costs { empty_run_ns: report::mean(&passed)?, programs: balanced })
+    }
+
+    /// What the programs took while every worker that has programs did this, some rounds long.
+    fn measure(&mut self, work: impl Fn(&mut Worker) -> Result<()>) -> Result<Vec<Program>> {
+        // Differences, because a kernel that measures always has counted the timed rounds as well.
+        let before = self.attached()?;
+        for _ in 0..STATS_ROUNDS {
+            for worker in &mut self.workers[1..] {
+                work(worker)?;
+            }
+        }
+        let after = self.attached()?;
+        let pairs = before.iter().zip(&after);
+        pairs.map(|((on, before), (_, after))| Program::between(on, before, after)).collect()
+    }
+
+    fn attached(&self) -> Result<Vec<(&'static str, Attached)>> {
+        let mut found = Vec::new();
+        for (variant, cgroup) in &self.cgroups {
+            let programs = bpf::attached(cgroup)?;
+            ensure!(programs.len() == 4, "{} programs are on {variant}, not 4", programs.len());
+            found.extend(programs.into_iter().map(|program| (*variant, program)));
+        }
+        Ok(found)
     }
 }
 
@@ -186,7 +219,11 @@ fn agent(node: &Node, cgroup: &Path, services: u32, target: u16) -> Result<Agent
 }
 
 fn service(number: u32, target: u16) -> Service {
-    let service = Service::new(&format!("s{number}")).address(&address(number)).port(80, target);
+    let mut service =
+        Service::new(&format!("s{number}")).address(&address(number)).port(80, target);
+    if number == 0 {
+        service = service.address(ADDRESS_V6).endpoint(BACKEND_V6);
+    }
     BACKENDS.iter().fold(service, |service, ip| service.endpoint(ip))
 }
 
@@ -194,8 +231,10 @@ fn address(number: u32) -> String {
     format!("10.96.{}.{}", number / 250, number % 250 + 1)
 }
 
+/// What a worker dials: the IPv4 addresses, which are timed, and then the IPv6 address.
 fn addresses(count: u32) -> Vec<String> {
-    (0..count).map(|number| format!("{}:80", address(number))).collect()
+    let v4 = (0..count).map(|number| format!("{}:80", address(number)));
+    v4.chain([format!("[{ADDRESS_V6}]:80")]).collect()
 }
 
 fn places(port: u16) -> Vec<String> {

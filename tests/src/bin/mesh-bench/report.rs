@@ -1,6 +1,6 @@
 //! What was measured, for people and for machines.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use mesh_tests::sys::bpf::Attached;
 use serde::Serialize;
 
@@ -26,10 +26,24 @@ pub struct Variant {
 /// A kernel program's cost.
 #[derive(Debug, Serialize)]
 pub struct Program {
-    variant: String,
-    name: String,
+    /// On whose cgroup it is.
+    pub variant: &'static str,
+    /// Its name.
+    pub name: String,
+    /// Nanoseconds, the kernel's measuring included.
     ns_per_run: f64,
-    runs: u64,
+    /// How often it ran.
+    pub runs: u64,
+}
+
+/// What the kernel programs cost.
+#[derive(Debug, Serialize)]
+pub struct Costs {
+    /// Nanoseconds of a run that returns at its first look: almost only the kernel's measuring,
+    /// which every run of `programs` includes too.
+    pub empty_run_ns: f64,
+    /// Each program of each variant, for sockets that are balanced.
+    pub programs: Vec<Program>,
 }
 
 /// All of it. The order of the fields is that of the JSON: `p50_ratio` is first.
@@ -45,7 +59,8 @@ pub struct Report {
     p99_ratio_10k_random: f64,
     rounds: usize,
     variants: Vec<Summary>,
-    programs: Vec<Program>,
+    #[serde(flatten)]
+    costs: Costs,
 }
 
 #[derive(Debug, Serialize)]
@@ -91,22 +106,33 @@ impl Variant {
 // === impl Program ===
 
 impl Program {
-    /// What the kernel says about a program of a variant.
-    pub fn new(variant: &str, program: &Attached) -> Self {
-        Self {
-            variant: variant.to_owned(),
-            name: program.name.clone(),
-            ns_per_run: program.run_time_ns as f64 / program.run_count.max(1) as f64,
-            runs: program.run_count,
-        }
+    /// What the kernel says about a program of a variant, for the time between two looks.
+    pub fn between(variant: &'static str, before: &Attached, after: &Attached) -> Result<Self> {
+        ensure!(
+            before.id == after.id,
+            "{} of {variant} was replaced while it was measured",
+            before.name
+        );
+        let runs = after.run_count - before.run_count;
+        let time = after.run_time_ns - before.run_time_ns;
+        let ns_per_run = time as f64 / runs.max(1) as f64;
+        Ok(Self { variant, name: after.name.clone(), ns_per_run, runs })
     }
+}
+
+/// Nanoseconds of a run of any of these programs, the ones that did not run left out.
+pub fn mean(programs: &[Program]) -> Result<f64> {
+    let runs: u64 = programs.iter().map(|program| program.runs).sum();
+    ensure!(runs > 0, "none of the programs ran while they were measured");
+    let time: f64 = programs.iter().map(|program| program.ns_per_run * program.runs as f64).sum();
+    Ok(time / runs as f64)
 }
 
 // === impl Report ===
 
 impl Report {
     /// Sums up.
-    pub fn new(variants: &[Variant], programs: Vec<Program>) -> Result<Self> {
+    pub fn new(variants: &[Variant], costs: Costs) -> Result<Self> {
         let find = |name| variants.iter().find(|v| v.name == name).context("a variant is missing");
         let direct = find(DIRECT)?;
         let [one, many, random] =
@@ -120,7 +146,7 @@ impl Report {
             p99_ratio_10k_random: random.p99_ratio,
             rounds: direct.p50s.len(),
             variants: vec![direct.summary(direct), one, many, random],
-            programs,
+            costs,
         })
     }
 
@@ -150,18 +176,18 @@ impl Report {
         }
         println!();
         println!("{:<22}{:<22}{:>10}{:>12}", "PROGRAM", "ON", "RUNS", "NS PER RUN");
-        for program in &self.programs {
-            if program.runs > 0 {
-                println!(
-                    "{:<22}{:<22}{:>10}{:>12.0}",
-                    program.name, program.variant, program.runs, program.ns_per_run
-                );
-            }
+        for program in &self.costs.programs {
+            println!(
+                "{:<22}{:<22}{:>10}{:>12.0}",
+                program.name, program.variant, program.runs, program.ns_per_run
+            );
         }
         println!();
         println!(
             "Ratios are medians over the rounds of the ratio to direct in the same round. Times of\n\
-             programs are the kernel's (BPF_ENABLE_STATS) and include its measuring, about 64 ns."
+             programs are the kernel's (BPF_ENABLE_STATS), for balanced sockets, and include its\n\
+             measuring: {:.0} ns, as a run takes that returns at once (connect of a UDP socket).",
+            self.costs.empty_run_ns
         );
     }
 }
