@@ -19,7 +19,7 @@ use crate::check::mounts::Mounts;
 use crate::config::Config;
 
 /// What this project pins in a directory `v<N>`, besides what begins with [`PREFIX`].
-const MAPS: [&str; 9] = [
+const MAPS: [&str; 10] = [
     "FRONTENDS",
     "SERVICES",
     "SLOTS",
@@ -29,6 +29,7 @@ const MAPS: [&str; 9] = [
     "SETTINGS",
     "VIRTUAL_IPS",
     "COUNTERS",
+    "GRACE",
 ];
 
 /// How the names of programs and links begin.

@@ -56,8 +56,8 @@ impl<M: Maps> Reconciler<M> {
 
     // === backends ===
 
-    /// Also tells whether some have no id only because those that went still wait for running
-    /// programs.
+    /// Also tells whether some that were granted have no id yet: those that went still wait for
+    /// running programs, or a write failed.
     fn hold_backends(
         &mut self,
         name: &ServiceName,
@@ -69,8 +69,8 @@ impl<M: Maps> Reconciler<M> {
         let (mut busy, mut ids) = (false, Vec::with_capacity(wanted.backends.len()));
         for backend in &wanted.backends[..granted] {
             let id = self.hold_backend(held, backend, problems);
-            busy |= matches!(id, Hold::NoRoom);
-            ids.push(id.ok());
+            busy |= id.is_none();
+            ids.push(id);
         }
         // Services that wait for one another would wait for ever: after some attempts, each goes on
         // with what it has, and what it had before is free for the others.
@@ -94,13 +94,13 @@ impl<M: Maps> Reconciler<M> {
         (ids, busy)
     }
 
-    /// The id and generation of a backend, which is made or updated.
+    /// The id and generation of a backend, which is made or updated; nothing when that has to wait.
     fn hold_backend(
         &mut self,
         held: &mut Held,
         wanted: &compile::Backend,
         problems: &mut Vec<Problem>,
-    ) -> Hold {
+    ) -> Option<(u32, u32)> {
         let record = |generation| Backend {
             addr: wanted.key.address.ip().into(),
             port: wanted.key.address.port().to_be(),
@@ -119,9 +119,9 @@ impl<M: Maps> Reconciler<M> {
                     Err(error) => problems.push(error.into()),
                 }
             }
-            return Hold::Held(backend.id, record.generation);
+            return Some((backend.id, record.generation));
         }
-        let Some(id) = self.backends.take() else { return Hold::NoRoom };
+        let id = self.backends.take()?;
         self.backend_generation = self.backend_generation.wrapping_add(1);
         let record = record(self.backend_generation);
         let written = self.maps.reset_stats(id).and_then(|()| self.maps.write_backend(id, &record));
@@ -129,11 +129,11 @@ impl<M: Maps> Reconciler<M> {
             // Nothing names it.
             self.clearing.push(id);
             problems.push(error.into());
-            return Hold::Failed;
+            return None;
         }
         self.extents.hold_backend(id);
         held.backends.insert(wanted.key, HeldBackend { id, record });
-        Hold::Held(id, record.generation)
+        Some((id, record.generation))
     }
 
     // === tables ===
@@ -308,23 +308,6 @@ impl<M: Maps> Reconciler<M> {
         }
         self.maps.write_service(index, key, generation, table)?;
         self.maps.insert_frontend(key, FrontendValue { service: index, pad: 0, generation })
-    }
-}
-
-/// What came of a backend.
-enum Hold {
-    /// Its id and generation.
-    Held(u32, u32),
-    NoRoom,
-    Failed,
-}
-
-impl Hold {
-    fn ok(self) -> Option<(u32, u32)> {
-        match self {
-            Self::Held(id, generation) => Some((id, generation)),
-            Self::NoRoom | Self::Failed => None,
-        }
     }
 }
 
