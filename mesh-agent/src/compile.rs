@@ -165,7 +165,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::model::ServiceName;
+    use crate::model::{EjectionPolicy, ServiceName};
 
     /// A service at 10.96.0.10 and fd00::10, ports 80 → 8080, of endpoints `(address, weight)`.
     fn service(endpoints: &[(&str, u16)]) -> Service {
@@ -179,6 +179,7 @@ mod tests {
                 protocol: Protocol::Tcp,
             }],
             health: None,
+            ejection: Some(EjectionPolicy::default()),
             when_all_unhealthy: WhenAllUnhealthy::UseAll,
             endpoints: endpoints
                 .iter()

@@ -1,7 +1,9 @@
 //! What is said about service files that are refused: `testdata/service-files.txt`.
 
+use std::time::Duration;
+
 use mesh_agent::config::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services};
-use mesh_agent::model::WhenAllUnhealthy;
+use mesh_agent::model::{EjectionPolicy, Service, WhenAllUnhealthy};
 
 /// A case: what it shows, the file, the lines that are expected.
 struct Case {
@@ -79,6 +81,7 @@ services:
   - {port: 443, protocol: tcp}
   balance: random
   health: {tcp: , interval: 2s, timeout: 50ms, rise: 1, fall: 4}
+  ejection: {failures: 127, base: 100ms, max: 6days, share: 100%}
   when-all-unhealthy: refuse
   endpoints: &servers
   - {address: "::ffff:10.0.0.1", weight: 0, zone: eu-west-1a}
@@ -94,6 +97,10 @@ services:
     let health = orders.health.as_ref().expect("a policy");
     let times = (health.interval.as_millis(), health.timeout.as_millis());
     assert_eq!((times, health.rise, health.fall), ((2000, 50), 1, 4));
+    let longest = Duration::from_secs(6 * 86_400);
+    let base = Duration::from_millis(100);
+    let ejection = EjectionPolicy { failures: 127, base, max: longest, share: 100 };
+    assert_eq!(orders.ejection, Some(ejection));
     assert_eq!(orders.when_all_unhealthy, WhenAllUnhealthy::Refuse);
     let endpoints: Vec<_> = orders
         .endpoints
@@ -106,6 +113,35 @@ services:
     );
     assert!(services[1].endpoints.is_empty());
     assert!(parse_services(b"services: []").expect("valid").is_empty());
+}
+
+#[test]
+fn ejection_is_on_unless_it_is_off() {
+    let with = |line: &str| -> Service {
+        let file = format!(
+            "services:\n- name: a\n  address: 10.96.0.1\n  ports: [{{port: 1}}]\n  endpoints: []\n  \
+             {line}\n"
+        );
+        parse_services(file.as_bytes()).expect("a valid file").remove(0)
+    };
+    let default = EjectionPolicy::default;
+    let seconds = Duration::from_secs;
+    let expected = EjectionPolicy { failures: 1, base: seconds(1), max: seconds(60), share: 50 };
+    assert_eq!(default(), expected);
+    for (line, expected) in [
+        ("", Some(default())),
+        ("ejection: {}", Some(default())),
+        ("ejection: {failures: 5}", Some(EjectionPolicy { failures: 5, ..default() })),
+        ("ejection: {base: 60s}", Some(EjectionPolicy { base: seconds(60), ..default() })),
+        ("ejection: {max: 1s}", Some(EjectionPolicy { max: seconds(1), ..default() })),
+        ("ejection: {share: 1%}", Some(EjectionPolicy { share: 1, ..default() })),
+        ("ejection: {share: \"20%\"}", Some(EjectionPolicy { share: 20, ..default() })),
+        ("ejection: off", None),
+        ("ejection: \"off\"", None),
+        ("ejection: false", None),
+    ] {
+        assert_eq!(with(line).ejection, expected, "{line}");
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! by name: a file that is accepted means what it says.
 
 mod agent;
+mod ejection;
 mod service_file;
 mod values;
 

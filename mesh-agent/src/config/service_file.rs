@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use mesh_common::Protocol;
 
+use super::ejection::ejection;
 use super::values::{address, duration, name};
 use crate::model::{
     Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
@@ -46,6 +47,7 @@ const SERVICE: Keys = Keys {
         "ports",
         "balance",
         "health",
+        "ejection",
         "when-all-unhealthy",
         "endpoints",
     ],
@@ -120,6 +122,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         .require("ports", "write ports: [{port: 80}] for what clients dial", problems)
         .and_then(|node| ports(node, problems));
     let health = fields.get("health").and_then(|node| health(node, problems));
+    let ejection = ejection(&fields, problems);
     let when_all_unhealthy = when_all_unhealthy(&fields, problems);
     let endpoints = fields
         .require("endpoints", "write endpoints: [] for a service without any", problems)
@@ -144,6 +147,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         addresses,
         ports,
         health,
+        ejection,
         when_all_unhealthy,
         endpoints: endpoints.into_iter().map(|(_, endpoint)| endpoint).collect(),
     };

@@ -117,7 +117,7 @@ fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 
-/// A duration with a unit, from `least` to a day.
+/// A duration with a unit, in a range.
 pub(super) fn duration(
     node: &Node,
     what: &str,

@@ -4,5 +4,6 @@
 mod service;
 
 pub use service::{
-    Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
+    EjectionPolicy, Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort,
+    WhenAllUnhealthy,
 };

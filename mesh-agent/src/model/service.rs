@@ -43,7 +43,8 @@ impl std::borrow::Borrow<str> for ServiceName {
 /// * at least one address and one port; no address twice; no (port, protocol) twice;
 /// * no endpoint twice (address and port); no endpoint that equals one of the service's own
 ///   frontends; every endpoint of a family that one of the addresses has;
-/// * ports are not 0.
+/// * ports are not 0;
+/// * what the fields of its policies say about their ranges.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     /// Unique on the node.
@@ -54,6 +55,8 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Active checks; without them the state of every endpoint is `unknown`.
     pub health: Option<HealthPolicy>,
+    /// When the kernel takes an endpoint out because connects to it failed; without it never.
+    pub ejection: Option<EjectionPolicy>,
     /// What happens when no endpoint is usable.
     pub when_all_unhealthy: WhenAllUnhealthy,
     /// Who answers.
@@ -132,4 +135,26 @@ impl HealthPolicy {
 pub enum HealthCheck {
     /// Connects, and closes at once.
     Tcp,
+}
+
+/// When an endpoint to which connects failed is ejected, and for how long. The kernel programs see
+/// those failures and act on them without the agent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EjectionPolicy {
+    /// Consecutive failed connects that eject: 1 to 127.
+    pub failures: u8,
+    /// How long the first ejection lasts: 100 ms or more. One that follows a failed try, or a
+    /// recovery that did not last, takes twice as long as the one before.
+    pub base: Duration,
+    /// How long an ejection lasts at most: from `base` to 6 days.
+    pub max: Duration,
+    /// So many per cent of a service's endpoints may be ejected at a time, rounded down: 1 to 100.
+    pub share: u8,
+}
+
+impl Default for EjectionPolicy {
+    /// What a service has that says nothing about it.
+    fn default() -> Self {
+        Self { failures: 1, base: Duration::from_secs(1), max: Duration::from_secs(60), share: 50 }
+    }
 }
