@@ -56,6 +56,12 @@ impl Service {
         ))
     }
 
+    /// When endpoints are ejected: the value of the key, such as `off` or `{failures: 3}`.
+    #[must_use]
+    pub fn ejection(self, value: &str) -> Self {
+        self.key(&format!("ejection: {value}"))
+    }
+
     /// Any other key of the service, as `key: value`.
     #[must_use]
     pub fn key(mut self, line: &str) -> Self {
@@ -121,6 +127,7 @@ mod tests {
             .address("10.96.0.10")
             .port(80, 8080)
             .key("when-all-unhealthy: refuse")
+            .ejection("{failures: 3, share: 20%}")
             .endpoint("10.0.0.1")
             .weighted("[fd00::1]:81", 5);
         let expected = "\
@@ -130,6 +137,7 @@ services:
   ports:
   - {port: 80, target: 8080}
   when-all-unhealthy: refuse
+  ejection: {failures: 3, share: 20%}
   endpoints:
   - {address: \"10.0.0.1\"}
   - {address: \"fd00::1\", port: 81, weight: 5}
