@@ -4,5 +4,6 @@
 
 pub mod attached;
 mod mapped;
+pub mod netns;
 
 pub use mapped::{Flat, Mapped};
