@@ -1,0 +1,205 @@
+//! Compares the records of balanced sockets with the sockets that exist, so that a record that
+//! outlived its socket is noticed, told about, and released.
+//!
+//! The kernel programs release a record when its socket ends, so an audit should find nothing. It
+//! must not do harm either: a record is given to the caller for release only when its socket was
+//! missed in two passes, each of which saw everything in the socket's network namespace, and the
+//! record is the very same all the while.
+//!
+//! The order in a pass makes that safe: records first, then the sockets, then the suspicious
+//! records again. A socket that began after the records were read has no record among them; one
+//! that ended before the sockets were listed has released its record by the time of the second
+//! look.
+
+pub mod namespaces;
+pub mod sockets;
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+use std::{io, thread};
+
+use namespaces::Namespace;
+use sockets::{End, Socket};
+use tokio::sync::oneshot;
+
+/// The least time between entering one namespace and the next: the audit is in no hurry.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Where a record lies.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Place {
+    /// In the array, at this index.
+    Array(u32),
+    /// In the map of those that found their place taken; its key is the cookie.
+    Overflow,
+}
+
+/// A record that was in use when it was read.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Record {
+    /// Where it was.
+    pub place: Place,
+    /// Cookie of the socket; with MPTCP, of the subflow.
+    pub cookie: u64,
+    /// Cookie of the network namespace. May be wrong while the record is being written: then it is
+    /// another one in the next pass, and the record is not the very same.
+    pub netns: u64,
+    /// The word that says whose the record is, and what is reserved.
+    pub word: u64,
+}
+
+/// What was found in one network namespace.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// The sockets that exist, by cookie, with the number of their state
+    /// (`include/net/tcp_states.h`). Those that nobody asked for may be left out.
+    pub sockets: HashMap<u64, u8>,
+    /// Why there may be more.
+    pub incomplete: Option<String>,
+}
+
+/// What a pass found, in numbers of records. All but the first and the last add up to the first.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Report {
+    /// In use when they were read.
+    pub records: usize,
+    /// Whose socket exists.
+    pub seen: usize,
+    /// Whose socket was not found. Not always a mistake: the kernel does not list a socket without
+    /// port and peer, which an application may hold after its connection has ended, nor does it
+    /// promise to list all others ([`sockets`]).
+    pub unseen: usize,
+    /// That were no longer the same when the sockets had been listed.
+    pub ended: usize,
+    /// Of sockets in namespaces that were not found.
+    pub in_unknown_namespaces: usize,
+    /// Of sockets that were not found where not all sockets could be listed.
+    pub undecided: usize,
+    /// Why, for one such namespace.
+    pub problem: Option<String>,
+}
+
+/// The memory of the audit: what was suspicious in the pass before.
+#[derive(Debug, Default)]
+pub struct Audit {
+    suspicious: HashSet<Record>,
+}
+
+// === impl Audit ===
+
+impl Audit {
+    /// One pass over `records`, which the caller has read just before: lists the sockets of the
+    /// namespaces that occur in them, one namespace after another, and compares. Takes 10 ms for
+    /// each namespace, and more if there are many sockets.
+    ///
+    /// Returns the report, and the records to be released: see [`Audit::compare`].
+    ///
+    /// Nothing is remembered of a pass whose future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// No thread can be started, or there is no `/proc`.
+    pub async fn pass(
+        &mut self,
+        records: Vec<Record>,
+        still: impl Fn(&Record) -> bool,
+    ) -> io::Result<(Report, Vec<Record>)> {
+        let wanted = by_namespace(&records);
+        let (answer, answered) = oneshot::channel();
+        // A thread of its own, which ends: it goes from one namespace to the other.
+        thread::Builder::new().name("mesh-audit".to_owned()).spawn(move || {
+            let found = list(wanted, || answer.is_closed());
+            // Nobody waits any more if the pass was given up.
+            answer.send(found).ok();
+        })?;
+        let found =
+            answered.await.map_err(|_| io::Error::other("the audit's thread panicked"))??;
+        Ok(self.compare(&records, &found, still))
+    }
+
+    /// Compares `records`, read **before** the sockets were listed, with what was `found` in each
+    /// namespace, by its cookie. `still` reads a record again: whether its word is the same.
+    ///
+    /// Returns the report, and the records that were unseen in this pass and the one before, the
+    /// very same both times. Whoever releases them compares the word once more while doing so, as
+    /// everybody does who releases a record.
+    pub fn compare(
+        &mut self,
+        records: &[Record],
+        found: &HashMap<u64, Found>,
+        still: impl Fn(&Record) -> bool,
+    ) -> (Report, Vec<Record>) {
+        let mut report = Report { records: records.len(), ..Report::default() };
+        let mut unseen = HashSet::new();
+        for record in records {
+            match found.get(&record.netns) {
+                Some(found) if found.sockets.contains_key(&record.cookie) => report.seen += 1,
+                _ if !still(record) => report.ended += 1,
+                None => report.in_unknown_namespaces += 1,
+                Some(Found { incomplete: Some(problem), .. }) => {
+                    report.undecided += 1;
+                    report.problem.get_or_insert_with(|| problem.clone());
+                }
+                Some(_) => {
+                    report.unseen += 1;
+                    unseen.insert(*record);
+                }
+            }
+        }
+        let gone = unseen.intersection(&self.suspicious).copied().collect();
+        self.suspicious = unseen;
+        (report, gone)
+    }
+}
+
+/// The cookies of sockets, by the cookie of their namespace.
+fn by_namespace(records: &[Record]) -> HashMap<u64, HashSet<u64>> {
+    let mut wanted = HashMap::<u64, HashSet<u64>>::new();
+    for record in records {
+        wanted.entry(record.netns).or_default().insert(record.cookie);
+    }
+    wanted
+}
+
+/// Lists the sockets that are `wanted`, as far as their namespaces are found. The calling thread is
+/// in some other namespace afterwards. Ends early, with less, when nobody waits for it any more.
+fn list(
+    wanted: HashMap<u64, HashSet<u64>>,
+    given_up: impl Fn() -> bool,
+) -> io::Result<HashMap<u64, Found>> {
+    let mut namespaces = namespaces::find(&wanted.keys().copied().collect())?;
+    let mut all = HashMap::new();
+    for (netns, cookies) in wanted {
+        let Some(namespace) = namespaces.remove(&netns) else { continue };
+        if given_up() {
+            break;
+        }
+        all.insert(netns, list_one(&namespace, &cookies));
+        // The namespace ends now, if nobody else holds it.
+        drop(namespace);
+        thread::sleep(PAUSE);
+    }
+    Ok(all)
+}
+
+/// Lists those of these sockets that exist. No more are remembered than were asked for, however
+/// many there are.
+fn list_one(namespace: &Namespace, cookies: &HashSet<u64>) -> Found {
+    let mut sockets = HashMap::new();
+    let end = namespace.enter().and_then(|()| {
+        sockets::dump(|Socket { cookie, state }| {
+            if cookies.contains(&cookie) {
+                sockets.insert(cookie, state);
+            }
+        })
+    });
+    let incomplete = match end {
+        Ok(End::Complete) => None,
+        Ok(End::Incomplete) => Some("the kernel's list of sockets was cut short".to_owned()),
+        Err(error) => Some(format!("sockets cannot be listed: {error}")),
+    };
+    Found { sockets, incomplete }
+}
+
+#[cfg(test)]
+mod tests;
