@@ -18,13 +18,16 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{server, socket};
+use crate::audit::task::Auditor;
 use crate::check::hooks;
 use crate::config::{Config, Source};
-use crate::dataplane::load::{self, Attachment, Options, Programs};
+use crate::dataplane::load::{self, Attachment, Loaded, Options, Programs};
 use crate::dataplane::reconcile::Reconciler;
 use crate::discovery::files;
-use crate::engine::{Engine, Handle, Inputs};
+use crate::engine::journal::Journal;
+use crate::engine::{Engine, Handle, Inputs, Watchers};
 use crate::health::{self, Monitor};
+use crate::observe;
 use crate::text;
 
 /// How long a source that does not answer can delay the start.
@@ -67,7 +70,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let claim = socket::Claim::take(&config.socket).await?;
     let mut lock = Some(take_cgroup(&cgroup).await?);
 
-    let (mut programs, maps, grace) = load::load(options)?;
+    let Loaded { mut programs, maps, grace, records, events: ring } = load::load(options)?;
     let mut reconciler = Reconciler::new(maps);
     reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
 
@@ -81,9 +84,23 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     // Half of the file descriptors are for everything else.
     let concurrency = health::CONCURRENCY.min(open_files / 2);
     let (monitor, checks) = Monitor::new(concurrency, sender, cancel.clone());
-    let inputs = Inputs { sources, findings };
-    let (engine, heard, work) =
-        Engine::prepare(&config, reconciler, grace, monitor, inputs, cancel.clone());
+    let (batches, observed) = mpsc::channel(observe::events::BATCHES);
+    let watch = observe::events::watch(ring, &cgroup, batches, cancel.clone())
+        .context("waiting for what the kernel programs tell")?;
+    spawn(&mut tasks, "the kernel programs' events", watch);
+    let journal = Journal::default();
+    let inputs = Inputs { sources, findings, observed };
+    let (auditor, audit) = Auditor::new(records, cancel.clone());
+    spawn(&mut tasks, "the audit", audit);
+    let (engine, heard, work) = Engine::prepare(
+        &config,
+        reconciler,
+        grace,
+        monitor,
+        inputs,
+        Watchers { journal: journal.clone(), auditor },
+        cancel.clone(),
+    );
     spawn(&mut tasks, "the health checks", checks);
     spawn(&mut tasks, "the engine", work);
     for (index, source) in config.sources.iter().enumerate() {
@@ -95,7 +112,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             }
         });
     }
-    let serve = server::serve(claim.listen()?, engine.clone(), cancel.clone());
+    let serve = server::serve(claim.listen()?, engine.clone(), journal, cancel.clone());
     spawn(&mut tasks, "the API", async {
         if let Err(error) = serve.await {
             tracing::error!(%error, "the API");

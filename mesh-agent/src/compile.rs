@@ -2,11 +2,13 @@
 //! the same input.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use mesh_common::alias::{self, Column, Entry};
-use mesh_common::{FrontendKey, Protocol, Reason, State};
+use mesh_common::ejection::TICK_SHIFT;
+use mesh_common::{FrontendKey, Policy, Protocol, Reason, State};
 
-use crate::model::{Endpoint, Service, ServicePort, WhenAllUnhealthy};
+use crate::model::{EjectionPolicy, Endpoint, Service, ServicePort, WhenAllUnhealthy};
 
 /// What distinguishes a backend from the others of its service.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -76,6 +78,8 @@ pub struct Tables {
     pub tables: Vec<(TableKey, Rows)>,
     /// What clients dial, and the place of its table in `tables`.
     pub frontends: Vec<(FrontendKey, usize)>,
+    /// When backends are ejected.
+    pub policy: Policy,
 }
 
 /// Where an endpoint listens for a service port.
@@ -123,7 +127,19 @@ pub fn compile(
         }
         owned.push((key, tables.len() - 1));
     }
-    Tables { backends, tables, frontends: owned }
+    Tables { backends, tables, frontends: owned, policy: policy(service.ejection) }
+}
+
+/// The rules of ejection as the kernel programs use them. Times are rounded up to whole ticks, and one
+/// more, because the present is rounded down: nothing is out for less than it should be.
+#[must_use]
+pub fn policy(ejection: Option<EjectionPolicy>) -> Policy {
+    let Some(EjectionPolicy { failures, base, max, share }) = ejection else { return Policy::OFF };
+    let ticks = |time: Duration| {
+        let ticks = time.as_nanos().div_ceil(1 << TICK_SHIFT) + 1;
+        u32::try_from(ticks).unwrap_or(Policy::MAX_TICKS)
+    };
+    Policy::new(failures, ticks(base), ticks(max), share)
 }
 
 /// The rows of one table. The backends are sorted by key, so those of a port are a slice.

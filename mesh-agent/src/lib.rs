@@ -18,5 +18,6 @@ pub mod engine;
 pub mod explain;
 pub mod health;
 pub mod model;
+pub mod observe;
 mod text;
 pub mod yaml;

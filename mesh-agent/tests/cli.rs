@@ -1,11 +1,13 @@
 //! The binary as a person or a script uses it, against a server with a fixed view.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use mesh_agent::api::server::{ExplainQuery, View, ViewError, serve};
 use mesh_agent::api::socket::Claim;
 use mesh_agent::api::types;
+use mesh_agent::engine::journal::{Journal, missed};
 use mesh_common::Protocol;
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +26,10 @@ impl View for Fixed {
             balance: "random".into(),
             frontends: Vec::new(),
             backends: types::BackendCounts { total: 2, healthy: 1 },
+            active: 0,
+            opened: 0,
+            failed: 0,
+            refused: Vec::new(),
             problems: Vec::new(),
         }])
     }
@@ -72,7 +78,8 @@ async fn each_way_a_command_can_end() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let socket = directory.path().join("agent.sock");
     let listener = Claim::take(&socket).await.and_then(Claim::listen).expect("free socket");
-    let server = tokio::spawn(serve(listener, Fixed, CancellationToken::new()));
+    let journal = Journal::default();
+    let server = tokio::spawn(serve(listener, Fixed, journal, CancellationToken::new()));
 
     for (args, status, stdout, stderr) in [
         (&["services"] as &[&str], 0, "orders  random   1/2", ""),
@@ -83,6 +90,10 @@ async fn each_way_a_command_can_end() {
         (&["backends"], 0, "", "no backends"),
         (&["backends", "-o", "json"], 0, "[]", ""),
         (&["status"], 1, "", "see the log"),
+        (&["events"], 0, "", "no events"),
+        (&["events", "-o", "json"], 0, "[]", ""),
+        (&["events", "--service", "nosuch"], 1, "", NO_SUCH),
+        (&["events", "--follow", "--service", "nosuch"], 1, "", NO_SUCH),
         (&["version"], 0, "running: ", ""),
         (&["explain", ORDERS], 0, "ECONNREFUSED (no-endpoint)", ""),
         (&["explain", "192.0.2.1:80"], 1, "not touched", "192.0.2.1:80 is no service"),
@@ -109,11 +120,69 @@ async fn each_way_a_command_can_end() {
 fn no_agent_is_a_status_of_its_own() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let socket = directory.path().join("agent.sock");
-    for command in [&["status"] as &[&str], &["services"], &["backends"], &["explain", ORDERS]] {
+    for command in [
+        &["status"] as &[&str],
+        &["services"],
+        &["backends"],
+        &["explain", ORDERS],
+        &["events"],
+        &["events", "--follow"],
+    ] {
         let output = mesh(&socket, command);
         assert_eq!(output.status.code(), Some(3), "{command:?}: {output:?}");
         assert!(text(&output.stderr).contains(&socket.display().to_string()), "{output:?}");
         assert!(text(&output.stderr).contains("mesh-agent run"), "{output:?}");
+    }
+}
+
+/// What it prints comes at once; it ends when nobody reads on, at Ctrl-C, and with the agent.
+#[tokio::test(flavor = "multi_thread")]
+async fn following_ends_in_each_way() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let socket = directory.path().join("agent.sock");
+    let listener = Claim::take(&socket).await.and_then(Claim::listen).expect("free socket");
+    let (journal, cancel) = (Journal::default(), CancellationToken::new());
+    let server = tokio::spawn(serve(listener, Fixed, journal.clone(), cancel.clone()));
+    let follow = |format: &str| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_mesh-agent"))
+            .args(["events", "--follow", "-o", format, "--socket"])
+            .arg(&socket)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary runs");
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        (child, lines)
+    };
+    journal.push(missed(3, "events"));
+    let (unread, mut lines) = follow("table");
+    let header = lines.next().expect("a line").expect("text");
+    assert!(header.starts_with("TIME      KIND       SERVICE"), "{header}");
+    assert!(lines.next().expect("a line").expect("text").contains("missed"));
+    drop(lines);
+
+    let (interrupted, mut lines) = follow("json");
+    for seq in 1..=3 {
+        let event: types::Event =
+            serde_json::from_str(&lines.next().expect("a line").expect("text")).expect("JSON");
+        assert_eq!((event.seq, event.kind.as_str()), (seq, "missed"));
+        journal.push(missed(1, "event"));
+    }
+    let pid = interrupted.id().to_string();
+    let signalled = Command::new("sh").args(["-c", "kill -INT \"$1\"", "sh", &pid]).status();
+    assert!(signalled.expect("sh runs").success());
+
+    let (ended, mut lines) = follow("yaml");
+    assert_eq!(lines.next().expect("a line").expect("text"), "---");
+    cancel.cancel();
+    server.await.expect("no panic").expect("no error");
+    // The reader of the first went while nothing happened.
+    for (child, status, words) in
+        [(unread, Some(0), ""), (interrupted, None, ""), (ended, Some(3), "no more events come")]
+    {
+        let output = child.wait_with_output().expect("it ends");
+        assert_eq!(output.status.code(), status, "{output:?}");
+        assert!(text(&output.stderr).contains(words), "{output:?}");
     }
 }
 

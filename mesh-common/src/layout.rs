@@ -5,11 +5,11 @@
 //!
 //! Words that the kernel and the agent share while both run are a [`Word`] each.
 
-use crate::{Addr, Word};
+use crate::{Addr, Policy, Word};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -169,10 +169,12 @@ pub struct Service {
     /// Unique among the lives of all records (64 bits do not wrap); 0 while the record is free or
     /// retired.
     pub generation: Word,
+    /// A [`Policy`]: when its backends are ejected.
+    pub policy: Word,
     /// The frontend that this record serves.
     pub key: FrontendKey,
-    /// Zero.
-    pub pad: u32,
+    /// Zero; it makes the record one cache line.
+    pub pad: [u32; 5],
 }
 
 impl Service {
@@ -188,6 +190,13 @@ impl Service {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation.load()
+    }
+
+    /// When its backends are ejected.
+    #[inline(always)]
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        Policy(self.policy.load())
     }
 }
 
@@ -286,37 +295,6 @@ pub struct Backend {
     pub pad: u32,
 }
 
-/// A record of `BACKEND_STATS`. Writer: the kernel; the agent sets it to zero while the id is free.
-#[repr(C)]
-#[cfg_attr(not(target_arch = "bpf"), derive(Debug, Default))]
-pub struct BackendStats {
-    /// Connects for which this backend was chosen.
-    pub opened: Word,
-}
-
-/// A record of `FLOWS`: what a socket was given. It lives in the socket's own storage and ends
-/// with the socket.
-///
-/// Writer: the connect program, in the context of the task that connects. Readers: the
-/// `getpeername` programs. Two threads that connect the same socket at the same time are ordered
-/// by the socket lock that the kernel holds around the connect hook (`inet_stream_connect`).
-#[repr(C, align(8))]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Flow {
-    /// What the application dialled.
-    pub frontend: FrontendKey,
-    /// The backend's address.
-    pub addr: Addr,
-    /// The backend's port in network byte order.
-    pub port: u16,
-    /// Zero.
-    pub pad: u16,
-    /// Index into `BACKENDS`.
-    pub backend: u32,
-    /// [`Backend::generation`] when it was chosen.
-    pub generation: u32,
-}
-
 /// The only record of `SETTINGS`. Writer: the agent.
 #[repr(C)]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug, Default))]
@@ -411,15 +389,29 @@ impl Reason {
     }
 }
 
-/// Indices of `COUNTERS` (per CPU, 64 bit) beyond the refusals, which come first, each at the
-/// number of its [`Reason`].
+/// Indices of `COUNTERS` beyond the refusals, which come first, each at the number of its
+/// [`Reason`]. Written by the programs, atomic addition; none of them is on the way of a connection
+/// that succeeds.
 pub mod counter {
-    /// Connects that were given a backend.
-    pub const BALANCED: u32 = 16;
-    /// Balanced connects whose flow record could not be made (`getpeername` shows the backend).
-    pub const NO_FLOW_RECORD: u32 = 17;
+    /// Balanced connects without a record, because none was free: they are not among the open
+    /// connections of their backend, and `getpeername` shows the backend.
+    pub const NO_FLOW_RECORD: u32 = 16;
     /// Attempts that found the tables changed and looked again.
-    pub const RETRIES: u32 = 18;
+    pub const RETRIES: u32 = 17;
+    /// Balanced connects whose place in `FLOWS` was taken: their record is in `OVERFLOW`.
+    pub const COLLISIONS: u32 = 18;
+    /// Records in `OVERFLOW` now: while it is 0, nobody looks there.
+    pub const OVERFLOWED: u32 = 19;
+    /// Events that were left out because there were too many in a second, or nobody reads them.
+    pub const EVENTS_LOST: u32 = 20;
+    /// The second in the upper 40 bits, and the events in that second: not a counter.
+    pub const EVENT_BUDGET: u32 = 21;
+    /// Connects that went to an ejected backend because all were.
+    pub const ALL_EJECTED: u32 = 22;
+    /// Backends that were not ejected because as many as may be are.
+    pub const SHARE_REACHED: u32 = 23;
+    /// Ejected backends that are in again because nothing bad was heard of their try.
+    pub const RECOVERED_UNHEARD: u32 = 24;
     /// Number of counters.
     pub const COUNT: u32 = 32;
 }
@@ -428,19 +420,19 @@ const _: () = {
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<FrontendValue>() == 16);
-    assert!(size_of::<Service>() == 40);
+    #[cfg(not(loom))]
+    assert!(size_of::<Service>() == 64);
     assert!(size_of::<Slot>() == 40);
     assert!(size_of::<Backend>() == 32);
-    assert!(size_of::<BackendStats>() == 8);
-    assert!(size_of::<Flow>() == 48);
+    #[cfg(not(loom))]
     assert!(size_of::<Settings>() == 8);
-    assert!(Reason::ALL.len() <= counter::BALANCED as usize);
+    assert!(Reason::ALL.len() <= counter::NO_FLOW_RECORD as usize);
 };
 
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya::Pod is an unsafe trait; these layouts are its purpose")]
 mod pod {
-    use super::{Backend, Flow, FrontendKey, FrontendValue, Slot};
+    use super::{Backend, FrontendKey, FrontendValue, Slot};
 
     // SAFETY: `repr(C)`, no padding (sizes asserted above), and every bit pattern is a value.
     unsafe impl aya::Pod for FrontendKey {}
@@ -450,8 +442,6 @@ mod pod {
     unsafe impl aya::Pod for Slot {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Backend {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Flow {}
 }
 
 #[cfg(test)]

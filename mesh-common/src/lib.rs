@@ -4,20 +4,34 @@
 //! Nothing here allocates, panics or calls the operating system, so the same code is verified by
 //! the kernel, run by the agent (`explain`) and tested with properties on the host.
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(unstable_features, reason = "atomic instructions need inline assembly")
+)]
 
 #[cfg(test)]
 extern crate std;
 
 pub mod addr;
 pub mod alias;
+pub mod chance;
+pub mod ejection;
+pub mod event;
+pub mod flow;
 pub mod layout;
+pub mod stats;
 pub mod translate;
 pub mod word;
 
 pub use addr::Addr;
+pub use ejection::{Client, Ejection, Policy, Token};
+pub use event::Event;
+pub use flow::{Flow, Given, Held};
 pub use layout::{
-    ABI_VERSION, Backend, BackendStats, Flow, FrontendKey, FrontendValue, Protocol, Reason,
-    Service, Settings, Slot, State, Table,
+    ABI_VERSION, Backend, FrontendKey, FrontendValue, Protocol, Reason, Service, Settings, Slot,
+    State, Table,
 };
-pub use translate::{Tables, Verdict, translate};
+pub use stats::{BackendStats, Failure, ServiceStats};
+pub use translate::{Choice, Tables, Verdict, translate};
 pub use word::Word;

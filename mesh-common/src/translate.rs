@@ -3,12 +3,19 @@
 //! Generic over where the tables live, so that the kernel programs run it on maps, `explain` on
 //! the agent's view of the same maps, and the tests on tables that change between any two reads.
 
-use crate::layout::{FrontendKey, FrontendValue, Reason, Service, Slot};
+use crate::ejection::{Admission, Client, Ejection, Policy, Token};
+use crate::layout::{FrontendKey, FrontendValue, Reason, Service, Slot, Table};
 use crate::{Addr, alias};
 
 /// How often a program looks again when the tables change under it. Each attempt can only fail
 /// when another update lands in its window of well under a microsecond.
 pub const ATTEMPTS: u32 = 8;
+
+/// How often another backend is drawn when the first is ejected.
+pub const REDRAWS: u32 = 4;
+
+/// How many slots are looked at one after another when all draws were ejected ones.
+pub const SCAN: u32 = 256;
 
 /// Where the tables are.
 pub trait Tables {
@@ -23,8 +30,49 @@ pub trait Tables {
     fn is_virtual(&self, addr: &Addr) -> bool;
     /// A random number, even over its 32 bits.
     fn random(&self) -> u32;
+    /// What is known of failures of a backend that a slot names.
+    fn ejection(&self, backend: u32) -> Ejection;
+    /// Asks for entry to a backend that is out, or was: takes the token of its try, or notes that
+    /// the last one was answered. `None` when somebody else was faster; otherwise the token, if this
+    /// connect holds one now.
+    fn enter(&self, backend: u32, policy: Policy) -> Option<Token>;
+    /// What a connect may do with the backend of this slot. The kernel has this, and
+    /// [`Tables::around`], in functions of their own, which its verifier looks at once.
+    fn admission(&self, slot: u32, client: Client, now: u64) -> Admission {
+        admission(self, slot, client, now)
+    }
+    /// Whether the backend of this slot is out for this client: 1 or 0. No branch hangs on the
+    /// answer, so that the verifier does not have to follow both for each slot that is counted.
+    fn is_out(&self, slot: u32, client: Client) -> u64 {
+        is_out(self, slot, client)
+    }
+    /// [`unknown`], which the kernel has apart from the way of the connects that it balances.
+    fn unknown(&self, key: &FrontendKey) -> Option<Reason> {
+        unknown(self, key)
+    }
+    /// [`around`].
+    fn around(&self, table: Table, first: u32) -> Detour {
+        around(self, table, first)
+    }
+    /// Who connects. Asked only when a backend is out.
+    fn client(&self) -> Client;
+    /// What time it is, in ticks. Asked only when a backend is out.
+    fn now(&self) -> u64;
     /// Called for each attempt that found the tables changed.
     fn retried(&self) {}
+    /// Called when all that was looked at is ejected, and is used all the same.
+    fn all_ejected(&self) {}
+}
+
+/// A backend was chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Choice<'t> {
+    /// Which. The slot stays as it is for as long as the program runs.
+    pub slot: &'t Slot,
+    /// Index of the record in `SERVICES`.
+    pub service: u32,
+    /// The token, when this connect is the one that tries an ejected backend.
+    pub token: Token,
 }
 
 /// What is to be done with a connect.
@@ -32,10 +80,11 @@ pub trait Tables {
 pub enum Verdict<'t> {
     /// Not ours: do not touch it.
     Pass,
-    /// Go to this backend. The slot stays as it is for as long as the program runs.
-    Balance(&'t Slot),
-    /// Fail with `ECONNREFUSED`, for this reason.
-    Refuse(Reason),
+    /// Go to this backend.
+    Balance(Choice<'t>),
+    /// Fail with `ECONNREFUSED`, for this reason; with the record's index in `SERVICES`, or
+    /// `u32::MAX` when there is none.
+    Refuse(Reason, u32),
 }
 
 /// Decides about a connect to `key`.
@@ -50,246 +99,171 @@ pub enum Verdict<'t> {
 ///   again, so no connect whose last read comes after the switch uses the old table.
 /// * Slots are overwritten while they are read: they are not. An extent, a record and a backend id
 ///   are used again only after a grace period that waits for every running program.
+/// * Another connect takes the token of the same try: it looks again, and finds the backend out.
 #[inline(always)]
 pub fn translate<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t> {
     for _ in 0..ATTEMPTS {
-        let Some(value) = tables.frontend(key) else { return unknown(tables, key) };
+        let Some(value) = tables.frontend(key) else {
+            return match tables.unknown(key) {
+                Some(reason) => Verdict::Refuse(reason, u32::MAX),
+                None => Verdict::Pass,
+            };
+        };
         // An index out of range can only come from a torn value.
         if let Some(service) = tables.service(value.service) {
             let table = service.table();
-            let choice = choose(tables, table);
+            let drawn = choose(tables, table);
             if service.generation() == value.generation
                 && service.key == *key
                 && service.table() == table
             {
-                return choice.verdict();
+                let Some(slot) = drawn.slot else {
+                    return Verdict::Refuse(drawn.reason, value.service);
+                };
+                if !drawn.asks {
+                    let token = Token::NONE;
+                    return Verdict::Balance(Choice { slot, service: value.service, token });
+                }
+                if let Some(token) = tables.enter(slot.backend, service.policy()) {
+                    return Verdict::Balance(Choice { slot, service: value.service, token });
+                }
             }
         }
         tables.retried();
     }
-    Verdict::Refuse(Reason::Contended)
+    Verdict::Refuse(Reason::Contended, u32::MAX)
 }
 
-/// What a table says. Both fields always have a value: the payload of an enum that is alive across
+/// What a table says. All fields always have a value: the payload of an enum that is alive across
 /// the end of a loop becomes a register that the verifier finds uninitialised.
-struct Choice<'t> {
+#[derive(Clone, Copy)]
+struct Drawn<'t> {
     slot: Option<&'t Slot>,
     /// Why there is no slot.
     reason: Reason,
+    /// [`Tables::enter`] has to be asked.
+    asks: bool,
 }
 
-impl<'t> Choice<'t> {
-    #[inline(always)]
-    fn verdict(self) -> Verdict<'t> {
-        match self.slot {
-            Some(slot) => Verdict::Balance(slot),
-            None => Verdict::Refuse(self.reason),
+#[inline(always)]
+fn choose<T: Tables>(tables: &T, table: Table) -> Drawn<'_> {
+    if table.is_empty() {
+        return Drawn { slot: None, reason: table.reason(), asks: false };
+    }
+    let index = draw(tables, table);
+    let slot = tables.slot(index);
+    if let Some(first) = slot
+        && !tables.ejection(first.backend).is_in()
+    {
+        let Detour { index, asks } = tables.around(table, index);
+        return Drawn { slot: tables.slot(index), reason: Reason::Corrupt, asks };
+    }
+    Drawn { slot, reason: Reason::Corrupt, asks: false }
+}
+
+/// Draws by weight: the index of a slot.
+#[inline(always)]
+fn draw<T: Tables + ?Sized>(tables: &T, table: Table) -> u32 {
+    let (column, position) = alias::column(tables.random(), table.len());
+    let index = table.base().wrapping_add(column);
+    match tables.slot(index) {
+        Some(own) if position >= own.threshold && own.alias != column => {
+            table.base().wrapping_add(own.alias)
+        }
+        _ => index,
+    }
+}
+
+/// Where to go instead.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Detour {
+    /// Index of the slot.
+    pub index: u32,
+    /// Its backend may be used only if [`Tables::enter`] says so.
+    pub asks: bool,
+}
+
+/// The first draw, the slot with this index, is out for somebody: for this client? Then another one
+/// that is not, by weight as long as drawing finds one, and otherwise the next one in the table. If
+/// all are out, the first.
+#[inline(always)]
+pub fn around<T: Tables + ?Sized>(tables: &T, table: Table, first: u32) -> Detour {
+    let (client, now) = (tables.client(), tables.now());
+    let mut index = first;
+    for step in 0..1 + REDRAWS + SCAN {
+        match tables.admission(index, client, now) {
+            Admission::In => return Detour { index, asks: false },
+            Admission::Try | Admission::Answered => return Detour { index, asks: true },
+            Admission::Out => {}
+        }
+        if step < REDRAWS {
+            index = draw(tables, table);
+        } else if step - REDRAWS < table.len() {
+            // From the last draw on, round the table. Without a branch, of which the verifier
+            // would have to follow both ways for each slot.
+            let column = index.wrapping_sub(table.base()).wrapping_add(1);
+            index = table.base().wrapping_add(column.checked_rem(table.len()).unwrap_or(0));
+        } else {
+            break;
         }
     }
+    tables.all_ejected();
+    Detour { index: first, asks: false }
 }
 
+/// What a connect may do with the backend of a slot; nothing, when there is no such slot.
 #[inline(always)]
-fn choose<T: Tables>(tables: &T, table: crate::Table) -> Choice<'_> {
-    if table.is_empty() {
-        return Choice { slot: None, reason: table.reason() };
+pub fn admission<T: Tables + ?Sized>(tables: &T, slot: u32, client: Client, now: u64) -> Admission {
+    match tables.slot(slot) {
+        Some(slot) => tables.ejection(slot.backend).admits(client, now),
+        None => Admission::Out,
     }
-    let (column, position) = alias::column(tables.random(), table.len());
-    let mut slot = tables.slot(table.base().wrapping_add(column));
-    if let Some(own) = slot
-        && position >= own.threshold
-        && own.alias != column
-    {
-        slot = tables.slot(table.base().wrapping_add(own.alias));
-    }
-    Choice { slot, reason: Reason::Corrupt }
 }
 
-/// The address and port are no frontend.
+/// Whether the backend of a slot is out for this client: 1 or 0.
 #[inline(always)]
-fn unknown<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t> {
+pub fn is_out<T: Tables + ?Sized>(tables: &T, slot: u32, client: Client) -> u64 {
+    let slot = tables.slot(slot);
+    slot.is_some_and(|slot| tables.ejection(slot.backend).is_out_for(client)).into()
+}
+
+/// How many slots are counted at the most to find out how many backends are out. Beyond that, the
+/// share is that of a part of the table that begins anywhere.
+pub const CENSUS: u32 = 256;
+
+/// Whether the share of a table's backends that may be out for `client` (for all, if it is
+/// nobody) allows for one more; or, when the one in question is out already, for itself.
+#[inline(always)]
+pub fn share_allows<T: Tables>(
+    tables: &T,
+    table: Table,
+    policy: Policy,
+    client: Client,
+    is_out: bool,
+) -> bool {
+    let len = table.len();
+    let counted = if len < CENSUS { len } else { CENSUS };
+    let first = if len > CENSUS { alias::column(tables.random(), len - counted + 1).0 } else { 0 };
+    let first = table.base().wrapping_add(first);
+    let mut out: u64 = if is_out { 0 } else { 1 };
+    for step in 0..CENSUS {
+        if step >= counted {
+            break;
+        }
+        out += tables.is_out(first.wrapping_add(step), client);
+    }
+    out * 100 <= policy.share() * counted as u64
+}
+
+/// Why a connect is refused whose address and port are no frontend; nothing, when it is not ours.
+#[inline(always)]
+pub fn unknown<T: Tables + ?Sized>(tables: &T, key: &FrontendKey) -> Option<Reason> {
     if !tables.is_virtual(&key.addr) {
-        return Verdict::Pass;
+        return None;
     }
-    match tables.frontend(&FrontendKey::address_only(key.addr)) {
-        Some(_) => Verdict::Refuse(Reason::NoPort),
-        None => Verdict::Refuse(Reason::NoService),
-    }
+    let known = tables.frontend(&FrontendKey::address_only(key.addr)).is_some();
+    Some(if known { Reason::NoPort } else { Reason::NoService })
 }
 
 #[cfg(test)]
-mod tests {
-    use core::cell::Cell;
-    use core::net::Ipv4Addr;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::{Protocol, Table, Word};
-
-    fn key(n: u8) -> FrontendKey {
-        FrontendKey::new(Ipv4Addr::new(10, 96, 0, n).into(), 80, Protocol::Tcp)
-    }
-
-    fn slot(backend: u32) -> Slot {
-        Slot { backend, ..Slot::default() }
-    }
-
-    /// What another CPU does.
-    #[derive(Clone, Copy, Debug)]
-    enum Event {
-        /// The frontend's table is switched from backend 1 to backend 2.
-        Switch,
-        /// The frontend is removed.
-        Remove,
-        /// It is removed and made again, at backend 2, in another record.
-        Replace,
-        /// Its record was retired and is another frontend's now, at backend 3.
-        Reuse,
-    }
-
-    /// Two frontends, `key(1)` at backend 1 and `key(2)` at backend 3, and something that happens
-    /// before the read of that number.
-    struct Racing {
-        event: Event,
-        before: u32,
-        reads: Cell<u32>,
-        /// Whether the event has happened at the last read of `services`.
-        first: Cell<Option<FrontendValue>>,
-        /// What a look-up of the frontend gives once instead of its value.
-        glitch: Cell<Option<FrontendValue>>,
-        services: [Service; 3],
-        slots: [Slot; 4],
-    }
-
-    fn value(service: u32, generation: u64) -> FrontendValue {
-        FrontendValue { service, pad: 0, generation }
-    }
-
-    impl Racing {
-        fn new(event: Event, before: u32) -> Self {
-            let service = |n, generation, base| Service {
-                table: Word::new(Table::slots(base, 1).0),
-                generation: Word::new(generation),
-                key: key(n),
-                pad: 0,
-            };
-            Self {
-                event,
-                before,
-                reads: Cell::new(0),
-                first: Cell::new(Some(value(0, 7))),
-                glitch: Cell::new(None),
-                services: [service(1, 7, 1), service(2, 8, 3), service(1, 9, 2)],
-                slots: [slot(0), slot(1), slot(2), slot(3)],
-            }
-        }
-
-        fn tick(&self) {
-            let reads = self.reads.get();
-            self.reads.set(reads + 1);
-            if reads == self.before {
-                let [first, ..] = &self.services;
-                match self.event {
-                    Event::Switch => first.table.store(Table::slots(2, 1).0),
-                    Event::Remove => {
-                        self.first.set(None);
-                        first.generation.store(0);
-                    }
-                    Event::Replace => {
-                        self.first.set(Some(value(2, 9)));
-                        first.generation.store(0);
-                    }
-                    Event::Reuse => {
-                        self.first.set(None);
-                        first.generation.store(10);
-                        first.table.store(Table::slots(3, 1).0);
-                    }
-                }
-            }
-        }
-    }
-
-    impl Tables for Racing {
-        fn frontend(&self, wanted: &FrontendKey) -> Option<FrontendValue> {
-            self.tick();
-            if let Some(glitch) = self.glitch.take() {
-                return Some(glitch);
-            }
-            match *wanted {
-                wanted if wanted == key(1) => self.first.get(),
-                wanted if wanted == key(2) => Some(value(1, 8)),
-                _ => None,
-            }
-        }
-
-        fn service(&self, index: u32) -> Option<&Service> {
-            self.tick();
-            self.services.get(index as usize)
-        }
-
-        fn slot(&self, index: u32) -> Option<&Slot> {
-            self.tick();
-            self.slots.get(index as usize)
-        }
-
-        fn is_virtual(&self, _: &Addr) -> bool {
-            false
-        }
-
-        fn random(&self) -> u32 {
-            self.tick();
-            0
-        }
-    }
-
-    fn backend(verdict: Verdict<'_>) -> Option<u32> {
-        match verdict {
-            Verdict::Balance(slot) => Some(slot.backend),
-            Verdict::Pass => None,
-            Verdict::Refuse(reason) => panic!("refused: {reason:?}"),
-        }
-    }
-
-    /// Every event before every read: the answer is that of before or of after, never a mixture,
-    /// and what happened before the last read counts.
-    #[test]
-    fn every_interleaving() {
-        for (event, after) in [
-            (Event::Switch, Some(2)),
-            (Event::Remove, None),
-            (Event::Replace, Some(2)),
-            (Event::Reuse, None),
-        ] {
-            let mut late = 0;
-            for before in 0..8 {
-                let racing = Racing::new(event, before);
-                let answer = backend(translate(&racing, &key(1)));
-                if racing.reads.get() > before {
-                    assert_eq!(answer, after, "{event:?} before read {before}");
-                } else {
-                    assert_eq!(answer, Some(1), "{event:?} after the last read");
-                    late += 1;
-                }
-            }
-            assert!((1..8).contains(&late), "{event:?} was not tried before and after");
-        }
-    }
-
-    #[test]
-    fn gives_up_in_bounded_time() {
-        let racing = Racing::new(Event::Remove, u32::MAX);
-        racing.services[0].generation.store(0);
-        assert_eq!(translate(&racing, &key(1)), Verdict::Refuse(Reason::Contended));
-    }
-
-    proptest! {
-        /// A hash element that was reused, or is half overwritten, names any record with any
-        /// generation. The connect never ends up at another frontend's backend.
-        #[test]
-        fn a_reused_element_never_misleads(service in 0u32..5, generation in 0u64..12) {
-            let racing = Racing::new(Event::Remove, u32::MAX);
-            racing.glitch.set(Some(value(service, generation)));
-            prop_assert!(matches!(backend(translate(&racing, &key(1))), Some(1 | 2)));
-        }
-    }
-}
+mod tests;

@@ -2,15 +2,26 @@
 //! with the socket locked (`__inet_stream_connect` → `tcp_v4_pre_connect`, `tcp_v6_pre_connect`),
 //! also for TCP fast open and io_uring.
 
-use aya_ebpf::helpers::bpf_set_retval;
+use core::cell::Cell;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
-use mesh_common::layout::counter;
-use mesh_common::{Flow, FrontendKey, Protocol, Reason, Slot, Verdict, translate};
+use mesh_common::flow::peer_hash;
+use mesh_common::stats::change;
+use mesh_common::translate::Detour;
+use mesh_common::{
+    Addr, Choice, Client, Ejection, FrontendKey, FrontendValue, Given, Held, Policy, Protocol,
+    Reason, Service, Slot, Table, Tables, Token, Verdict, translate,
+};
 
 use crate::context::{Family, V4, V6, port, protocol, set_port};
-use crate::maps::{FLOWS, Maps, count, count_opened, octets};
+use crate::maps::{
+    BACKEND_STATS, Maps, OUT, SERVICES, SLOTS, cgroup, chance, count, count_refused, enter, octets,
+};
+use crate::{events, records, sock};
 
 /// The kernel goes on with the connect.
 const PROCEED: i32 = 1;
@@ -43,55 +54,173 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     }
     let key =
         FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: Protocol::Tcp as u8, pad: 0 };
-    match translate(&Maps, &key) {
-        Verdict::Pass => pass(ctx),
-        Verdict::Balance(slot) => balance::<F>(ctx, key, slot),
-        Verdict::Refuse(reason) => refuse(ctx, &key, reason),
+    let connecting = Connecting { ctx, key: &key, cookie: Cell::new(0) };
+    match translate(&connecting, &key) {
+        Verdict::Pass => {
+            forget(ctx);
+            PROCEED
+        }
+        Verdict::Balance(choice) => balance::<F>(&connecting, &key, choice),
+        Verdict::Refuse(reason, service) => refuse(ctx, &key, reason as u32, service),
     }
 }
 
-/// Not ours. A record that an earlier connect left on this socket must not speak for this one.
-#[inline(always)]
-fn pass(ctx: &SockAddrContext) -> i32 {
-    // SAFETY: the context holds the socket; without a record the pointer is null.
-    if let Some(flow) = unsafe { FLOWS.get_ptr_mut(ctx).as_mut() } {
-        flow.port = 0;
+/// The tables, as a connect sees them.
+struct Connecting<'c> {
+    ctx: &'c SockAddrContext,
+    /// What is dialled.
+    key: &'c FrontendKey,
+    /// The socket's cookie, once it was asked for; no socket has 0.
+    cookie: Cell<u64>,
+}
+
+impl Connecting<'_> {
+    /// Gives the socket a cookie if it has none.
+    #[inline(always)]
+    fn cookie(&self) -> u64 {
+        if self.cookie.get() == 0 {
+            // SAFETY: the context is valid.
+            self.cookie.set(unsafe { bpf_get_socket_cookie(self.ctx.as_ptr()) });
+        }
+        self.cookie.get()
     }
-    PROCEED
+}
+
+impl Tables for Connecting<'_> {
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        chance(self.cookie())
+    }
+
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        Maps.frontend(key)
+    }
+
+    #[inline(always)]
+    fn service(&self, index: u32) -> Option<&Service> {
+        SERVICES.get(index)
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        SLOTS.get(index)
+    }
+
+    #[inline(always)]
+    fn is_virtual(&self, addr: &Addr) -> bool {
+        Maps.is_virtual(addr)
+    }
+
+    #[inline(always)]
+    fn ejection(&self, backend: u32) -> Ejection {
+        Maps.ejection(backend)
+    }
+
+    #[inline(always)]
+    fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
+        match enter(backend, policy.0, self.key) {
+            OUT => None,
+            token => Some(Token(token)),
+        }
+    }
+
+    #[inline(always)]
+    fn client(&self) -> Client {
+        Maps.client()
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        Maps.now()
+    }
+
+    #[inline(always)]
+    fn unknown(&self, key: &FrontendKey) -> Option<Reason> {
+        Maps.unknown(key)
+    }
+
+    #[inline(always)]
+    fn around(&self, table: Table, first: u32) -> Detour {
+        Maps.around(table, first)
+    }
+
+    #[inline(always)]
+    fn retried(&self) {
+        Maps.retried();
+    }
+}
+
+/// What an earlier connect left on this socket must not speak for this one: a connect that failed
+/// before anything was sent leaves its record behind. A socket without a cookie never had one.
+#[inline(always)]
+fn forget(ctx: &SockAddrContext) {
+    let cookie = sock::cookie_of(ctx);
+    if cookie != 0 {
+        records::end(cookie);
+    }
 }
 
 #[inline(always)]
-fn balance<F: Family>(ctx: &SockAddrContext, frontend: FrontendKey, slot: &Slot) -> i32 {
+fn balance<F: Family>(
+    connecting: &Connecting<'_>,
+    frontend: &FrontendKey,
+    choice: Choice<'_>,
+) -> i32 {
+    let (ctx, Choice { slot, service, token }) = (connecting.ctx, choice);
     if !F::set_addr(ctx, slot.addr) {
-        return refuse(ctx, &frontend, Reason::Corrupt);
+        give_back(slot.backend, token);
+        return refuse(ctx, frontend, Reason::Corrupt as u32, service);
     }
     set_port(ctx, slot.port);
-    let mut flow = Flow {
-        frontend,
-        addr: slot.addr,
-        port: slot.port,
-        pad: 0,
-        backend: slot.backend,
+    let cookie = connecting.cookie();
+    // SAFETY: the context is valid.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let given = Given {
+        frontend: *frontend,
+        peer: peer_hash(slot.addr, slot.port),
+        netns,
+        client: cgroup(),
+        service,
         generation: slot.generation,
+        token,
     };
-    // SAFETY: the context holds the socket; null means that there was no memory for a record.
-    let record = unsafe { FLOWS.get_or_insert_ptr_mut(ctx, Some(&mut flow)) };
-    if record.is_null() {
-        count(counter::NO_FLOW_RECORD);
-    } else {
-        // SAFETY: a record of this socket, which the socket's lock keeps to this program; it may
-        // be older than this connect, in which case `flow` was not copied into it. The stack and
-        // a map's value do not overlap.
-        unsafe { core::ptr::copy_nonoverlapping(&raw const flow, record, 1) };
+    let mine = Held::new(cookie, slot.backend, token.is_some());
+    // Opened before it can end.
+    if let Some(stats) = BACKEND_STATS.get(slot.backend) {
+        stats.opened.increment();
     }
-    count(counter::BALANCED);
-    count_opened(slot.backend);
+    if !records::record(cookie, mine, &given) {
+        end_unrecorded(slot.backend, token);
+    }
     PROCEED
 }
 
-#[inline(always)]
-fn refuse(ctx: &SockAddrContext, key: &FrontendKey, reason: Reason) -> i32 {
+/// A connection that nobody will see end.
+#[inline(never)]
+fn end_unrecorded(backend: u32, token: Token) {
+    if let Some(stats) = BACKEND_STATS.get(backend) {
+        stats.end(token, || Maps.now());
+    }
+}
+
+/// A token that is not used.
+#[inline(never)]
+fn give_back(backend: u32, token: Token) {
+    if let Some(stats) = BACKEND_STATS.get(backend) {
+        let now = Maps.now();
+        change(&stats.ejection, |ejection| ejection.give_back(token, now));
+    }
+}
+
+/// Apart from the way of the connects that are balanced. `reason` is a [`Reason`].
+#[inline(never)]
+fn refuse(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
+    forget(ctx);
+    let reason = Reason::from_number(reason as u8);
     count(reason as u32);
+    count_refused(service, reason as u32);
+    events::refused(key, reason);
     log(ctx, key, reason);
     // SAFETY: the helper takes an error number and stores it for the caller of the program.
     unsafe { bpf_set_retval(-ECONNREFUSED) };

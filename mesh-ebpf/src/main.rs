@@ -5,22 +5,25 @@
 //! The crate compiles for the host too, as an empty program, so that `cargo check` and
 //! rust-analyzer work without a BPF toolchain.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
-#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
-#![cfg_attr(
-    target_arch = "bpf",
-    expect(unstable_features, reason = "atomic additions without a fetch need inline assembly")
-)]
 
 #[cfg(target_arch = "bpf")]
 mod connect;
 #[cfg(target_arch = "bpf")]
 mod context;
 #[cfg(target_arch = "bpf")]
+mod events;
+#[cfg(target_arch = "bpf")]
+mod lifecycle;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod peer;
+#[cfg(target_arch = "bpf")]
+mod records;
+#[cfg(target_arch = "bpf")]
+mod sock;
 
-/// `bpf_sk_storage_get` and the other helpers used here are open to GPL-compatible programs only.
+/// `bpf_set_retval` and other helpers used here are open to GPL-compatible programs only.
 #[cfg(target_arch = "bpf")]
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

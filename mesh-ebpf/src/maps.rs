@@ -4,33 +4,49 @@
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, PerCpuArray, SkStorage};
-use aya_ebpf::helpers::bpf_get_prandom_u32;
-use aya_ebpf::macros::btf_map;
-use mesh_common::layout::counter;
-use mesh_common::{
-    ABI_VERSION, Addr, Backend, BackendStats, Flow, FrontendKey, FrontendValue, Service, Settings,
-    Slot, Tables,
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, RingBuf};
+use aya_ebpf::helpers::{
+    bpf_get_current_cgroup_id, bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_ns,
 };
+use aya_ebpf::macros::btf_map;
+use mesh_common::ejection::{Admission, ticks};
+use mesh_common::layout::counter;
+use mesh_common::translate::{self, Detour};
+use mesh_common::{
+    ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Event, Flow, FrontendKey,
+    FrontendValue, Held, Policy, Reason, Service, ServiceStats, Settings, Slot, Table, Tables,
+    Token, Word, chance,
+};
+
+use crate::events;
 
 /// Flat arrays are mapped by the agent and written with plain stores.
 const FLAT: usize = BPF_F_MMAPABLE as usize;
 
-#[btf_map]
-static FRONTENDS: HashMap<FrontendKey, FrontendValue, 65_536, { BPF_F_NO_PREALLOC as usize }> =
-    HashMap::new();
+/// Memory for an entry is taken when it is made.
+const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
+
+/// Records of `FLOWS`: a power of two.
+pub const RECORDS: usize = 131_072;
 
 #[btf_map]
-static SERVICES: Array<Service, 65_536, FLAT> = Array::new();
+static FRONTENDS: HashMap<FrontendKey, FrontendValue, 65_536, SPARSE> = HashMap::new();
 
 #[btf_map]
-static SLOTS: Array<Slot, 262_144, FLAT> = Array::new();
+pub static SERVICES: Array<Service, 65_536, FLAT> = Array::new();
 
+#[btf_map]
+static SERVICE_STATS: Array<ServiceStats, 65_536, FLAT> = Array::new();
+
+#[btf_map]
+pub static SLOTS: Array<Slot, 262_144, FLAT> = Array::new();
+
+/// No program reads this one: it is for inspection.
 #[btf_map]
 static BACKENDS: Array<Backend, 131_072, FLAT> = Array::new();
 
 #[btf_map]
-static BACKEND_STATS: Array<BackendStats, 131_072, FLAT> = Array::new();
+pub static BACKEND_STATS: Array<BackendStats, 131_072, FLAT> = Array::new();
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1, FLAT> = Array::new();
@@ -39,10 +55,17 @@ static SETTINGS: Array<Settings, 1, FLAT> = Array::new();
 static VIRTUAL_IPS: LpmTrie<[u8; 16], u32, 256> = LpmTrie::new();
 
 #[btf_map]
-static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();
+static COUNTERS: Array<Word, { counter::COUNT as usize }, FLAT> = Array::new();
 
 #[btf_map]
-pub static FLOWS: SkStorage<Flow> = SkStorage::new();
+pub static FLOWS: Array<Flow, RECORDS, FLAT> = Array::new();
+
+/// Records whose place in `FLOWS` was taken, by cookie.
+#[btf_map]
+pub static OVERFLOW: HashMap<u64, Flow, RECORDS, SPARSE> = HashMap::new();
+
+#[btf_map]
+pub static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
 
 /// No program reads this one. Updating a map of maps makes the kernel wait for every program that
 /// is running (`maybe_wait_bpf_programs`): that is the agent's grace period.
@@ -52,6 +75,12 @@ static GRACE: ArrayOfMaps<Array<u32, 1>, 1> = ArrayOfMaps::new();
 /// What the agent compares with its own version before it attaches anything.
 #[unsafe(no_mangle)]
 static ABI: u32 = ABI_VERSION;
+
+const _: () = assert!(RECORDS.is_power_of_two() && RECORDS >= 1 << Held::PLACE_BITS);
+
+/// Differs between nodes, so that they do not choose alike. Set by the agent.
+#[unsafe(no_mangle)]
+static SALT: u64 = 0;
 
 /// The tables as the kernel holds them.
 pub struct Maps;
@@ -76,8 +105,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_virtual(&self, addr: &Addr) -> bool {
-        let any = SETTINGS.get(0).is_some_and(|s| s.virtual_ips.load() != 0);
-        any && VIRTUAL_IPS.get(&Key::new(128, octets(*addr))).is_some()
+        VIRTUAL_IPS.get(&Key::new(128, octets(*addr))).is_some()
     }
 
     #[inline(always)]
@@ -87,9 +115,156 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn ejection(&self, backend: u32) -> Ejection {
+        BACKEND_STATS.get(backend).map_or(Ejection::NONE, BackendStats::ejection)
+    }
+
+    #[inline(always)]
+    fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
+        // Only a connect enters, which says who it is.
+        let _ = (backend, policy);
+        None
+    }
+
+    #[inline(always)]
+    fn admission(&self, slot: u32, client: Client, now: u64) -> Admission {
+        match mesh_admission(slot.into(), client.tag().into(), now) {
+            0 => Admission::In,
+            1 => Admission::Try,
+            2 => Admission::Answered,
+            _ => Admission::Out,
+        }
+    }
+
+    #[inline(always)]
+    fn unknown(&self, key: &FrontendKey) -> Option<Reason> {
+        // Nothing more for a connect that is none of our business.
+        if SETTINGS.get(0).is_none_or(|settings| settings.virtual_ips.load() == 0) {
+            return None;
+        }
+        match unknown(key) {
+            0 => None,
+            1 => Some(Reason::NoService),
+            _ => Some(Reason::NoPort),
+        }
+    }
+
+    #[inline(always)]
+    fn is_out(&self, slot: u32, client: Client) -> u64 {
+        mesh_is_out(slot.into(), client.tag().into()) & 1
+    }
+
+    #[inline(always)]
+    fn around(&self, table: Table, first: u32) -> Detour {
+        let packed = mesh_around(table.0, first.into());
+        Detour { index: packed as u32, asks: packed >> 32 != 0 }
+    }
+
+    #[inline(always)]
+    fn client(&self) -> Client {
+        Client::of_cgroup(cgroup())
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        ticks(clock())
+    }
+
+    #[inline(always)]
     fn retried(&self) {
         count(counter::RETRIES);
     }
+
+    #[inline(always)]
+    fn all_ejected(&self) {
+        count(counter::ALL_EJECTED);
+    }
+}
+
+/// What [`enter`] gives for [`None`].
+pub const OUT: u64 = u64::MAX;
+
+/// [`Tables::enter`], apart from the way of the connects to backends that nothing is wrong with. It
+/// gives [`OUT`] or a token.
+#[inline(never)]
+pub fn enter(backend: u32, policy: u64, frontend: &FrontendKey) -> u64 {
+    let Some(stats) = BACKEND_STATS.get(backend) else { return OUT };
+    let (known, now) = (stats.ejection(), Maps.now());
+    let next = match known.admits(Maps.client(), now) {
+        Admission::In => return 0,
+        Admission::Try => known.take(now),
+        Admission::Answered => known.recover(Policy(policy), now),
+        Admission::Out => return OUT,
+    };
+    if !stats.ejection.replace(known.0, next.0) {
+        return OUT;
+    }
+    if next.is_in() {
+        count(counter::RECOVERED_UNHEARD);
+        events::recovered(backend, stats.generation.load() as u32, frontend, next);
+    }
+    next.token().0
+}
+
+/// [`translate::unknown`]: 0 is nothing, 1 [`Reason::NoService`], 2 [`Reason::NoPort`].
+#[inline(never)]
+fn unknown(key: &FrontendKey) -> u32 {
+    match translate::unknown(&Maps, key) {
+        None => 0,
+        Some(Reason::NoService) => 1,
+        Some(_) => 2,
+    }
+}
+
+/// A number for the choice of a socket's backend, even over its 32 bits ([`chance::mix`]).
+#[inline(always)]
+pub fn chance(cookie: u64) -> u32 {
+    // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
+    // it has here.
+    let salt = unsafe { (&raw const SALT).read_volatile() };
+    // SAFETY: the helper takes nothing and cannot fail.
+    chance::mix(cookie, unsafe { bpf_jiffies64() }, salt)
+}
+
+/// [`translate::admission`], as a global function; see [`mesh_around`]. Index of a slot, a
+/// [`Client`], ticks; 0 is in, 1 try, 2 answered, anything else out.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_admission(slot: u64, client: u64, now: u64) -> u64 {
+    match translate::admission(&Maps, slot as u32, Client::from_tag(client as u16), now) {
+        Admission::In => 0,
+        Admission::Try => 1,
+        Admission::Answered => 2,
+        Admission::Out => 3,
+    }
+}
+
+/// [`translate::is_out`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_is_out(slot: u64, client: u64) -> u64 {
+    translate::is_out(&Maps, slot as u32, Client::from_tag(client as u16))
+}
+
+/// [`translate::around`], as a global function: the kernel's verifier looks at it once, whatever its
+/// callers know, and not again for each of their attempts. Such a function takes and gives plain
+/// numbers: a [`Table`] and the index of a slot; the index of a slot, and bit 32 for
+/// [`Detour::asks`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_around(table: u64, first: u64) -> u64 {
+    let Detour { index, asks } = translate::around(&Maps, Table(table), first as u32);
+    u64::from(index) | u64::from(asks) << 32
+}
+
+/// [`translate::share_allows`], likewise: a [`Table`], a [`Policy`], and a [`Client`] with bit 16 for
+/// "it is out already".
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_share_allows(table: u64, policy: u64, client: u64) -> u64 {
+    let is_out = client >> 16 != 0;
+    let client = Client::from_tag(client as u16);
+    u64::from(translate::share_allows(&Maps, Table(table), Policy(policy), client, is_out))
 }
 
 /// [`Addr::octets`] without a loop over slices, which the verifier would have to follow.
@@ -100,34 +275,40 @@ pub fn octets(addr: Addr) -> [u8; 16] {
     unsafe { core::mem::transmute(addr.words()) }
 }
 
+/// Id of the cgroup of the task that runs.
+#[inline(always)]
+pub fn cgroup() -> u64 {
+    // SAFETY: the helper takes nothing and cannot fail.
+    unsafe { bpf_get_current_cgroup_id() }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+#[inline(always)]
+pub fn clock() -> u64 {
+    // SAFETY: the helper takes nothing and cannot fail.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// A word of `COUNTERS`.
+#[inline(always)]
+pub fn counter(index: u32) -> Option<&'static Word> {
+    COUNTERS.get(index)
+}
+
 /// Adds one to a counter of `COUNTERS`.
 #[inline(always)]
 pub fn count(index: u32) {
-    if let Some(counter) = COUNTERS.get_ptr_mut(index) {
-        add_one(counter);
+    if let Some(counter) = COUNTERS.get(index) {
+        counter.increment();
     }
 }
 
-/// Counts a connect that was given this backend.
+/// Counts a connect to a frontend that was refused.
 #[inline(always)]
-pub fn count_opened(backend: u32) {
-    if let Some(stats) = BACKEND_STATS.get_ptr_mut(backend) {
-        // SAFETY: only the field's address is computed.
-        add_one(unsafe { (&raw mut (*stats).opened).cast() });
-    }
-}
-
-/// Adds one atomically: a program can be preempted on its own CPU, so even a per-CPU counter
-/// would lose counts without it.
-#[inline(always)]
-fn add_one(counter: *mut u64) {
-    // SAFETY: `counter` points into a map's value, aligned to 8. The form without a fetch is the
-    // one that every kernel with these hooks accepts (BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD).
-    unsafe {
-        core::arch::asm!(
-            "lock *(u64 *)({counter} + 0) += {one}",
-            counter = in(reg) counter,
-            one = in(reg) 1u64,
-        );
+pub fn count_refused(service: u32, reason: u32) {
+    if let Some(stats) = SERVICE_STATS.get(service)
+        && let Some(refused) = stats.refused.get(reason as usize)
+    {
+        refused.increment();
     }
 }

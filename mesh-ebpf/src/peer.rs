@@ -2,9 +2,10 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
+use mesh_common::flow::peer_hash;
 
 use crate::context::{Family, V4, V6, port, set_port};
-use crate::maps::FLOWS;
+use crate::{records, sock};
 
 /// These hooks cannot fail the call.
 const PROCEED: i32 = 1;
@@ -22,17 +23,18 @@ pub fn mesh_peername6(ctx: SockAddrContext) -> i32 {
 }
 
 /// Shows the frontend when the socket's peer is the backend that its record names. A socket that
-/// has been connected elsewhere since has another peer, or a record without a port.
+/// has been connected elsewhere since has another peer, or no record.
 #[inline(always)]
 fn peer<F: Family>(ctx: &SockAddrContext) -> i32 {
-    // SAFETY: the context holds the socket; without a record the pointer is null.
-    if let Some(flow) = unsafe { FLOWS.get_ptr_mut(ctx).as_ref() }
-        && flow.port != 0
-        && flow.port == port(ctx)
-        && flow.addr == F::addr(ctx)
-        && F::set_addr(ctx, flow.frontend.addr)
+    let cookie = sock::cookie_of(ctx);
+    if cookie != 0
+        && let Some(flow) = records::find(cookie)
     {
-        set_port(ctx, flow.frontend.port);
+        let given = records::given(flow);
+        if given.peer == peer_hash(F::addr(ctx), port(ctx)) && F::set_addr(ctx, given.frontend.addr)
+        {
+            set_port(ctx, given.frontend.port);
+        }
     }
     PROCEED
 }

@@ -47,6 +47,8 @@ pub struct Status {
 pub struct Program {
     /// Its name.
     pub name: String,
+    /// Where it is attached.
+    pub hook: String,
     /// Whether it is attached.
     pub attached: bool,
 }

@@ -11,11 +11,11 @@ use anyhow::{Context, Result, ensure};
 use mesh_agent::compile::{Backend, BackendKey, Rows, TableKey, Tables};
 use mesh_agent::dataplane::fault::Faulty;
 use mesh_agent::dataplane::kernel::Grace;
-use mesh_agent::dataplane::load::{self, Options};
+use mesh_agent::dataplane::load::{self, Loaded, Options};
 use mesh_agent::dataplane::maps::Maps;
 use mesh_agent::dataplane::reconcile::{Reconciler, Usage};
 use mesh_agent::model::ServiceName;
-use mesh_common::{FrontendKey, Protocol, State, Verdict, translate};
+use mesh_common::{Choice, FrontendKey, Policy, Protocol, State, Verdict, translate};
 
 /// Frontends by service; each has one owner.
 type Wanted = BTreeMap<u8, (BTreeSet<u8>, BTreeSet<u8>)>;
@@ -40,6 +40,7 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
         backends: endpoints.iter().map(backend).collect(),
         tables: if frontends.is_empty() { Vec::new() } else { vec![table] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
+        policy: Policy::OFF,
     })
 }
 
@@ -60,7 +61,8 @@ fn finish<M: Maps>(reconciler: &mut Reconciler<M>, grace: &Grace) -> Result<()> 
 
 #[test]
 fn the_kernels_maps_survive_faults() -> Result<()> {
-    let (_programs, maps, grace) = load::load(Options::default()).context("run as root")?;
+    let loaded = load::load(Options::default()).context("run as root")?;
+    let Loaded { maps, grace, programs: _programs, .. } = loaded;
     // A failure can be run again with the seed that it prints.
     let seed = fastrand::u64(..);
     println!("seed {seed}");
@@ -101,7 +103,7 @@ fn the_kernels_maps_survive_faults() -> Result<()> {
         let mut seen = BTreeSet::new();
         for _ in 0..20_000 {
             match translate(&reconciler.maps().maps, &frontend(n)) {
-                Verdict::Balance(slot) => {
+                Verdict::Balance(Choice { slot, .. }) => {
                     seen.insert(SocketAddr::new(slot.addr.ip(), u16::from_be(slot.port)));
                 }
                 verdict => ensure!(owner.is_none() && verdict == Verdict::Pass, "{verdict:?}"),

@@ -73,7 +73,7 @@ pub(crate) fn command(workspace: &Workspace, compiler: &Compiler) -> Result<Comm
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(SEPARATOR))
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", workspace.bpf_linker())
         // On this target the inline assembly of aya-ebpf is unstable, whatever the compiler.
-        .env("RUSTC_BOOTSTRAP", "aya_ebpf,mesh_ebpf")
+        .env("RUSTC_BOOTSTRAP", "aya_ebpf,mesh_common,mesh_ebpf")
         .env_remove("RUSTFLAGS")
         .env_remove("RUSTC_WRAPPER")
         .env_remove("RUSTC_WORKSPACE_WRAPPER");

@@ -5,11 +5,18 @@ use anyhow::{Context, Result, bail};
 use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 
 /// The programs: function, and the section that says what kind of program it is.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 11] = [
     ("mesh_connect4", "cgroup/connect4"),
     ("mesh_connect6", "cgroup/connect6"),
     ("mesh_peername4", "cgroup/getpeername4"),
     ("mesh_peername6", "cgroup/getpeername6"),
+    ("mesh_destroy", "tp_btf/tcp_destroy_sock"),
+    ("mesh_destroy_too", "tp_btf/tcp_destroy_sock"),
+    ("mesh_error", "tp_btf/inet_sk_error_report"),
+    ("mesh_error_too", "tp_btf/inet_sk_error_report"),
+    ("mesh_reset", "tp_btf/tcp_receive_reset"),
+    ("mesh_reset_too", "tp_btf/tcp_receive_reset"),
+    ("mesh_retransmit", "tp_btf/tcp_retransmit_skb"),
 ];
 
 /// Checks an object.
@@ -100,7 +107,7 @@ impl Facts {
         }
         if !self.has_section(".BTF") {
             problems.push(
-                "there is no section .BTF: maps that need types (socket storage) cannot be made; \
+                "there is no section .BTF: maps and functions that need types cannot be made; \
                  build with debuginfo=2 and the linker's --btf"
                     .to_owned(),
             );

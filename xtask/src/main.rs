@@ -87,6 +87,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         arguments: Vec<String>,
     },
+    /// Run for long what the tests run for short. Needs root.
+    Soak {
+        /// What, and its options: `records [--connects 1000000] [--seed N]`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        arguments: Vec<String>,
+    },
     /// Everything that must hold before a change goes in. Needs root.
     Ci,
 }
@@ -132,6 +138,10 @@ fn run(cli: Cli) -> Result<()> {
         Task::Bench { arguments } => {
             let profile = Profile::Release;
             process::exec(&mut test::program(workspace, "mesh-bench", profile, &arguments, yes)?)
+        }
+        Task::Soak { arguments } => {
+            let profile = Profile::Release;
+            process::exec(&mut test::program(workspace, "mesh-ugly", profile, &arguments, yes)?)
         }
         Task::Ci => ci::run(workspace, yes),
     }

@@ -96,13 +96,14 @@ const LINKER: [Need; 4] = [
 ];
 
 /// Everything else.
-const NEEDS: [Need; 9] = [
+const NEEDS: [Need; 10] = [
     need(Group::Show, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
     need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-cli"), "redis-tools", "a client of the tests"),
     need(Group::Show, Probe::Program("python3"), "python3", "clients of the tests, demo servers"),
     need(Group::Show, Probe::Program("ip"), "iproute2", "the tests look at network namespaces"),
+    need(Group::Test, Probe::Program("nft"), "nftables", "firewalls in the tests' own namespaces"),
     need(
         Group::Kernels,
         Probe::Program("qemu-system-x86_64"),

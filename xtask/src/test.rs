@@ -52,7 +52,26 @@ pub(crate) fn run(
     cargo.env(AGENT_VARIABLE, &agent).env(BINARIES_VARIABLE, &binaries);
     let tests = process::step("running the tests", || process::run(&mut cargo));
     let leftovers = before.assert_none_since();
-    tests.and(leftovers)
+    let models = process::step("checking the models", || models(workspace, filter, arguments));
+    tests.and(leftovers).and(models)
+}
+
+/// Runs what `mesh-common` shares between programs under every interleaving.
+///
+/// In a target directory of its own: all that it is built from is compiled with loom's flag, and
+/// cargo would otherwise build everything again at each change. Optimised, because it runs tens of
+/// thousands of executions.
+fn models(workspace: &Workspace, filter: Option<&str>, arguments: &[String]) -> Result<()> {
+    let mut cargo = process::cargo();
+    cargo.current_dir(&workspace.root);
+    cargo.args(["test", "--package", "mesh-common", "--release", "--test", "loom"]);
+    cargo.arg("--target-dir").arg(workspace.target.join("loom"));
+    cargo.args(filter);
+    if !arguments.is_empty() {
+        cargo.arg("--").args(arguments);
+    }
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", "--cfg=loom");
+    process::run(&mut cargo)
 }
 
 /// Sets up and builds for one of the programs of the tests crate that people run, and returns the

@@ -1,5 +1,6 @@
 //! The asking end, used by the command line.
 
+use std::convert::Infallible;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,8 +8,9 @@ use std::{fs, io};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
-use hyper::Request;
-use hyper::client::conn::http1;
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, Connection, SendRequest};
+use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -18,6 +20,9 @@ use super::{socket, types};
 
 /// How long one question may take. The agent answers from memory.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// No event is longer than this, in bytes: names and reasons have limits of their own.
+const LONGEST: usize = 1 << 20;
 
 /// Asks the agent behind a socket. Each question has a connection of its own.
 #[derive(Clone, Debug)]
@@ -77,6 +82,15 @@ pub enum ClientError {
         /// What is wrong with the answer.
         reason: String,
     },
+    /// The agent, whose events were followed, has ended.
+    #[error(
+        "the agent on {} has stopped: no more events come; see its log, or start it again",
+        socket.display()
+    )]
+    Gone {
+        /// Path of the socket.
+        socket: PathBuf,
+    },
     /// The agent answered that it cannot.
     #[error("{message}")]
     Refused {
@@ -126,6 +140,15 @@ impl Client {
         self.get("/v1/status", &[]).await
     }
 
+    /// Compares the records of sockets with the sockets that exist, now.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn audit(&self) -> Result<types::Audit, ClientError> {
+        self.get("/v1/audit", &[]).await
+    }
+
     /// The version of the agent.
     ///
     /// # Errors
@@ -150,55 +173,125 @@ impl Client {
         self.get("/v1/explain", &query).await
     }
 
+    /// The events that are kept, of one service or all, the oldest first.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn events(&self, service: Option<&str>) -> Result<Vec<types::Event>, ClientError> {
+        self.get("/v1/events", &[("service", service)]).await
+    }
+
+    /// Hands the events that are kept, of one service or all, to `take`, and then each as it comes,
+    /// until `take` fails.
+    ///
+    /// # Errors
+    ///
+    /// That of `take`; otherwise see [`ClientError`]: [`ClientError::Gone`] when the agent ends.
+    pub async fn follow<E: From<ClientError>>(
+        &self,
+        service: Option<&str>,
+        take: impl FnMut(types::Event) -> Result<(), E>,
+    ) -> Result<Infallible, E> {
+        let query = [("service", service), ("follow", Some("true"))];
+        let (mut sender, connection, request) =
+            self.in_time(self.dial("/v1/events", &query)).await??;
+        let answer = async {
+            let response = self.in_time(sender.send_request(request)).await?;
+            let response = response.map_err(|error| self.protocol(&error))?;
+            let (status, body) = (response.status(), response.into_body());
+            if status.is_success() {
+                return self.each_line(body, take).await;
+            }
+            let body = self.in_time(body.collect()).await?;
+            let body = body.map_err(|error| self.protocol(&error))?.to_bytes();
+            Err(self.refused(status, &body).into())
+        };
+        drive(connection, answer).await
+    }
+
+    async fn each_line<E: From<ClientError>>(
+        &self,
+        mut body: Incoming,
+        mut take: impl FnMut(types::Event) -> Result<(), E>,
+    ) -> Result<Infallible, E> {
+        let mut text = Vec::new();
+        // An agent that is killed ends its answer with an error.
+        while let Some(Ok(frame)) = body.frame().await {
+            let Ok(data) = frame.into_data() else { continue };
+            text.extend_from_slice(&data);
+            let mut rest = text.as_slice();
+            while let Some(end) = rest.iter().position(|&byte| byte == b'\n') {
+                let event = serde_json::from_slice(&rest[..end]);
+                rest = &rest[end + 1..];
+                take(event.map_err(|error| self.protocol(&error))?)?;
+            }
+            if rest.len() > LONGEST {
+                let error = io::Error::other("an event has no end");
+                return Err(self.protocol(&error).into());
+            }
+            text = rest.to_vec();
+        }
+        Err(ClientError::Gone { socket: self.socket.clone() }.into())
+    }
+
     async fn get<T: DeserializeOwned>(
         &self,
         path: &str,
         query: &[(&str, Option<&str>)],
     ) -> Result<T, ClientError> {
-        let (status, body) = tokio::time::timeout(TIMEOUT, self.ask(path, query))
-            .await
-            .map_err(|_| ClientError::Timeout { socket: self.socket.clone() })??;
+        let (status, body) = self.in_time(self.ask(path, query)).await??;
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|error| self.protocol(&error));
         }
-        let error: types::ErrorBody =
-            serde_json::from_slice(&body).map_err(|error| self.protocol(&error))?;
-        Err(ClientError::Refused { status: status.as_u16(), message: error.error })
+        Err(self.refused(status, &body))
     }
 
     async fn ask(
         &self,
         path: &str,
         query: &[(&str, Option<&str>)],
-    ) -> Result<(hyper::StatusCode, Bytes), ClientError> {
+    ) -> Result<(StatusCode, Bytes), ClientError> {
+        let (mut sender, connection, request) = self.dial(path, query).await?;
+        let answer = async {
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
+        };
+        drive(connection, answer).await.map_err(|error| self.protocol(&error))
+    }
+
+    /// A connection to the agent, and what is to be sent there.
+    async fn dial(
+        &self,
+        path: &str,
+        query: &[(&str, Option<&str>)],
+    ) -> Result<Dialled, ClientError> {
         socket::check_length(&self.socket)
             .map_err(|error| ClientError::NoSocket { reason: error.to_string() })?;
         let stream =
             UnixStream::connect(&self.socket).await.map_err(|error| self.absent(&error))?;
-        let (mut sender, connection) =
+        let (sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.protocol(&error))?;
         let request = Request::get(uri(path, query))
             // HTTP/1.1 demands it; a unix socket has no name to put there.
             .header(hyper::header::HOST, "localhost")
             .body(Empty::<Bytes>::new())
             .map_err(|error| self.protocol(&error))?;
-        let answer = async {
-            let response = sender.send_request(request).await?;
-            let status = response.status();
-            Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
-        };
-        // The connection is driven here and not in a task, so that nothing outlives the question.
-        let mut connection = std::pin::pin!(connection);
-        let mut answer = std::pin::pin!(answer);
-        let result = tokio::select! {
-            result = &mut answer => result,
-            result = &mut connection => match result {
-                // The connection can end in the same moment in which the answer is complete.
-                Ok(()) => answer.await,
-                Err(error) => Err(error),
-            },
-        };
-        result.map_err(|error| self.protocol(&error))
+        Ok((sender, connection, request))
+    }
+
+    async fn in_time<F: Future>(&self, future: F) -> Result<F::Output, ClientError> {
+        let result = tokio::time::timeout(TIMEOUT, future).await;
+        result.map_err(|_| ClientError::Timeout { socket: self.socket.clone() })
+    }
+
+    /// What the agent says when it cannot.
+    fn refused(&self, status: StatusCode, body: &[u8]) -> ClientError {
+        match serde_json::from_slice::<types::ErrorBody>(body) {
+            Ok(body) => ClientError::Refused { status: status.as_u16(), message: body.error },
+            Err(error) => self.protocol(&error),
+        }
     }
 
     fn absent(&self, error: &io::Error) -> ClientError {
@@ -228,6 +321,29 @@ impl Client {
     fn protocol(&self, error: &dyn std::error::Error) -> ClientError {
         ClientError::Protocol { socket: self.socket.clone(), reason: error.to_string() }
     }
+}
+
+/// A connection, both ends of it in this process, and what is to be sent.
+type Dialled = (
+    SendRequest<Empty<Bytes>>,
+    Connection<TokioIo<UnixStream>, Empty<Bytes>>,
+    Request<Empty<Bytes>>,
+);
+
+/// Waits for an answer. The connection is driven here and not in a task, so that nothing outlives
+/// the question.
+async fn drive<T>(
+    connection: Connection<TokioIo<UnixStream>, Empty<Bytes>>,
+    answer: impl Future<Output = T>,
+) -> T {
+    let mut answer = std::pin::pin!(answer);
+    tokio::select! {
+        result = &mut answer => return result,
+        // It can end in the same moment in which the answer is complete; when it fails, so does what
+        // waits for the answer.
+        _ = connection => {}
+    }
+    answer.await
 }
 
 /// Path and query; every byte of a value that could mean something is escaped (RFC 3986, 2.1).

@@ -4,18 +4,22 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, RawQuery, State};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use bytes::Bytes;
+use futures_util::stream;
 use mesh_common::{ABI_VERSION, Protocol};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use super::socket::Listener;
 use super::types;
+use crate::engine::journal::{FOLLOWERS, Follower, Journal};
 
 /// How long answers under way may take once the agent stops.
 const GRACE: Duration = Duration::from_secs(1);
@@ -33,6 +37,11 @@ pub trait View: Clone + Send + Sync + 'static {
 
     /// The state of the agent.
     fn status(&self) -> impl Future<Output = Result<types::Status, ViewError>> + Send;
+
+    /// Compares the records of sockets with the sockets that exist, now.
+    fn audit(&self) -> impl Future<Output = Result<types::Audit, ViewError>> + Send {
+        async { Err(ViewError::Unavailable("there is nothing to audit".to_owned())) }
+    }
 
     /// What a connect would do.
     fn explain(
@@ -70,7 +79,8 @@ pub enum ViewError {
     Failed(String),
 }
 
-/// Serves until `cancel`, then ends what is under way, within a second, and removes the socket.
+/// Serves `view`, and the events of `journal`, until `cancel`; then ends what is under way, within a
+/// second, and removes the socket.
 ///
 /// # Errors
 ///
@@ -78,9 +88,11 @@ pub enum ViewError {
 pub async fn serve<V: View>(
     listener: Listener,
     view: V,
+    journal: Journal,
     cancel: CancellationToken,
 ) -> io::Result<()> {
-    let server = axum::serve(Accept(listener), router(view))
+    let happenings = Happenings { view: view.clone(), journal, cancel: cancel.clone() };
+    let server = axum::serve(Accept(listener), router(view, happenings))
         .with_graceful_shutdown(cancel.clone().cancelled_owned());
     let too_late = async {
         cancel.cancelled().await;
@@ -117,10 +129,21 @@ impl axum::serve::Listener for Accept {
     }
 }
 
-fn router<V: View>(view: V) -> Router {
+/// What the handler of events needs.
+#[derive(Clone)]
+struct Happenings<V> {
+    view: V,
+    journal: Journal,
+    /// Ends those who follow.
+    cancel: CancellationToken,
+}
+
+fn router<V: View>(view: V, happenings: Happenings<V>) -> Router {
+    let events = Router::new().route("/v1/events", get(events::<V>)).with_state(happenings);
     Router::new()
         .route("/v1/version", get(async || Json(version())))
         .route("/v1/status", get(status::<V>))
+        .route("/v1/audit", get(audit::<V>))
         .route("/v1/services", get(services::<V>))
         .route("/v1/services/{name}", get(service::<V>))
         .route("/v1/backends", get(backends::<V>))
@@ -128,7 +151,7 @@ fn router<V: View>(view: V) -> Router {
         .fallback(async || {
             ViewError::NotFound(
                 "no such path: there are /v1/services, /v1/services/NAME, /v1/backends, \
-                 /v1/status, /v1/explain and /v1/version"
+                 /v1/status, /v1/audit, /v1/events, /v1/explain and /v1/version"
                     .into(),
             )
         })
@@ -136,6 +159,7 @@ fn router<V: View>(view: V) -> Router {
             problem(StatusCode::METHOD_NOT_ALLOWED, "only GET is understood here".into())
         })
         .with_state(view)
+        .merge(events)
 }
 
 fn version() -> types::Version {
@@ -172,6 +196,10 @@ fn parameters<const N: usize>(
 
 async fn status<V: View>(State(view): State<V>) -> Answer<types::Status> {
     view.status().await.map(Json)
+}
+
+async fn audit<V: View>(State(view): State<V>) -> Answer<types::Audit> {
+    view.audit().await.map(Json)
 }
 
 async fn services<V: View>(
@@ -231,6 +259,64 @@ async fn explain<V: View>(
         }
     };
     view.explain(ExplainQuery { address, protocol, from }).await.map(Json)
+}
+
+async fn events<V: View>(
+    State(happenings): State<Happenings<V>>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, ViewError> {
+    let Happenings { view, journal, cancel } = happenings;
+    let [service, follow] = parameters(query.as_deref(), ["service", "follow"])?;
+    let follow = match follow.as_deref() {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(other) => {
+            return Err(ViewError::BadRequest(format!("follow {other:?}: expected true or false")));
+        }
+    };
+    let kept = journal.events(service.as_deref());
+    // What is kept of a service that is gone is still worth reading.
+    if let Some(name) = &service
+        && !kept.iter().any(|event| event.service.as_ref() == Some(name))
+    {
+        find(&view, name).await?;
+    }
+    if !follow {
+        return Ok(
+            Json(kept.iter().map(AsRef::as_ref).collect::<Vec<&types::Event>>()).into_response()
+        );
+    }
+    let follower = journal.follow(service).ok_or_else(|| {
+        ViewError::Unavailable(format!(
+            "{FOLLOWERS} clients follow the events already, and no more may: end one of them, or \
+             ask without following"
+        ))
+    })?;
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], lines(follower, cancel)).into_response())
+}
+
+/// Events as lines of JSON: what is kept at once, then each as it comes, until `cancel`.
+fn lines(follower: Follower, cancel: CancellationToken) -> Body {
+    Body::from_stream(stream::unfold((follower, cancel), async |(mut follower, cancel)| {
+        let mut text = Vec::new();
+        for event in follower.past() {
+            line(&mut text, &event);
+        }
+        if text.is_empty() {
+            let event = cancel.run_until_cancelled(follower.next()).await??;
+            line(&mut text, &event);
+        }
+        Some((Ok::<_, io::Error>(Bytes::from(text)), (follower, cancel)))
+    }))
+}
+
+fn line(text: &mut Vec<u8>, event: &types::Event) {
+    match serde_json::to_vec(event) {
+        Ok(json) => text.extend(json),
+        // It cannot: the type has nothing that JSON does not.
+        Err(error) => tracing::error!(%error, "an event as JSON"),
+    }
+    text.push(b'\n');
 }
 
 // === errors ===

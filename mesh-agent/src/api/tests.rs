@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 use super::client::{Client, ClientError};
 use super::server::{ExplainQuery, View, ViewError, serve};
 use super::socket::{Claim, SocketError};
-use super::types::{self, BackendCounts};
+use super::types::{self, BackendCounts, Event};
+use crate::engine::journal::{FOLLOWERS, Journal, missed};
 
 /// One service, and explanations that repeat the question.
 #[derive(Clone)]
@@ -31,6 +32,10 @@ impl View for Fixed {
             balance: "random".into(),
             frontends: Vec::new(),
             backends: BackendCounts { total: 2, healthy: 1 },
+            active: 0,
+            opened: 0,
+            failed: 0,
+            refused: Vec::new(),
             problems: Vec::new(),
         }])
     }
@@ -61,6 +66,7 @@ impl View for Fixed {
 
 struct Running {
     socket: PathBuf,
+    journal: Journal,
     cancel: CancellationToken,
     task: JoinHandle<std::io::Result<()>>,
     _directory: TempDir,
@@ -71,8 +77,9 @@ async fn start() -> Running {
     let socket = directory.path().join("run/agent.sock");
     let listener = Claim::take(&socket).await.and_then(Claim::listen).expect("free socket");
     let cancel = CancellationToken::new();
-    let task = tokio::spawn(serve(listener, Fixed, cancel.clone()));
-    Running { socket, cancel, task, _directory: directory }
+    let journal = Journal::default();
+    let task = tokio::spawn(serve(listener, Fixed, journal.clone(), cancel.clone()));
+    Running { socket, journal, cancel, task, _directory: directory }
 }
 
 #[tokio::test]
@@ -103,6 +110,136 @@ async fn answers_arrive_and_errors_keep_their_status() {
     assert_eq!(status(client.status().await.expect_err("stopping")).0, 503);
 }
 
+fn happened(service: &str) -> Event {
+    Event { service: Some(service.into()), missed: None, ..missed(0, "") }
+}
+
+/// How the followers of [`follow`] end.
+#[derive(Debug)]
+enum Ended {
+    Enough,
+    Error(ClientError),
+}
+
+impl From<ClientError> for Ended {
+    fn from(error: ClientError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// Follows until the event with this number.
+async fn follow(client: &Client, service: Option<&str>, until: u64) -> (Vec<u64>, Ended) {
+    let mut seen = Vec::new();
+    let take = |event: Event| {
+        seen.push(event.seq);
+        if event.seq == until { Err(Ended::Enough) } else { Ok(()) }
+    };
+    let following = client.follow(service, take);
+    let ended = tokio::time::timeout(Duration::from_secs(20), following).await;
+    let ended = match ended.expect("in time") {
+        Ok(never) => match never {},
+        Err(ended) => ended,
+    };
+    (seen, ended)
+}
+
+#[tokio::test]
+async fn events_are_read_and_followed() {
+    let server = start().await;
+    let client = Client::new(&server.socket);
+    assert_eq!(client.events(None).await.expect("events"), []);
+    for service in [NAME, "gone", NAME] {
+        server.journal.push(happened(service));
+    }
+    let numbers =
+        |events: Vec<Event>| events.into_iter().map(|event| event.seq).collect::<Vec<_>>();
+    assert_eq!(numbers(client.events(None).await.expect("events")), [1, 2, 3]);
+    assert_eq!(numbers(client.events(Some(NAME)).await.expect("events")), [1, 3]);
+    // A service that is gone is known by what happened to it.
+    assert_eq!(numbers(client.events(Some("gone")).await.expect("events")), [2]);
+
+    let writer = async {
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            server.journal.push(happened("gone"));
+            server.journal.push(happened(NAME));
+        }
+    };
+    let (all, one, ()) =
+        tokio::join!(follow(&client, None, 9), follow(&client, Some(NAME), 9), writer);
+    assert!(matches!((&all.1, &one.1), (Ended::Enough, Ended::Enough)), "{all:?} {one:?}");
+    assert_eq!(all.0, (1..=9).collect::<Vec<_>>());
+    assert_eq!(one.0, [1, 3, 5, 7, 9]);
+
+    // It ends with the agent, at once.
+    let (rest, stopped) = tokio::join!(follow(&client, None, 99), async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.cancel.cancel();
+        tokio::time::timeout(Duration::from_millis(900), server.task).await
+    });
+    assert!(matches!(rest.1, Ended::Error(ClientError::Gone { .. })), "{rest:?}");
+    stopped.expect("in time").expect("no panic").expect("no error");
+}
+
+/// Who does not read is told what was missed, and holds up neither the journal nor the others.
+#[tokio::test]
+async fn a_follower_that_does_not_read_misses_and_is_told() {
+    let server = start().await;
+    let mut slow = UnixStream::connect(&server.socket).await.expect("connect");
+    slow.write_all(b"GET /v1/events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n").await.expect("send");
+    let mut some = [0; 512];
+    server.journal.push(happened("a"));
+    slow.read_exact(&mut some[..64]).await.expect("the first");
+    // More than the buffers of the socket and of the journal take together.
+    for _ in 0..200 {
+        for _ in 0..100 {
+            server.journal.push(happened("a"));
+        }
+        tokio::task::yield_now().await;
+    }
+    let (seen, _) = follow(&Client::new(&server.socket), None, 20_001).await;
+    assert_eq!(seen.len(), 1_000);
+    let mut text = Vec::new();
+    let read = async {
+        while !text.windows(7).any(|part| part == b"\"missed") {
+            let count = slow.read(&mut some).await.expect("receive");
+            assert_ne!(count, 0, "ended");
+            text.extend_from_slice(&some[..count]);
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), read).await.expect("told");
+}
+
+#[tokio::test]
+async fn followers_are_few_and_their_places_come_back() {
+    let server = start().await;
+    let follow = async || {
+        let mut stream = UnixStream::connect(&server.socket).await.expect("connect");
+        let request = b"GET /v1/events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n";
+        stream.write_all(request).await.expect("send");
+        let mut answer = vec![0; 256];
+        let count = stream.read(&mut answer).await.expect("receive");
+        answer.truncate(count);
+        (String::from_utf8(answer).expect("text"), stream)
+    };
+    let mut following = Vec::new();
+    for _ in 0..FOLLOWERS {
+        let (answer, stream) = follow().await;
+        assert!(answer.contains("200 OK") && answer.contains("application/x-ndjson"), "{answer}");
+        following.push(stream);
+    }
+    let (answer, _) = follow().await;
+    assert!(answer.contains("503") && answer.contains("16 clients follow"), "{answer}");
+    // Nothing happens, and the place of one who goes is free all the same.
+    following.pop();
+    let free = async {
+        while !follow().await.0.contains("200 OK") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), free).await.expect("a place");
+}
+
 /// As `curl --unix-socket` does it.
 async fn raw(server: &Running, request: &str) -> String {
     let mut stream = UnixStream::connect(&server.socket).await.expect("connect");
@@ -126,6 +263,9 @@ async fn wrong_requests_are_told_so_in_json() {
         ("GET /v1/explain?address=10.0.0.1", "400", "expected IP:PORT"),
         ("GET /v1/explain?address=10.0.0.1:80&protocol=sctp", "400", "expected tcp or udp"),
         ("GET /v1/services/x", "404", "no service"),
+        ("GET /v1/events?service=x", "404", "no service"),
+        ("GET /v1/events?service=x&follow=true", "404", "no service"),
+        ("GET /v1/events?follow=yes", "400", "expected true or false"),
     ] {
         let answer = raw(&server, request).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{request}: {answer}");

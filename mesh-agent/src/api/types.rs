@@ -16,6 +16,19 @@ pub struct Service {
     pub frontends: Vec<Frontend>,
     /// Counts over all backends.
     pub backends: BackendCounts,
+    /// Connections that are open, or being opened, to its backends.
+    #[serde(default)]
+    pub active: u64,
+    /// Connections given to its present backends.
+    #[serde(default)]
+    pub opened: u64,
+    /// How many of those failed.
+    #[serde(default)]
+    pub failed: u64,
+    /// Connects to its frontends that were refused, by reason; reasons that did not occur are left
+    /// out.
+    #[serde(default)]
+    pub refused: Vec<Refused>,
     /// What keeps a part of this service out of the kernel: shadowed by another definition, a
     /// limit, a failed write.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -61,14 +74,30 @@ pub struct Backend {
     pub weight: u32,
     /// Zone, when known.
     pub zone: Option<String>,
-    /// Connections open now; `null` while the kernel does not count them.
-    pub active: Option<u64>,
+    /// Connections that are open, or being opened, now.
+    pub active: u64,
     /// Connections given to it since it appeared.
     pub opened: u64,
-    /// Connections that failed since it appeared; `null` while the kernel does not count them.
-    pub failed: Option<u64>,
+    /// Connections that failed since it appeared: the sum of `failures`.
+    pub failed: u64,
+    /// The same by reason.
+    #[serde(default)]
+    pub failures: Failures,
     /// When it came into its state, RFC 3339.
     pub since: String,
+}
+
+/// Failed connections by reason.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Debug, Default)]
+pub struct Failures {
+    /// Refused by the peer, or by a firewall.
+    pub refused: u64,
+    /// Never answered.
+    pub timeout: u64,
+    /// The host cannot be reached.
+    pub unreachable: u64,
+    /// Reset before the first byte came back.
+    pub reset: u64,
 }
 
 /// `GET /v1/status`.
@@ -96,8 +125,38 @@ pub struct Status {
     pub maps: Vec<Map>,
     /// Counters of the data plane since the programs were loaded.
     pub counters: Counters,
+    /// What the last audit of records found; `null` before the first.
+    #[serde(default)]
+    pub audit: Option<Audit>,
     /// The last thing that went wrong, if anything did.
     pub last_error: Option<LastError>,
+}
+
+/// `GET /v1/audit`: the records of balanced sockets, compared with the sockets that exist.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct Audit {
+    /// When, RFC 3339.
+    pub time: String,
+    /// How many passes there were, this one included.
+    pub passes: u64,
+    /// Records in use.
+    pub records: usize,
+    /// Whose socket exists.
+    pub seen: usize,
+    /// Whose socket was not found: its connection is over. Released when it is so twice.
+    pub unseen: usize,
+    /// That were released during the pass.
+    pub ended: usize,
+    /// Of sockets in network namespaces that the agent cannot find or enter.
+    pub in_unknown_namespaces: usize,
+    /// Of sockets in namespaces whose sockets could not all be listed.
+    pub undecided: usize,
+    /// Records that this pass released.
+    pub released: u64,
+    /// Records that all passes released.
+    pub released_ever: u64,
+    /// What was in the way.
+    pub problem: Option<String>,
 }
 
 /// Something that went wrong.
@@ -116,6 +175,8 @@ pub struct Program {
     pub name: String,
     /// Attachment point.
     pub hook: String,
+    /// The kernel's number for it; `null` when it is not loaded.
+    pub id: Option<u32>,
     /// Whether it is attached.
     pub attached: bool,
 }
@@ -149,8 +210,23 @@ pub struct Map {
 pub struct Counters {
     /// Connects that were given a backend.
     pub balanced: u64,
-    /// Balanced connects without a flow record.
+    /// Balanced connects without a flow record, because the tables of records were full.
     pub no_flow_record: u64,
+    /// Balanced connects whose place in the first table of records was taken.
+    #[serde(default)]
+    pub collisions: u64,
+    /// Records in the second table now.
+    #[serde(default)]
+    pub overflowed: u64,
+    /// Connects that went to an ejected backend because all were.
+    #[serde(default)]
+    pub all_ejected: u64,
+    /// Times a backend was not ejected because as many as may be were.
+    #[serde(default)]
+    pub share_reached: u64,
+    /// Events that were left out.
+    #[serde(default)]
+    pub events_lost: u64,
     /// Attempts repeated because the tables changed.
     pub retries: u64,
     /// Connects refused.
@@ -221,6 +297,36 @@ pub enum Answer {
         /// Name of the reason.
         reason: String,
     },
+}
+
+/// `GET /v1/events`, an element, or a line of `GET /v1/events?follow=true`: something rare that has
+/// happened.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct Event {
+    /// Its number: one more than that of the event before.
+    pub seq: u64,
+    /// When, RFC 3339.
+    pub time: String,
+    /// `refused`: a connect was refused. `failed`: a connect to a backend failed. `suspected`: a
+    /// backend is out for one client. `ejected`: it is out for all. `recovered`: it is in again.
+    /// `spared`: it should be out, but too many others are. `healthy`, `unhealthy`: what its checks
+    /// have found. `missed`: events that are not here.
+    pub kind: String,
+    /// The service, when it is known.
+    pub service: Option<String>,
+    /// `ip:port/protocol` that was dialled.
+    pub frontend: Option<String>,
+    /// `ip:port` or `[ip]:port`.
+    pub backend: Option<String>,
+    /// Name of the reason of a refusal or of a failure; what a check found.
+    pub reason: Option<String>,
+    /// Who connected: its cgroup's place in the hierarchy, or `cgroup 1234` when that is not found.
+    pub client: Option<String>,
+    /// What it means, for people.
+    pub detail: String,
+    /// With the kind `missed`: how many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missed: Option<u64>,
 }
 
 /// `GET /v1/version`.

@@ -13,6 +13,7 @@
 
 pub mod namespaces;
 pub mod sockets;
+pub mod task;
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;

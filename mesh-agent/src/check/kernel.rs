@@ -15,11 +15,9 @@ use super::mounts::Mounts;
 use crate::dataplane::load::{self, LoadError};
 
 /// Maps that the agent makes.
-const MAPS: [(MapType, &str); 6] = [
+const MAPS: [(MapType, &str); 4] = [
     (MapType::Hash, "hash"),
     (MapType::LpmTrie, "LPM trie"),
-    (MapType::SkStorage, "socket storage"),
-    (MapType::PerCpuArray, "per-CPU array"),
     (MapType::ArrayOfMaps, "array of maps"),
     (MapType::RingBuf, "ring buffer"),
 ];
@@ -28,12 +26,12 @@ const MAPS: [(MapType, &str); 6] = [
 /// younger than the getpeername hooks (5.8), which cannot be probed without attaching.
 const HELPERS: [(BpfHelper, &str); 3] = [
     (BpfHelper::BPF_FUNC_set_retval, "bpf_set_retval"),
-    (BpfHelper::BPF_FUNC_sk_storage_get, "bpf_sk_storage_get"),
-    (BpfHelper::BPF_FUNC_get_prandom_u32, "bpf_get_prandom_u32"),
+    (BpfHelper::BPF_FUNC_get_socket_cookie, "bpf_get_socket_cookie"),
+    (BpfHelper::BPF_FUNC_skc_to_tcp_sock, "bpf_skc_to_tcp_sock"),
 ];
 
 const TOO_OLD: &str = "run Linux 5.18 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF";
-const DENIED: &str = "needs CAP_BPF and CAP_NET_ADMIN in the first user namespace, and in a \
+const DENIED: &str = "needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN in the first user namespace, and in a \
                       container a seccomp profile that allows bpf";
 
 /// Everything about the kernel, and the programs in this binary.
@@ -85,18 +83,17 @@ fn mappable() -> Check {
     }
 }
 
-/// Type information of the kernel. No program of this version reads kernel structures.
+/// Type information of the kernel: the programs that see connections end read the kernel's sockets.
 fn btf() -> Check {
     let path = Path::new("/sys/kernel/btf/vmlinux");
-    let check = match fs::metadata(path) {
+    match fs::metadata(path) {
         Ok(_) => Check::good("BTF", path.display().to_string()),
         Err(error) => Check::bad(
             "BTF",
             format!("{}: {error}", path.display()),
-            "nothing needs it yet; a kernel with CONFIG_DEBUG_INFO_BTF has it",
+            "run a kernel with CONFIG_DEBUG_INFO_BTF, as all distributions build it",
         ),
-    };
-    check.optional()
+    }
 }
 
 /// Where maps and programs can be pinned. This version pins nothing.
@@ -117,7 +114,10 @@ fn bpffs(mounts: &Mounts) -> Check {
 fn programs() -> Check {
     const NAME: &str = "kernel programs";
     match load::load(load::Options::default()) {
-        Ok(_) => Check::good(NAME, load::PROGRAMS.map(|(name, _)| name).join(", ")),
+        Ok(_) => {
+            let names: Vec<_> = load::detached().iter().map(|program| program.name).collect();
+            Check::good(NAME, names.join(", "))
+        }
         Err(error @ (LoadError::NoObject | LoadError::Abi { .. })) => Check::bad(
             NAME,
             error.to_string(),

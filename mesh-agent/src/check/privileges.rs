@@ -38,16 +38,16 @@ const CAPABILITIES: [Capability; 5] = [
     Capability {
         number: 38,
         name: "CAP_PERFMON",
-        required: false,
+        required: true,
         implied: true,
-        purpose: "lets the verifier accept more programs",
+        purpose: "attaches the programs that see connections end",
     },
     Capability {
         number: SYS_ADMIN,
         name: "CAP_SYS_ADMIN",
         required: false,
         implied: false,
-        purpose: "names the programs of others",
+        purpose: "names the programs of others, enters network namespaces for the audit",
     },
     Capability {
         number: 24,
@@ -145,9 +145,9 @@ mod tests {
 
     #[test]
     fn sys_admin_stands_for_the_newer_ones() {
-        assert_eq!(required_missing(0), ["CAP_BPF", "CAP_NET_ADMIN"]);
-        assert_eq!(required_missing(1 << 39), ["CAP_NET_ADMIN"]);
-        assert!(required_missing(1 << 39 | 1 << 12).is_empty());
+        assert_eq!(required_missing(0), ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"]);
+        assert_eq!(required_missing(1 << 39 | 1 << 38), ["CAP_NET_ADMIN"]);
+        assert!(required_missing(1 << 39 | 1 << 38 | 1 << 12).is_empty());
         assert!(required_missing(1 << SYS_ADMIN).is_empty());
     }
 

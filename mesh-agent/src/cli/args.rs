@@ -14,6 +14,7 @@ Examples:
   mesh-agent services                                what is balanced
   mesh-agent backends orders                         who answers for the service orders
   mesh-agent explain 10.96.0.10:80 --from 4711       what a connect of process 4711 would do
+  mesh-agent events --follow                         what fails or is refused, as it happens
   mesh-agent services -o json | jq '.[].name'        for scripts
 
 Exit status: 0 done; 1 failed; 2 wrong usage; 3 the agent does not answer.
@@ -57,6 +58,13 @@ pub(super) enum Command {
     Check(CheckArgs),
     /// Show whether the agent is ready and why not, its programs, sources and tables
     Status,
+    /// Compare the kernel's records of sockets with the sockets that exist
+    #[command(after_help = "\
+Every connection that is balanced has a record, which the kernel programs release when it ends. The
+agent compares all records with the sockets of all network namespaces once a minute; this command
+does it now. A record whose connection is over (the application has not closed its socket yet) is
+released when two audits in a row find it so.")]
+    Audit,
     /// List services
     Services {
         /// Only this one
@@ -67,6 +75,8 @@ pub(super) enum Command {
         /// Only those of this service
         service: Option<String>,
     },
+    /// Show what rarely happens: connects refused or failed, backends taken out and back in
+    Events(EventsArgs),
     /// Say what a connect would do, step by step, and why
     Explain(ExplainArgs),
     /// Remove what an agent that is gone has left: its socket and its pins, nothing of others
@@ -121,6 +131,38 @@ pub(super) struct CheckArgs {
     pub(super) cgroup: Option<PathBuf>,
 }
 
+/// Arguments of `events`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Kinds of events:
+  refused     a connect was refused: no endpoint, no such service, ...
+  failed      a connect to a backend failed: refused, timeout, unreachable, reset
+  suspected   a backend is out for the one client whose connects failed
+  ejected     a backend is out for all
+  spared      a backend should be out, but too many others are
+  recovered   a backend was tried, and is in again
+  healthy, unhealthy   what health checks have found
+  missed      events came faster than they could be read; REASON says how many
+
+The agent keeps the last 1,000. In a flood about 200 are told each second and the others are only
+counted: `mesh-agent status` has all counts. Times are UTC.
+
+Examples:
+  mesh-agent events                              what has happened lately
+  mesh-agent events --service orders -o wide     all that is known of it, nothing cut
+  mesh-agent events --follow                     and go on with what happens, until Ctrl-C
+  mesh-agent events --follow -o json | jq -c 'select(.kind == \"ejected\")'
+
+With --follow the exit status is 3 when the agent stops.")]
+pub(super) struct EventsArgs {
+    /// Go on with what happens, until Ctrl-C or the end of the agent; with -o json one line each
+    #[arg(short, long)]
+    pub(super) follow: bool,
+    /// Only those of this service
+    #[arg(long, value_name = "NAME")]
+    pub(super) service: Option<String>,
+}
+
 /// Arguments of `explain`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -173,8 +215,8 @@ impl From<Protocol> for mesh_common::Protocol {
 }
 
 /// Commands that are documented, and come with a later version.
-const LATER: [&str; 8] =
-    ["connections", "events", "top", "drain", "undrain", "register", "deregister", "heartbeat"];
+const LATER: [&str; 7] =
+    ["connections", "top", "drain", "undrain", "register", "deregister", "heartbeat"];
 
 /// The command of a later version that somebody typed, if that is the error.
 pub(super) fn later(error: &clap::Error) -> Option<&str> {

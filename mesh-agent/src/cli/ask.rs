@@ -25,7 +25,7 @@ pub(super) fn socket(named: Option<PathBuf>, config: Option<&Path>) -> PathBuf {
 }
 
 /// Asks one question.
-fn ask<T>(
+pub(super) fn ask<T>(
     named: Option<PathBuf>,
     question: impl AsyncFnOnce(&Client) -> Result<T, ClientError>,
 ) -> Result<T, Failure> {
@@ -46,6 +46,11 @@ pub(super) fn block_on<F: Future>(future: F) -> Result<F::Output, Failure> {
 pub(super) fn status(named: Option<PathBuf>, output: &Output) -> Result<(), Failure> {
     let status = ask(named, Client::status)?;
     output.print(&status, |status, style| tables::status(status, style, SystemTime::now()))
+}
+
+pub(super) fn audit(named: Option<PathBuf>, output: &Output) -> Result<(), Failure> {
+    let audit = ask(named, Client::audit)?;
+    output.print(&audit, tables::audit)
 }
 
 pub(super) fn services(

@@ -19,13 +19,16 @@ use crate::check::mounts::Mounts;
 use crate::config::Config;
 
 /// What this project pins in a directory `v<N>`, besides what begins with [`PREFIX`].
-const MAPS: [&str; 10] = [
+const MAPS: [&str; 13] = [
     "FRONTENDS",
     "SERVICES",
+    "SERVICE_STATS",
     "SLOTS",
     "BACKENDS",
     "BACKEND_STATS",
     "FLOWS",
+    "OVERFLOW",
+    "EVENTS",
     "SETTINGS",
     "VIRTUAL_IPS",
     "COUNTERS",

@@ -59,6 +59,7 @@ impl From<ClientError> for Failure {
             ClientError::NotRunning { .. }
             | ClientError::NoSocket { .. }
             | ClientError::Permission { .. }
+            | ClientError::Gone { .. }
             | ClientError::Timeout { .. } => Self::NoAgent(error.to_string()),
         }
     }

@@ -7,6 +7,7 @@ mod args;
 mod ask;
 mod check;
 mod cleanup;
+mod events;
 pub mod failure;
 mod output;
 mod run;
@@ -76,8 +77,10 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             output::write(&script)
         }
         Command::Status => ask::status(socket, &output),
+        Command::Audit => ask::audit(socket, &output),
         Command::Services { name } => ask::services(socket, name.as_deref(), &output),
         Command::Backends { service } => ask::backends(socket, service.as_deref(), &output),
+        Command::Events(args) => events::events(socket, &args, &output),
         Command::Explain(args) => ask::explain(socket, args, &output),
         Command::Version => ask::version(socket, &output),
     }

@@ -5,6 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use comfy_table::{Cell, Color, ContentArrangement, Row, Table, presets};
 use serde::Serialize;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::args::Format;
 use super::failure::Failure;
@@ -49,6 +51,23 @@ impl Output {
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
         }
+        write(text.as_bytes())
+    }
+
+    /// Prints one of many values as it comes; for people as `table` writes it. In JSON each is a
+    /// line, in YAML a document.
+    pub(super) fn print_next<T: Serialize>(
+        &self,
+        value: &T,
+        table: impl FnOnce(&T, Style) -> String,
+    ) -> Result<(), Failure> {
+        let text = match self.format {
+            Format::Table | Format::Wide => table(value, self.style),
+            Format::Json => serde_json::to_string(value).map_err(Failure::failed)? + "\n",
+            Format::Yaml => {
+                format!("---\n{}", serde_saphyr::to_string(value).map_err(Failure::failed)?)
+            }
+        };
         write(text.as_bytes())
     }
 
@@ -155,9 +174,11 @@ pub(super) fn lines(text: &str) -> Cell {
 pub(super) fn coloured(word: &str) -> Cell {
     let cell = text(word);
     match word {
-        "healthy" | "ready" | "yes" | "ok" => cell.fg(Color::Green),
+        "healthy" | "recovered" | "ready" | "yes" | "ok" => cell.fg(Color::Green),
         "unhealthy" | "ejected" | "error" | "no" | "fail" => cell.fg(Color::Red),
-        "draining" | "starting" | "warn" => cell.fg(Color::Yellow),
+        "draining" | "starting" | "warn" | "suspected" | "spared" | "missed" => {
+            cell.fg(Color::Yellow)
+        }
         _ => cell,
     }
 }
@@ -183,6 +204,22 @@ pub(super) fn age(since: &str, now: SystemTime) -> String {
         120..7_200 => format!("{}m", seconds / 60),
         7_200..172_800 => format!("{}h", seconds / 3_600),
         _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// Resolves when nobody reads standard output any more, which a pipe tells at once and not only when
+/// something is written to it.
+pub(super) async fn unread() {
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe, to demand that the descriptor stays open: nobody closes \
+                  standard output here"
+    )]
+    let stdout = AsyncFd::with_interest(io::stdout(), Interest::ERROR);
+    match stdout {
+        Ok(stdout) if stdout.ready(Interest::ERROR).await.is_ok() => {}
+        // A file, which is always ready, cannot be waited for; nor can it lose its reader.
+        _ => std::future::pending().await,
     }
 }
 

@@ -3,14 +3,15 @@
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
-use comfy_table::Cell;
-
 use super::output::{Style, age, clean, coloured, lines, number, text};
-use crate::api::types::{Answer, Backend, Explanation, Frontend, Service, Status};
+use crate::api::types::{Answer, Audit, Backend, Explanation, Frontend, Service, Status};
 use crate::check::Check;
 
 /// How many frontends of a service are shown before `-o wide` is needed.
 const FRONTENDS: usize = 1;
+
+/// From this width on, all numbers of a backend are shown.
+const ROOMY: u16 = 80;
 
 /// `services`.
 pub(super) fn services(services: &[Service], style: Style) -> String {
@@ -53,9 +54,15 @@ fn frontend(frontend: &Frontend) -> String {
 
 /// `backends`.
 pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> String {
-    let mut header = vec!["SERVICE", "PORT", "ADDRESS", "STATE", "WEIGHT", "OPENED", "AGE"];
+    // A narrow terminal has no room for all numbers.
+    let roomy = style.wide || style.width >= ROOMY;
+    let mut header = vec!["SERVICE", "PORT", "ADDRESS", "STATE", "WEIGHT", "OPENED"];
+    if roomy {
+        header.extend(["ACTIVE", "FAILED"]);
+    }
+    header.push("AGE");
     if style.wide {
-        header.extend(["ACTIVE", "FAILED", "ZONE"]);
+        header.extend(["REFUSED", "TIMEOUT", "UNREACHABLE", "RESET", "ZONE"]);
     }
     header.push("REASON");
     let mut list = style.list(&header);
@@ -67,12 +74,17 @@ pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> S
             coloured(&backend.state),
             number(backend.weight),
             number(backend.opened),
-            number(age(&backend.since, now)),
         ];
+        if roomy {
+            row.extend([number(backend.active), number(backend.failed)]);
+        }
+        row.push(number(age(&backend.since, now)));
         if style.wide {
             row.extend([
-                counted(backend.active),
-                counted(backend.failed),
+                number(backend.failures.refused),
+                number(backend.failures.timeout),
+                number(backend.failures.unreachable),
+                number(backend.failures.reset),
                 text(backend.zone.as_deref().unwrap_or("-")),
             ]);
         }
@@ -82,9 +94,26 @@ pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> S
     list.finish()
 }
 
-/// A number that the kernel may not count.
-fn counted(count: Option<u64>) -> Cell {
-    count.map_or_else(|| text("-"), number)
+/// `audit`.
+pub(super) fn audit(audit: &Audit, style: Style) -> String {
+    let mut list = style.list(&["RECORDS", "COUNT"]);
+    for (name, count) in [
+        ("in use", audit.records as u64),
+        ("of a socket that exists", audit.seen as u64),
+        ("whose connection is over", audit.unseen as u64),
+        ("released meanwhile", audit.ended as u64),
+        ("in network namespaces out of reach", audit.in_unknown_namespaces as u64),
+        ("where not all sockets were listed", audit.undecided as u64),
+        ("released by this audit", audit.released),
+        ("released by all audits so far", audit.released_ever),
+    ] {
+        list.row([text(name), number(count)]);
+    }
+    let mut out = list.finish();
+    if let Some(problem) = &audit.problem {
+        line(&mut out, format_args!("{}", clean(problem)));
+    }
+    out
 }
 
 /// `status`.
@@ -132,6 +161,7 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
     }
     counters.row([text("retries"), number(status.counters.retries)]);
     counters.row([text("no flow record"), number(status.counters.no_flow_record)]);
+    counters.row([text("events lost"), number(status.counters.events_lost)]);
     for part in [programs, sources, maps, counters] {
         out.push('\n');
         out.push_str(&part.finish());

@@ -2,9 +2,9 @@
 
 use std::io;
 
-use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Slot, Table};
+use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Policy, Slot, Table};
 
-use super::maps::{Capacity, MapError, Maps};
+use super::maps::{Capacity, Counts, MapError, Maps, Refused};
 
 /// Passes calls on to another implementation, unless `fails` says that this one fails.
 pub struct Faulty<M, F> {
@@ -32,8 +32,16 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         self.gate("writing BACKENDS")?.write_backend(id, backend)
     }
 
-    fn reset_stats(&mut self, id: u32) -> Result<(), MapError> {
-        self.gate("writing BACKEND_STATS")?.reset_stats(id)
+    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        self.gate("writing BACKEND_STATS")?.reset_stats(id, generation)
+    }
+
+    fn retire_stats(&mut self, id: u32) {
+        self.maps.retire_stats(id);
+    }
+
+    fn forget_failures(&mut self, id: u32) {
+        self.maps.forget_failures(id);
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
@@ -46,8 +54,13 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         key: &FrontendKey,
         generation: u64,
         table: Table,
+        policy: Policy,
     ) -> Result<(), MapError> {
-        self.gate("writing SERVICES")?.write_service(index, key, generation, table)
+        self.gate("writing SERVICES")?.write_service(index, key, generation, table, policy)
+    }
+
+    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError> {
+        self.gate("setting a policy in SERVICES")?.set_policy(index, policy)
     }
 
     fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {
@@ -86,7 +99,11 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         self.maps.backend(id)
     }
 
-    fn opened(&self, id: u32) -> u64 {
-        self.maps.opened(id)
+    fn counts(&self, id: u32) -> Counts {
+        self.maps.counts(id)
+    }
+
+    fn refused(&self, index: u32) -> Refused {
+        self.maps.refused(index)
     }
 }

@@ -6,13 +6,15 @@ use std::sync::{Mutex, PoisonError};
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData};
+use mesh_common::ejection::ticks;
 use mesh_common::{
-    Addr, Backend, BackendStats, FrontendKey, FrontendValue, Service, Settings, Slot, Table,
-    Tables, Word,
+    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Policy, Service,
+    ServiceStats, Settings, Slot, Table, Tables, Token, Word,
 };
 
-use super::maps::{Capacity, MapError, Maps};
+use super::clock;
+use super::maps::{Capacity, Counts, MapError, Maps, Refused};
 use super::sys::{Flat, Mapped};
 
 /// A map of the loaded object that is not what this agent expects.
@@ -58,9 +60,10 @@ pub struct KernelMaps {
     slots: Mapped<Slot>,
     backends: Mapped<Backend>,
     stats: Mapped<BackendStats>,
+    service_stats: Mapped<ServiceStats>,
     settings: Mapped<Settings>,
     virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
-    counters: PerCpuArray<MapData, u64>,
+    counters: Mapped<Word>,
     capacity: Capacity,
 }
 
@@ -77,9 +80,10 @@ impl KernelMaps {
         let slots: Mapped<Slot> = mapped(ebpf, "SLOTS")?;
         let backends: Mapped<Backend> = mapped(ebpf, "BACKENDS")?;
         let stats: Mapped<BackendStats> = mapped(ebpf, "BACKEND_STATS")?;
+        let service_stats: Mapped<ServiceStats> = mapped(ebpf, "SERVICE_STATS")?;
         let capacity = Capacity {
             frontends: entries,
-            services: services.capacity(),
+            services: services.capacity().min(service_stats.capacity()),
             slots: slots.capacity(),
             backends: backends.capacity().min(stats.capacity()),
             virtual_ips: ranges,
@@ -90,28 +94,34 @@ impl KernelMaps {
             slots,
             backends,
             stats,
+            service_stats,
             settings: mapped(ebpf, "SETTINGS")?,
             virtual_ips,
-            counters: typed(ebpf, "COUNTERS", PerCpuArray::try_from)?,
+            counters: mapped(ebpf, "COUNTERS")?,
             capacity,
         })
     }
 
-    /// A counter, summed over the CPUs. The index is one of
-    /// [`mesh_common::layout::counter`], or a [`mesh_common::Reason`].
+    /// A counter. The index is one of [`mesh_common::layout::counter`], or a
+    /// [`mesh_common::Reason`].
     pub fn counter(&self, index: u32) -> u64 {
-        self.counters.get(&index, 0).map_or(0, |values| values.iter().sum())
+        self.counters.get(index).map_or(0, Word::load)
+    }
+
+    /// What is known of failures of a backend, to change it.
+    pub fn stats(&self, id: u32) -> Option<&BackendStats> {
+        self.stats.get(id)
     }
 }
 
 // === opening ===
 
-fn take(ebpf: &mut Ebpf, map: &'static str) -> Result<Map, OpenError> {
+pub(super) fn take(ebpf: &mut Ebpf, map: &'static str) -> Result<Map, OpenError> {
     ebpf.take_map(map).ok_or(OpenError::Missing(map))
 }
 
 /// Takes a map as one of aya's types, which compare the sizes of keys and values.
-fn typed<T>(
+pub(super) fn typed<T>(
     ebpf: &mut Ebpf,
     map: &'static str,
     convert: impl FnOnce(Map) -> Result<T, aya::maps::MapError>,
@@ -133,8 +143,9 @@ fn sized<T>(
     Ok((typed(ebpf, map, convert)?, entries))
 }
 
-fn mapped<T: Flat>(ebpf: &mut Ebpf, map: &'static str) -> Result<Mapped<T>, OpenError> {
-    let Map::Array(data) = take(ebpf, map)? else { return Err(OpenError::Missing(map)) };
+/// Maps an array. It stays with the object, so that it can be mapped for another owner too.
+pub(super) fn mapped<T: Flat>(ebpf: &Ebpf, map: &'static str) -> Result<Mapped<T>, OpenError> {
+    let Some(Map::Array(data)) = ebpf.map(map) else { return Err(OpenError::Missing(map)) };
     let info = data.info().map_err(|source| OpenError::Map { map, source })?;
     let (found, expected) = (info.value_size(), size_of::<T>());
     if found as usize != expected {
@@ -172,9 +183,25 @@ impl Maps for KernelMaps {
         self.backends.write(id, records).map_err(out_of_range("writing BACKENDS"))
     }
 
-    fn reset_stats(&mut self, id: u32) -> Result<(), MapError> {
+    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
         let stats = [BackendStats::default()];
-        self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))
+        self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
+        if let Some(stats) = self.stats.get(id) {
+            stats.generation.store(generation.into());
+        }
+        Ok(())
+    }
+
+    fn retire_stats(&mut self, id: u32) {
+        if let Some(stats) = self.stats.get(id) {
+            stats.generation.store(0);
+        }
+    }
+
+    fn forget_failures(&mut self, id: u32) {
+        if let Some(stats) = self.stats.get(id) {
+            stats.ejection.store(0);
+        }
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
@@ -187,14 +214,25 @@ impl Maps for KernelMaps {
         key: &FrontendKey,
         generation: u64,
         table: Table,
+        policy: Policy,
     ) -> Result<(), MapError> {
         let record = [Service {
             table: Word::new(table.0),
             generation: Word::new(generation),
+            policy: Word::new(policy.0),
             key: *key,
-            pad: 0,
+            pad: [0; 5],
         }];
+        let stats = [ServiceStats::default()];
+        self.service_stats.write(index, &stats).map_err(out_of_range("writing SERVICE_STATS"))?;
         self.services.write(index, &record).map_err(out_of_range("writing SERVICES"))
+    }
+
+    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError> {
+        if let Some(service) = self.services.get(index) {
+            service.policy.store(policy.0);
+        }
+        Ok(())
     }
 
     fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {
@@ -246,8 +284,18 @@ impl Maps for KernelMaps {
         self.backends.get(id).copied()
     }
 
-    fn opened(&self, id: u32) -> u64 {
-        self.stats.get(id).map_or(0, |stats| stats.opened.load())
+    fn counts(&self, id: u32) -> Counts {
+        self.stats.get(id).map(Counts::of).unwrap_or_default()
+    }
+
+    fn refused(&self, index: u32) -> Refused {
+        let mut refused = Refused::default();
+        if let Some(stats) = self.service_stats.get(index) {
+            for (count, word) in refused.iter_mut().zip(&stats.refused) {
+                *count = word.load();
+            }
+        }
+        refused
     }
 }
 
@@ -271,6 +319,24 @@ impl Tables for KernelMaps {
 
     fn random(&self) -> u32 {
         fastrand::u32(..)
+    }
+
+    fn ejection(&self, backend: u32) -> Ejection {
+        self.stats.get(backend).map_or(Ejection::NONE, BackendStats::ejection)
+    }
+
+    /// Whoever only asks takes nothing.
+    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
+        Some(Token::NONE)
+    }
+
+    /// Somebody for whom nothing is out that is not out for all.
+    fn client(&self) -> Client {
+        Client::NOBODY
+    }
+
+    fn now(&self) -> u64 {
+        ticks(clock::monotonic())
     }
 }
 

@@ -4,26 +4,58 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use aya::maps::{MapData, RingBuf};
 use aya::programs::cgroup_sock_addr::CgroupSockAddrLinkId;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError};
-use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
+use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSockAddr, ProgramError};
+use aya::{Btf, Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use mesh_common::ABI_VERSION;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
-use super::kernel::{Grace, KernelMaps, OpenError};
+use super::btf::{BtfError, SocketFields};
+use super::kernel::{Grace, KernelMaps, OpenError, typed};
+use super::records::Records;
 use super::sys::attached::{Hook, program_ids};
 use crate::text::chain;
 
 /// The kernel object, or nothing in a binary that was built without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 
-/// The programs and their hooks.
+/// The programs that are attached to the cgroup, and their hooks.
 pub const PROGRAMS: [(&str, Hook); 4] = [
     ("mesh_connect4", Hook::Connect4),
     ("mesh_connect6", Hook::Connect6),
     ("mesh_peername4", Hook::GetPeerName4),
     ("mesh_peername6", Hook::GetPeerName6),
 ];
+
+/// What the programs that see the end of a connection hang on. They run for all sockets of the
+/// machine, and leave those alone that have no record.
+///
+/// A tracepoint with typed arguments, by its name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tracer(&'static str);
+
+/// Those programs, in the order in which they are attached: what ends a record comes first.
+///
+/// Of most there are two that do the same: the kernel does not run one that is running on the same
+/// CPU already.
+pub const TRACERS: [(&str, Tracer); 7] = [
+    ("mesh_destroy", Tracer("tcp_destroy_sock")),
+    ("mesh_destroy_too", Tracer("tcp_destroy_sock")),
+    ("mesh_error", Tracer("inet_sk_error_report")),
+    ("mesh_error_too", Tracer("inet_sk_error_report")),
+    ("mesh_reset", Tracer("tcp_receive_reset")),
+    ("mesh_reset_too", Tracer("tcp_receive_reset")),
+    ("mesh_retransmit", Tracer("tcp_retransmit_skb")),
+];
+
+impl Tracer {
+    /// As people write it.
+    #[must_use]
+    pub fn describe(self) -> String {
+        format!("tp_btf/{}", self.0)
+    }
+}
 
 /// Why the data plane cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +80,12 @@ pub enum LoadError {
     /// A map is not what it should be.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The kernel's types cannot be read.
+    #[error(transparent)]
+    Types(#[from] BtfError),
+    /// They cannot be given to the kernel's verifier.
+    #[error("reading the kernel's types: {0}; the kernel must be built with CONFIG_DEBUG_INFO_BTF")]
+    Btf(#[source] aya::BtfError),
     /// A program was refused.
     #[error(
         "loading {program}: {}; `mesh-agent check` says what this kernel or container lacks",
@@ -68,6 +106,21 @@ pub enum LoadError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// A program that sees the end of connections could not be attached.
+    #[error(
+        "attaching {program} to {hook}: {}; `mesh-agent check` says what this kernel or container \
+         lacks",
+        chain(.source)
+    )]
+    Trace {
+        /// Its name.
+        program: &'static str,
+        /// What it hangs on.
+        hook: String,
+        /// Why.
+        #[source]
+        source: Box<ProgramError>,
     },
     /// A program could not be attached.
     #[error(
@@ -97,6 +150,21 @@ pub struct Options {
 pub struct Programs {
     ebpf: Ebpf,
     links: Vec<(&'static str, CgroupSockAddrLinkId)>,
+    /// Program ids of the attached tracers; they stay attached.
+    tracers: Vec<(&'static str, Tracer, u32)>,
+}
+
+/// A program, as the kernel knows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ProgramState {
+    /// Its name.
+    pub name: &'static str,
+    /// What it hangs on.
+    pub hook: String,
+    /// The kernel's number for it, when it is loaded.
+    pub id: Option<u32>,
+    /// Whether it is attached.
+    pub attached: bool,
 }
 
 /// What is attached where, to ask the kernel whether it still is.
@@ -104,6 +172,21 @@ pub struct Programs {
 pub struct Attachment {
     cgroup: PathBuf,
     ids: Vec<(&'static str, Hook, u32)>,
+    tracers: Vec<(&'static str, Tracer, u32)>,
+}
+
+/// Everything that a loaded object consists of, by who owns it.
+pub struct Loaded {
+    /// The programs.
+    pub programs: Programs,
+    /// The maps that the reconciler writes.
+    pub maps: KernelMaps,
+    /// The grace period.
+    pub grace: Grace,
+    /// The records of sockets.
+    pub records: Records,
+    /// What the programs tell.
+    pub events: RingBuf<MapData>,
 }
 
 /// Loads the programs and makes the maps, without attaching anything.
@@ -111,13 +194,27 @@ pub struct Attachment {
 /// # Errors
 ///
 /// When the kernel, the container or the binary lacks something.
-pub fn load(options: Options) -> Result<(Programs, KernelMaps, Grace), LoadError> {
+pub fn load(options: Options) -> Result<Loaded, LoadError> {
     let object = object(OBJECT)?;
+    let fields = SocketFields::of_this_kernel()?;
     // Level 0 lets the verifier prune every log statement.
+    let salt = fastrand::u64(..);
     let level: u8 = if options.log { aya_log::Level::Debug as u8 } else { 0 };
     let mut ebpf = EbpfLoader::new()
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global(aya_log::LEVEL, &level, false)
+        .override_global("SALT", &salt, true)
+        .override_global("SK_COOKIE", &fields.cookie, true)
+        .override_global("SK_STATE", &fields.state, true)
+        .override_global("SK_ERR", &fields.error, true)
+        .override_global("BYTES_ACKED", &fields.bytes_acked, true)
+        .override_global("BYTES_RECEIVED", &fields.bytes_received, true)
+        .override_global("RCV_NXT", &fields.rcv_nxt, true)
+        .override_global("SK_FLAGS", &fields.flags, true)
+        .override_global("SK_DPORT", &fields.port, true)
+        .override_global("TOTAL_RETRANS", &fields.total_retrans, true)
+        .override_global("PACKETS_OUT", &fields.packets_out, true)
+        .override_global("SK_ERR_SOFT", &fields.soft_error, true)
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
     for (program, _) in PROGRAMS {
@@ -125,16 +222,33 @@ pub fn load(options: Options) -> Result<(Programs, KernelMaps, Grace), LoadError
             .and_then(CgroupSockAddr::load)
             .map_err(|source| LoadError::Program { program, source: Box::new(source) })?;
     }
+    let btf = Btf::from_sys_fs().map_err(LoadError::Btf)?;
+    for (program, tracer) in TRACERS {
+        load_tracer(&mut ebpf, program, tracer, &btf)
+            .map_err(|source| LoadError::Program { program, source: Box::new(source) })?;
+    }
+    let records = Records::open(&mut ebpf)?;
     let maps = KernelMaps::open(&mut ebpf)?;
     let grace = Grace::open(&mut ebpf)?;
-    Ok((Programs { ebpf, links: Vec::new() }, maps, grace))
+    let events = typed(&mut ebpf, "EVENTS", RingBuf::try_from)?;
+    let programs = Programs { ebpf, links: Vec::new(), tracers: Vec::new() };
+    Ok(Loaded { programs, maps, grace, records, events })
+}
+
+fn load_tracer(ebpf: &mut Ebpf, name: &str, tracer: Tracer, btf: &Btf) -> Result<(), ProgramError> {
+    tracing(ebpf, name)?.load(tracer.0, btf)
+}
+
+fn tracing<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, ProgramError> {
+    ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
 }
 
 impl Programs {
     /// Attaches all programs to a cgroup: sockets that are created below it from then on are
-    /// balanced. What was attached before is detached. After an error none is attached.
+    /// balanced. What was attached before is detached. After an error none is attached to it.
     ///
-    /// `getpeername` comes first, so that no balanced socket shows its backend.
+    /// Whatever ends records comes before what makes them, and `getpeername` before connect, so that
+    /// no balanced socket shows its backend.
     ///
     /// # Errors
     ///
@@ -143,6 +257,7 @@ impl Programs {
         self.detach();
         let opened = File::open(cgroup)
             .map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
+        self.trace()?;
         let mut ids = Vec::new();
         for (program, place) in PROGRAMS.into_iter().rev() {
             match self.attach_one(program, &opened) {
@@ -155,7 +270,21 @@ impl Programs {
             }
         }
         ids.reverse();
-        Ok(Attachment { cgroup: cgroup.to_owned(), ids })
+        Ok(Attachment { cgroup: cgroup.to_owned(), ids, tracers: self.tracers.clone() })
+    }
+
+    /// Attaches the programs that see connections end. They stay until this is dropped: sockets that
+    /// were balanced go on to exist when the others are detached.
+    fn trace(&mut self) -> Result<(), LoadError> {
+        for (program, tracer) in TRACERS.into_iter().skip(self.tracers.len()) {
+            let attached = attach_tracer(&mut self.ebpf, program);
+            let id = attached.map_err(|source| {
+                let hook = tracer.describe();
+                LoadError::Trace { program, hook, source: Box::new(source) }
+            })?;
+            self.tracers.push((program, tracer, id));
+        }
+        Ok(())
     }
 
     fn attach_one(&mut self, name: &'static str, cgroup: &File) -> Result<u32, ProgramError> {
@@ -166,7 +295,7 @@ impl Programs {
         Ok(id)
     }
 
-    /// Detaches all that is attached.
+    /// Detaches all that is attached to a cgroup.
     pub fn detach(&mut self) {
         for (program, link) in self.links.drain(..) {
             let detached = hook(&mut self.ebpf, program).and_then(|hook| hook.detach(link));
@@ -201,22 +330,51 @@ fn object(bytes: &[u8]) -> Result<&[u8], LoadError> {
 // === impl Attachment ===
 
 impl Attachment {
-    /// Each program with its hook, and whether it is attached now. A cgroup that was removed has
-    /// none, also when another one has its name.
-    pub fn states(&self) -> Vec<(&'static str, Hook, bool)> {
+    /// Each program, and whether it is attached now. A cgroup that was removed has none, also when
+    /// another one has its name. Nobody but the agent can detach the tracers.
+    pub fn states(&self) -> Vec<ProgramState> {
         let attached =
             |hook, id| program_ids(&self.cgroup, hook).is_ok_and(|attached| attached.contains(&id));
-        self.ids.iter().map(|&(name, hook, id)| (name, hook, attached(hook, id))).collect()
+        let hooked = self.ids.iter().map(|&(name, hook, id)| ProgramState {
+            name,
+            hook: format!("cgroup/{}", hook.name()),
+            id: Some(id),
+            attached: attached(hook, id),
+        });
+        let tracing = self.tracers.iter().map(|&(name, tracer, id)| ProgramState {
+            name,
+            hook: tracer.describe(),
+            id: Some(id),
+            attached: true,
+        });
+        hooked.chain(tracing).collect()
     }
 
     /// Whether all of them are attached now.
     pub fn is_whole(&self) -> bool {
-        self.states().into_iter().all(|(_, _, attached)| attached)
+        self.states().into_iter().all(|state| state.attached)
     }
 }
 
 fn hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, ProgramError> {
     ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+/// Attaches a tracer, and gives the kernel's number for its program.
+fn attach_tracer(ebpf: &mut Ebpf, name: &str) -> Result<u32, ProgramError> {
+    let program = tracing(ebpf, name)?;
+    let id = program.info()?.id();
+    program.attach()?;
+    Ok(id)
+}
+
+/// All programs, of which none is attached.
+#[must_use]
+pub fn detached() -> Vec<ProgramState> {
+    let hooks = PROGRAMS.map(|(name, hook)| (name, format!("cgroup/{}", hook.name())));
+    let tracers = TRACERS.map(|(name, tracer)| (name, tracer.describe()));
+    let all = hooks.into_iter().chain(tracers);
+    all.map(|(name, hook)| ProgramState { name, hook, id: None, attached: false }).collect()
 }
 
 /// The layout version that an object was built with: the value of its symbol `ABI`.

@@ -4,7 +4,9 @@
 
 use std::io;
 
-use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Slot, Table};
+use mesh_common::{
+    Addr, Backend, BackendStats, Ejection, FrontendKey, FrontendValue, Policy, Reason, Slot, Table,
+};
 
 /// A map operation that did not succeed; nothing of it is visible.
 #[derive(Debug, thiserror::Error)]
@@ -42,18 +44,27 @@ pub trait Maps {
 
     /// Writes a record of `BACKENDS`. No program decides by it.
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError>;
-    /// Sets the counters of an unused id to zero.
-    fn reset_stats(&mut self, id: u32) -> Result<(), MapError>;
+    /// Sets the counters of an unused id to zero, and then says whose they are.
+    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError>;
+    /// Says that the counters of an id are nobody's any more: programs that start from now on leave
+    /// them alone.
+    fn retire_stats(&mut self, id: u32);
+    /// Forgets what is known of failures of a backend: a single store.
+    fn forget_failures(&mut self, id: u32);
     /// Writes slots that no table names.
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError>;
-    /// Writes a record of `SERVICES` that no entry of `FRONTENDS` names.
+    /// Writes a record of `SERVICES` that no entry of `FRONTENDS` names, and sets what is counted
+    /// for it to zero.
     fn write_service(
         &mut self,
         index: u32,
         key: &FrontendKey,
         generation: u64,
         table: Table,
+        policy: Policy,
     ) -> Result<(), MapError>;
+    /// Gives a record another policy: a single store.
+    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError>;
     /// Switches a record to another table: a single store, after all that was written before.
     fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError>;
     /// Marks a record that no entry of `FRONTENDS` names any more, so that a program that is
@@ -74,6 +85,37 @@ pub trait Maps {
     fn slot(&self, index: u32) -> Option<Slot>;
     /// Reads a record of `BACKENDS`.
     fn backend(&self, id: u32) -> Option<Backend>;
-    /// Reads how many connects a backend was given.
-    fn opened(&self, id: u32) -> u64;
+    /// Reads what is counted for a backend.
+    fn counts(&self, id: u32) -> Counts;
+    /// Reads how many connects to the frontend of a record of `SERVICES` were refused, by
+    /// [`Reason`].
+    fn refused(&self, index: u32) -> Refused;
+}
+
+/// Refused connects, by the number of the [`Reason`].
+pub type Refused = [u64; Reason::ALL.len()];
+
+/// What is counted for a backend since it appeared.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Connects that were given to it.
+    pub opened: u64,
+    /// How many of them are open, or being opened.
+    pub active: u64,
+    /// How many of them failed, by the number of the [`mesh_common::Failure`].
+    pub failed: [u64; 4],
+    /// Whether it is out of rotation.
+    pub ejection: Ejection,
+}
+
+impl Counts {
+    /// Reads them.
+    pub fn of(stats: &BackendStats) -> Self {
+        Self {
+            active: stats.active(),
+            opened: stats.opened.load(),
+            failed: [0, 1, 2, 3].map(|reason| stats.failed[reason].load()),
+            ejection: stats.ejection(),
+        }
+    }
 }

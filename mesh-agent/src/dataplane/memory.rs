@@ -4,9 +4,12 @@
 use std::collections::HashMap;
 use std::io;
 
-use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Service, Slot, Table, Tables, Word};
+use mesh_common::{
+    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Policy, Service,
+    Slot, Table, Tables, Token, Word,
+};
 
-use super::maps::{Capacity, MapError, Maps};
+use super::maps::{Capacity, Counts, MapError, Maps, Refused};
 
 /// The tables, with the memory of what is still in use.
 #[derive(Debug)]
@@ -16,12 +19,16 @@ pub struct Memory {
     services: Vec<Service>,
     slots: Vec<Slot>,
     backends: Vec<Backend>,
+    stats: Vec<BackendStats>,
     virtual_ips: Vec<(u128, u8)>,
     virtual_ip_count: u32,
     /// Draws so far.
     draws: Word,
     /// Tables that programs still running have read: their slots must stay as they are.
     pub readers: Vec<Table>,
+    /// Backends, by id and generation, whose connections programs still running have seen end: the
+    /// id must stay nobody else's.
+    pub enders: Vec<(u32, u64)>,
 }
 
 impl Memory {
@@ -37,19 +44,29 @@ impl Memory {
             services: filled(capacity.services),
             slots: filled(capacity.slots),
             backends: filled(capacity.backends),
+            stats: filled(capacity.backends),
             virtual_ips: Vec::new(),
             virtual_ip_count: 0,
             draws: Word::new(0),
             readers: Vec::new(),
+            enders: Vec::new(),
         }
     }
 
-    /// A program starts now: it has read the tables of all frontends. It runs until `readers` is
-    /// emptied.
+    /// Programs start now: one has read the tables of all frontends, one the generations of all
+    /// backends. They run until [`Memory::end_readers`].
     pub fn start_readers(&mut self) {
         let tables: Vec<_> =
             self.named_services().map(|index| self.services[index as usize].table()).collect();
         self.readers.extend(tables);
+        let lives = (0..).zip(&self.stats).map(|(id, stats)| (id, stats.generation.load()));
+        self.enders.extend(lives.filter(|&(_, generation)| generation != 0));
+    }
+
+    /// Those programs end.
+    pub fn end_readers(&mut self) {
+        self.readers.clear();
+        self.enders.clear();
     }
 
     /// The entries of `FRONTENDS`.
@@ -87,9 +104,23 @@ impl Maps for Memory {
         Ok(())
     }
 
-    fn reset_stats(&mut self, id: u32) -> Result<(), MapError> {
+    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
         assert!(self.named_slots().all(|slot| slot.backend != id), "backend {id} is named");
+        let mut enders = self.enders.iter();
+        assert!(enders.all(|&(other, _)| other != id), "a program will count for backend {id}");
+        let stats = &mut self.stats[id as usize];
+        assert_eq!(stats.generation.load(), 0, "the counters of backend {id} are somebody's");
+        *stats = BackendStats::default();
+        stats.generation.store(generation.into());
         Ok(())
+    }
+
+    fn retire_stats(&mut self, id: u32) {
+        self.stats[id as usize].generation.store(0);
+    }
+
+    fn forget_failures(&mut self, id: u32) {
+        self.stats[id as usize].ejection.store(0);
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
@@ -109,14 +140,21 @@ impl Maps for Memory {
         key: &FrontendKey,
         generation: u64,
         table: Table,
+        policy: Policy,
     ) -> Result<(), MapError> {
         assert!(self.named_services().all(|named| named != index), "service {index} is named");
         self.services[index as usize] = Service {
             table: Word::new(table.0),
             generation: Word::new(generation),
+            policy: Word::new(policy.0),
             key: *key,
-            pad: 0,
+            pad: [0; 5],
         };
+        Ok(())
+    }
+
+    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError> {
+        self.services[index as usize].policy.store(policy.0);
         Ok(())
     }
 
@@ -177,8 +215,12 @@ impl Maps for Memory {
         self.backends.get(id as usize).copied()
     }
 
-    fn opened(&self, _id: u32) -> u64 {
-        0
+    fn counts(&self, id: u32) -> Counts {
+        self.stats.get(id as usize).map(Counts::of).unwrap_or_default()
+    }
+
+    fn refused(&self, _: u32) -> Refused {
+        Refused::default()
     }
 }
 
@@ -209,5 +251,20 @@ impl Tables for Memory {
         let draws = self.draws.load() + 1;
         self.draws.store(draws);
         u32::try_from(draws.wrapping_mul(0x9e37_79b9) & 0xffff_ffff).unwrap_or(0)
+    }
+    fn ejection(&self, backend: u32) -> Ejection {
+        self.stats.get(backend as usize).map_or(Ejection::NONE, BackendStats::ejection)
+    }
+
+    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
+        Some(Token::NONE)
+    }
+
+    fn client(&self) -> Client {
+        Client::NOBODY
+    }
+
+    fn now(&self) -> u64 {
+        0
     }
 }

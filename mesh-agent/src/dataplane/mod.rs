@@ -2,10 +2,13 @@
 //! the compiler wants.
 
 mod alloc;
+mod btf;
+pub mod clock;
 pub mod fault;
 pub mod kernel;
 pub mod load;
 pub mod maps;
 pub mod memory;
 pub mod reconcile;
+pub mod records;
 pub mod sys;

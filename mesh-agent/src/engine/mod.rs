@@ -2,6 +2,10 @@
 //! hold what follows from it. It owns the catalog, the states of the endpoints and the reconciler;
 //! everybody else asks it.
 
+mod confirm;
+pub mod journal;
+mod observed;
+mod out;
 mod pause;
 mod view;
 
@@ -15,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::audit::task::Auditor;
 use crate::catalog::{Catalog, Entry};
 use crate::compile::{self, Tables};
 use crate::config::Config;
@@ -25,6 +30,9 @@ use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::discovery::{Event, SourceState};
 use crate::health::{Finding, Monitor, Plan, Verdict};
 use crate::model::ServiceName;
+use crate::observe::events::Batch;
+use confirm::Opinions;
+use journal::Journal;
 use pause::Pause;
 pub use view::Handle;
 
@@ -79,6 +87,12 @@ pub struct Engine {
     retry: Pause,
     /// The last life given to an endpoint.
     life: u64,
+    journal: Journal,
+    auditor: Auditor,
+    /// By backend id: its generation, and the client that it was last taken out for alone.
+    suspects: HashMap<u32, (u32, Arc<str>)>,
+    /// What the agent itself finds of backends that the kernel suspects.
+    opinions: Opinions,
     /// Resolved once every source has been heard.
     all_heard: Option<oneshot::Sender<()>>,
 }
@@ -89,6 +103,16 @@ pub struct Inputs {
     pub sources: mpsc::Receiver<Event>,
     /// What the health checks find.
     pub findings: mpsc::UnboundedReceiver<Finding>,
+    /// What the kernel programs tell.
+    pub observed: mpsc::Receiver<Batch>,
+}
+
+/// Those who watch besides.
+pub struct Watchers {
+    /// Where what happens is written.
+    pub journal: Journal,
+    /// Who compares records with sockets.
+    pub auditor: Auditor,
 }
 
 /// How many findings are taken together: one pass over a service, however many of its endpoints
@@ -103,16 +127,20 @@ type Question = Box<dyn FnOnce(&mut Engine) + Send>;
 impl Engine {
     /// An engine over maps that are empty. The receiver hears when every source has been heard
     /// once and what it defines is in the kernel; the future is the engine's work, until `cancel`.
+    /// What happens is written to the journal.
     pub fn prepare(
         config: &Arc<Config>,
         reconciler: Reconciler<KernelMaps>,
         grace: Grace,
         monitor: Monitor,
         inputs: Inputs,
+        watchers: Watchers,
         cancel: CancellationToken,
     ) -> (Handle, oneshot::Receiver<()>, impl Future<Output = ()> + Send + use<>) {
         let (questions, receiver) = mpsc::channel(BATCH);
         let (all_heard, heard) = oneshot::channel();
+        let Watchers { journal, auditor } = watchers;
+        let handle = Handle::new(questions, Arc::clone(config), auditor.clone());
         let engine = Self {
             catalog: Catalog::default(),
             sources: BTreeMap::new(),
@@ -131,10 +159,13 @@ impl Engine {
             grace_pause: Pause::default(),
             retry: Pause::default(),
             life: 0,
+            journal,
+            auditor,
+            suspects: HashMap::new(),
             all_heard: Some(all_heard),
+            opinions: Opinions::new(),
             config: Arc::clone(config),
         };
-        let handle = Handle::new(questions, Arc::clone(config));
         (handle, heard, engine.run(inputs, receiver, cancel))
     }
 
@@ -159,9 +190,11 @@ impl Engine {
                 1.. = inputs.sources.recv_many(&mut events, BATCH) => {
                     self.take_events(events.drain(..));
                 }
+                Some(opinion) = self.opinions.receiver.recv() => self.take_opinion(opinion),
                 Some(question) = questions.recv() => question(&mut self),
                 // `start_grace` below is what it was for.
                 () = self.grace_pause.over() => {}
+                Some(batch) = inputs.observed.recv() => self.take_observed(batch),
             }
             self.start_grace();
         }
@@ -279,6 +312,7 @@ impl Engine {
             // A verdict may come in after its endpoint went, or even came back.
             let Some(known) = known.filter(|known| known.life == life) else { continue };
             tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
+            self.journal.push(observed::checked(&service, address, state, &reason));
             *known = Known { life, state, reason, since: SystemTime::now() };
             changed.insert(service);
         }

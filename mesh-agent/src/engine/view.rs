@@ -6,17 +6,24 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use mesh_common::ejection::ticks;
 use mesh_common::layout::counter;
-use mesh_common::{FrontendKey, Protocol, Reason, State};
+use mesh_common::{Backend, Client, Ejection, FrontendKey, Policy, Protocol, Reason, State};
 use tokio::sync::{mpsc, oneshot};
 
+use super::out::{self, Standing};
 use super::{Engine, Known, Question, few};
 use crate::api::server::{ExplainQuery, View, ViewError};
 use crate::api::types;
+use crate::audit::Report;
+use crate::audit::task::{Audited, Auditor};
 use crate::catalog::{self, Entry};
+use crate::compile;
 use crate::config::Config;
-use crate::dataplane::load::{Attachment, PROGRAMS};
+use crate::dataplane::clock;
+use crate::dataplane::load::{self, Attachment};
 use crate::dataplane::maps::Maps as _;
+use crate::dataplane::maps::{self, Counts};
 use crate::explain::{self, BackendInfo, ClientView, FrontendInfo, Names};
 use crate::model::ServiceName;
 
@@ -31,11 +38,16 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub struct Handle {
     questions: mpsc::Sender<Question>,
     config: Arc<Config>,
+    auditor: Auditor,
 }
 
 impl Handle {
-    pub(super) fn new(questions: mpsc::Sender<Question>, config: Arc<Config>) -> Self {
-        Self { questions, config }
+    pub(super) fn new(
+        questions: mpsc::Sender<Question>,
+        config: Arc<Config>,
+        auditor: Auditor,
+    ) -> Self {
+        Self { questions, config, auditor }
     }
 
     /// Runs `question` in the engine's task, between two changes.
@@ -111,6 +123,13 @@ impl View for Handle {
         self.ask(|engine| engine.status()).await
     }
 
+    async fn audit(&self) -> Result<types::Audit, ViewError> {
+        let audited = self.auditor.pass().await;
+        let audited =
+            audited.ok_or_else(|| ViewError::Unavailable("the agent is stopping".to_owned()))?;
+        Ok(audit(&audited))
+    }
+
     async fn explain(&self, query: ExplainQuery) -> Result<types::Explanation, ViewError> {
         let ExplainQuery { address, protocol, from } = query;
         let client = match from {
@@ -142,12 +161,18 @@ impl Engine {
     fn service(&self, name: &ServiceName, entry: Option<&Entry>) -> types::Service {
         let mut frontends: Vec<FrontendKey> = self.reconciler.frontends(name).collect();
         frontends.sort_by_key(|key| (key.addr.octets(), key.host_port(), key.protocol));
-        let states: Vec<State> = self
-            .reconciler
-            .backends(name)
-            .filter_map(|(_, id)| self.reconciler.maps().backend(id))
-            .map(|backend| State::from_number(backend.state))
-            .collect();
+        let maps = self.reconciler.maps();
+        let ids: Vec<u32> = self.reconciler.backends(name).map(|(_, id)| id).collect();
+        let counts: Vec<Counts> = ids.iter().map(|&id| maps.counts(id)).collect();
+        let healthy = ids.iter().zip(&counts).filter(|&(&id, counts)| {
+            let state = maps.backend(id).map(|backend| State::from_number(backend.state));
+            state == Some(State::Healthy) && !out::is_out(counts.ejection, Client::NOBODY)
+        });
+        let refused = frontends.iter().map(|key| self.reconciler.refused(key));
+        let refused = refused.fold(maps::Refused::default(), |mut sum, one| {
+            sum.iter_mut().zip(one).for_each(|(sum, one)| *sum += one);
+            sum
+        });
         let problems = self.problems.get(name).into_iter().flatten();
         let notes = self.notes.get(name).into_iter().flatten();
         types::Service {
@@ -155,15 +180,17 @@ impl Engine {
             source: entry.map_or_else(String::new, |entry| entry.origin.item.to_string()),
             balance: RANDOM.to_owned(),
             frontends: frontends.iter().map(frontend).collect(),
-            backends: types::BackendCounts {
-                total: states.len(),
-                healthy: states.iter().filter(|&&state| state == State::Healthy).count(),
-            },
+            backends: types::BackendCounts { total: ids.len(), healthy: healthy.count() },
+            active: counts.iter().map(|counts| counts.active).sum(),
+            opened: counts.iter().map(|counts| counts.opened).sum(),
+            failed: counts.iter().flat_map(|counts| counts.failed).sum(),
+            refused: by_reason(refused).filter(|refused| refused.count > 0).collect(),
             problems: problems.chain(notes).cloned().collect(),
         }
     }
 
     fn backends(&self, name: &ServiceName, entry: &Entry) -> Vec<types::Backend> {
+        let policy = compile::policy(entry.service.ejection);
         let endpoints = &entry.service.endpoints;
         let endpoints: HashMap<_, _> = endpoints
             .iter()
@@ -174,7 +201,9 @@ impl Engine {
         held.into_iter()
             .filter_map(|(key, id)| {
                 let backend = self.reconciler.maps().backend(id)?;
+                let counts = self.reconciler.maps().counts(id);
                 let known = self.known(name, key.address);
+                let standing = self.standing(id, &backend, known, counts.ejection, policy);
                 let (ip, port) = (key.address.ip(), key.address.port());
                 let endpoint = endpoints.get(&(ip, Some(port))).or(endpoints.get(&(ip, None)));
                 Some(types::Backend {
@@ -183,17 +212,34 @@ impl Engine {
                     protocol: key.protocol.name().to_owned(),
                     address: SocketAddr::new(backend.addr.ip(), u16::from_be(backend.port))
                         .to_string(),
-                    state: State::from_number(backend.state).name().to_owned(),
-                    reason: known.map_or_else(String::new, |known| known.reason.clone()),
+                    state: standing.state.name().to_owned(),
+                    reason: standing.reason,
                     weight: backend.weight,
                     zone: endpoint.and_then(|e| e.zone.as_deref()).map(str::to_owned),
-                    active: None,
-                    opened: self.reconciler.maps().opened(id),
-                    failed: None,
-                    since: timestamp(known.map_or_else(SystemTime::now, |known| known.since)),
+                    active: counts.active,
+                    opened: counts.opened,
+                    failed: counts.failed.iter().sum(),
+                    failures: failures(counts.failed),
+                    since: timestamp(
+                        standing.since.or(known.map(|k| k.since)).unwrap_or_else(SystemTime::now),
+                    ),
                 })
             })
             .collect()
+    }
+
+    fn standing(
+        &self,
+        id: u32,
+        backend: &Backend,
+        known: Option<&Known>,
+        ejection: Ejection,
+        policy: Policy,
+    ) -> Standing {
+        let reason = known.map_or("", |known| known.reason.as_str());
+        let state = State::from_number(backend.state);
+        let suspect = self.suspect(id, backend.generation);
+        out::standing((state, reason), ejection, policy, suspect, ticks(clock::monotonic()))
     }
 
     fn known(&self, name: &ServiceName, address: SocketAddr) -> Option<&Known> {
@@ -203,9 +249,9 @@ impl Engine {
     fn status(&self) -> types::Status {
         let programs = match &self.attachment {
             Some(attachment) => attachment.states(),
-            None => PROGRAMS.map(|(name, hook)| (name, hook, false)).into(),
+            None => load::detached(),
         };
-        let attached = programs.iter().all(|(_, _, attached)| *attached);
+        let attached = programs.iter().all(|program| program.attached);
         let reasons = self.reasons(attached);
         let config = &self.config;
         types::Status {
@@ -218,15 +264,17 @@ impl Engine {
             cgroup: config.cgroup.as_ref().map_or_else(String::new, |c| c.display().to_string()),
             programs: programs
                 .into_iter()
-                .map(|(name, hook, attached)| types::Program {
-                    name: name.to_owned(),
-                    hook: format!("cgroup/{}", hook.name()),
-                    attached,
+                .map(|program| types::Program {
+                    name: program.name.to_owned(),
+                    hook: program.hook,
+                    id: program.id,
+                    attached: program.attached,
                 })
                 .collect(),
             sources: self.source_states(),
             maps: self.maps(),
             counters: self.counters(),
+            audit: self.auditor.last().map(|audited| audit(&audited)),
             last_error: self.last_error.as_ref().map(|(time, error)| types::LastError {
                 time: timestamp(*time),
                 error: error.clone(),
@@ -296,12 +344,15 @@ impl Engine {
 
     fn maps(&self) -> Vec<types::Map> {
         let (used, max) = (self.reconciler.usage(), self.reconciler.maps().capacity());
+        let [flows, overflow] = self.auditor.used();
         [
             ("FRONTENDS", used.frontends, max.frontends),
             ("SERVICES", used.services, max.services),
             ("SLOTS", used.slots, max.slots),
             ("BACKENDS", used.backends, max.backends),
             ("VIRTUAL_IPS", used.virtual_ips, max.virtual_ips),
+            ("FLOWS", flows.0, flows.1),
+            ("OVERFLOW", overflow.0, overflow.1),
         ]
         .map(|(name, used, max)| types::Map {
             name: name.to_owned(),
@@ -314,16 +365,15 @@ impl Engine {
     fn counters(&self) -> types::Counters {
         let maps = self.reconciler.maps();
         types::Counters {
-            balanced: maps.counter(counter::BALANCED),
+            balanced: self.reconciler.opened(),
             no_flow_record: maps.counter(counter::NO_FLOW_RECORD),
             retries: maps.counter(counter::RETRIES),
-            refused: Reason::ALL
-                .into_iter()
-                .map(|reason| types::Refused {
-                    reason: reason.name().to_owned(),
-                    count: maps.counter(reason as u32),
-                })
-                .collect(),
+            collisions: maps.counter(counter::COLLISIONS),
+            overflowed: maps.counter(counter::OVERFLOWED),
+            all_ejected: maps.counter(counter::ALL_EJECTED),
+            share_reached: maps.counter(counter::SHARE_REACHED),
+            events_lost: maps.counter(counter::EVENTS_LOST),
+            refused: by_reason(Reason::ALL.map(|reason| maps.counter(reason as u32))).collect(),
         }
     }
 }
@@ -336,6 +386,8 @@ impl Names for Engine {
             let (address, port) = (key.addr.ip(), key.host_port());
             self.catalog.owner(&catalog::Frontend { address, port, protocol })
         })?;
+        let entry = self.catalog.get(name.as_str());
+        let policy = compile::policy(entry.and_then(|entry| entry.service.ejection));
         let mut backends: Vec<BackendInfo> = self
             .reconciler
             .backends(name)
@@ -347,17 +399,49 @@ impl Names for Engine {
             .filter_map(|(backend, id)| {
                 let record = self.reconciler.maps().backend(id)?;
                 let known = self.known(name, backend.address);
+                let ejection = self.reconciler.maps().counts(id).ejection;
+                let standing = self.standing(id, &record, known, ejection, policy);
                 Some(BackendInfo {
                     address: backend.address,
-                    state: State::from_number(record.state),
-                    reason: known.map_or_else(String::new, |known| known.reason.clone()),
+                    state: standing.state,
+                    reason: standing.reason,
                     weight: record.weight,
+                    ejection,
                 })
             })
             .collect();
         backends.sort_by_key(|backend| backend.address);
         Some(FrontendInfo { service: name.to_string(), algorithm: RANDOM.to_owned(), backends })
     }
+}
+
+fn audit(audited: &Audited) -> types::Audit {
+    let Report { records, seen, unseen, ended, in_unknown_namespaces, undecided, problem } =
+        &audited.report;
+    types::Audit {
+        time: timestamp(audited.time),
+        passes: audited.passes,
+        records: *records,
+        seen: *seen,
+        unseen: *unseen,
+        ended: *ended,
+        in_unknown_namespaces: *in_unknown_namespaces,
+        undecided: *undecided,
+        released: audited.released,
+        released_ever: audited.released_ever,
+        problem: audited.error.as_ref().or(problem.as_ref()).cloned(),
+    }
+}
+
+fn by_reason(counts: maps::Refused) -> impl Iterator<Item = types::Refused> {
+    Reason::ALL
+        .into_iter()
+        .zip(counts)
+        .map(|(reason, count)| types::Refused { reason: reason.name().to_owned(), count })
+}
+
+fn failures([refused, timeout, unreachable, reset]: [u64; 4]) -> types::Failures {
+    types::Failures { refused, timeout, unreachable, reset }
 }
 
 fn frontend(key: &FrontendKey) -> types::Frontend {

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -18,6 +19,8 @@ pub struct ClientView {
     pub balanced: PathBuf,
     /// Whether the one is inside the other.
     pub inside: bool,
+    /// The number by which the kernel programs know the cgroup: that of its directory's inode.
+    pub id: Option<u64>,
 }
 
 /// Why `--from` names nobody. Each is for people, and says what to do.
@@ -65,12 +68,13 @@ impl ClientView {
             return Err(UnknownClient::Neither(from.into()));
         };
         let inside = balanced.contains(&cgroup);
-        Ok(Self { name, cgroup, balanced: balanced.path, inside })
+        let id = id(&balanced, &cgroup);
+        Ok(Self { name, cgroup, balanced: balanced.path, inside, id })
     }
 
     /// Where the client is, in a sentence.
     pub(super) fn describe(&self) -> String {
-        let Self { name, cgroup, balanced, inside } = self;
+        let Self { name, cgroup, balanced, inside, .. } = self;
         let relation = if *inside { "inside" } else { "not inside" };
         format!(
             "{name}: {} is {relation} the balanced cgroup {} (what counts is where a socket was \
@@ -79,6 +83,12 @@ impl ClientView {
             balanced.display()
         )
     }
+}
+
+/// The id of a cgroup inside the balanced one; nothing when it is not, or has been removed.
+fn id(balanced: &Cgroup, cgroup: &Path) -> Option<u64> {
+    let inside = cgroup.strip_prefix(&balanced.path).ok()?;
+    Some(fs::metadata(balanced.directory.join(inside)).ok()?.ino())
 }
 
 /// A process, and its place in the hierarchy.

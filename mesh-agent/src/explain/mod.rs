@@ -10,7 +10,8 @@ use std::cell::Cell;
 use std::net::SocketAddr;
 
 use mesh_common::{
-    FrontendKey, FrontendValue, Protocol, Service, Slot, State, Table, Tables, Verdict, translate,
+    Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service, Slot, State, Table,
+    Tables, Token, Verdict, translate,
 };
 
 use crate::api::types;
@@ -53,6 +54,8 @@ pub struct BackendInfo {
     pub reason: String,
     /// Its weight.
     pub weight: u32,
+    /// What the kernel has seen of it.
+    pub ejection: Ejection,
 }
 
 /// Explains what a connect from `client` would do; without a client, what one from a socket made
@@ -75,16 +78,17 @@ pub fn explain(
     if query.protocol != Protocol::Tcp {
         return story.not_tcp();
     }
-    let traced = Traced::new(tables);
+    let id = client.and_then(|client| client.id).map_or(Client::NOBODY, Client::of_cgroup);
+    let traced = Traced::new(tables, id);
     let verdict = translate(&traced, &key);
     story.looked_up(&traced.seen());
     match verdict {
         Verdict::Pass => story.passed(),
-        Verdict::Balance(slot) => {
+        Verdict::Balance(choice) => {
             let shares = traced.shares();
-            story.balanced(slot, &shares)
+            story.balanced(choice.slot, &shares, id)
         }
-        Verdict::Refuse(reason) => story.refused(reason),
+        Verdict::Refuse(reason, _) => story.refused(reason),
     }
 }
 
@@ -106,12 +110,13 @@ struct Seen {
 /// Tables that note what is read from them.
 struct Traced<'a, T> {
     tables: &'a T,
+    client: Client,
     seen: Cell<Seen>,
 }
 
 impl<'a, T: Tables> Traced<'a, T> {
-    fn new(tables: &'a T) -> Self {
-        Self { tables, seen: Cell::default() }
+    fn new(tables: &'a T, client: Client) -> Self {
+        Self { tables, client, seen: Cell::default() }
     }
 
     fn seen(&self) -> Seen {
@@ -124,7 +129,9 @@ impl<'a, T: Tables> Traced<'a, T> {
         self.seen.set(seen);
     }
 
-    /// Each slot of the table with the probability that a draw ends at it.
+    /// Each slot of the table with the probability that a connect ends at it: that a draw does, or,
+    /// when some are out for this client, that a draw does which ends at one that is not. What is
+    /// due for a try is left out: one connect gets it.
     ///
     /// A column of an alias table takes `1 / len` of all draws; of these its own slot gets what
     /// lies below the threshold, and its alias the rest.
@@ -142,6 +149,14 @@ impl<'a, T: Tables> Traced<'a, T> {
             shares[column].1 += own / len;
             if let Some(alias) = shares.get_mut(slot.alias as usize) {
                 alias.1 += (1.0 - own) / len;
+            }
+        }
+        let is_in = |slot: &Slot| !self.tables.ejection(slot.backend).is_out_for(self.client);
+        let usable: f64 =
+            shares.iter().filter(|(slot, _)| is_in(slot)).map(|(_, share)| share).sum();
+        if usable > 0.0 {
+            for (slot, share) in &mut shares {
+                *share = if is_in(slot) { *share / usable } else { 0.0 };
             }
         }
         shares
@@ -178,6 +193,22 @@ impl<T: Tables> Tables for Traced<'_, T> {
         let random = self.tables.random();
         self.note(|seen| seen.random = Some(random));
         random
+    }
+
+    fn ejection(&self, backend: u32) -> Ejection {
+        self.tables.ejection(backend)
+    }
+
+    fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
+        self.tables.enter(backend, policy)
+    }
+
+    fn client(&self) -> Client {
+        self.client
+    }
+
+    fn now(&self) -> u64 {
+        self.tables.now()
     }
 
     fn retried(&self) {

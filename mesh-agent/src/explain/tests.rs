@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use mesh_common::{Addr, Reason, Word, alias};
+use mesh_common::{Addr, Choice, Reason, Word, alias};
 
 use super::*;
 use crate::api::types::Answer;
@@ -15,7 +15,12 @@ struct Memory {
     slots: Vec<Slot>,
     virtual_ip: Option<Addr>,
     random: Cell<u32>,
+    /// By backend, which is the slot's number here.
+    ejections: HashMap<u32, Ejection>,
 }
+
+/// In ticks.
+const NOW: u64 = 1000;
 
 impl Memory {
     /// A frontend with these weighted backends; none refuses for `reason`.
@@ -34,6 +39,7 @@ impl Memory {
             self.slots.push(Slot {
                 addr: address.ip().into(),
                 port: address.port().to_be(),
+                backend: u32::try_from(self.slots.len()).expect("few"),
                 threshold: column.threshold,
                 alias: column.alias,
                 ..Slot::default()
@@ -43,8 +49,9 @@ impl Memory {
         self.services.push(Service {
             table: Word::new(table.0),
             generation: Word::new(1),
+            policy: Word::default(),
             key,
-            pad: 0,
+            pad: [0; 5],
         });
         self.frontends.insert(key, FrontendValue { service, pad: 0, generation: 1 });
     }
@@ -65,6 +72,18 @@ impl Tables for Memory {
     }
     fn random(&self) -> u32 {
         self.random.get()
+    }
+    fn ejection(&self, backend: u32) -> Ejection {
+        self.ejections.get(&backend).copied().unwrap_or_default()
+    }
+    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
+        Some(Token::NONE)
+    }
+    fn client(&self) -> Client {
+        Client::NOBODY
+    }
+    fn now(&self) -> u64 {
+        NOW
     }
 }
 
@@ -94,7 +113,8 @@ fn key_of(address: &str) -> FrontendKey {
 
 fn backend(address: &str, state: State, weight: u32) -> BackendInfo {
     let address = address.parse().expect("address");
-    BackendInfo { address, state, reason: "3 checks failed".into(), weight }
+    let ejection = Ejection::NONE;
+    BackendInfo { address, state, reason: "3 checks failed".into(), weight, ejection }
 }
 
 fn detail<'a>(explanation: &'a types::Explanation, step: &str) -> Option<&'a str> {
@@ -125,7 +145,7 @@ fn probabilities_are_the_weights_and_the_answer_is_the_draw() {
             Some("10.0.0.4:80: unhealthy (3 checks failed); 10.0.0.5:80: weight 0")
         );
         assert_eq!(detail(&explanation, "panic"), None);
-        let Verdict::Balance(slot) = translate(&tables, &key_of(ORDERS)) else {
+        let Verdict::Balance(Choice { slot, .. }) = translate(&tables, &key_of(ORDERS)) else {
             panic!("the kernel's decision is a backend");
         };
         let expected = SocketAddr::new(slot.addr.ip(), 80).to_string();
@@ -203,6 +223,7 @@ fn a_client_outside_is_not_balanced() {
         cgroup: "/other".into(),
         balanced: "/web".into(),
         inside: false,
+        id: None,
     };
     let explanation = explain(query(ORDERS), Some(&client), &tables, &names);
     assert_eq!(explanation.answer, None);

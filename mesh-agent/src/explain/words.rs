@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use mesh_common::{Reason, Slot, State};
+use mesh_common::{Client, Reason, Slot, State};
 
 use super::{BackendInfo, ClientView, FrontendInfo, Query, Seen};
 use crate::api::types::{Answer, Candidate, Explanation, Step};
@@ -125,7 +125,13 @@ impl Story {
     }
 
     /// A backend was drawn.
-    pub(super) fn balanced(mut self, drawn: &Slot, shares: &[(Slot, f64)]) -> Explanation {
+    pub(super) fn balanced(
+        mut self,
+        drawn: &Slot,
+        shares: &[(Slot, f64)],
+        client: Client,
+    ) -> Explanation {
+        self.ejected(client);
         self.candidates(shares);
         let backend = address(drawn).to_string();
         let percent = by_address(shares).get(&address(drawn)).copied().unwrap_or_default() * 100.0;
@@ -139,6 +145,26 @@ impl Story {
         self.step("answer", format!("the connect goes to {backend}"));
         self.explanation.answer = Some(Answer::Backend { backend });
         self.explanation
+    }
+
+    /// Who is out because of what the kernel saw.
+    fn ejected(&mut self, client: Client) {
+        let out: Vec<BackendInfo> = self
+            .backends
+            .iter()
+            .filter(|b| b.state.is_usable() || b.state == State::Ejected)
+            .filter(|b| b.ejection.is_out_for(client))
+            .cloned()
+            .collect();
+        let all = self.backends.iter().filter(|b| b.weight > 0).count();
+        if out.is_empty() {
+            return;
+        }
+        let named = left_out(&out.iter().collect::<Vec<_>>());
+        self.step("ejected", format!("{} of {all} endpoints are out: {named}", out.len()));
+        if out.len() == all {
+            self.step("panic", "all endpoints are ejected, so all are used");
+        }
     }
 
     /// Which backends can be chosen, and why the others cannot.
@@ -206,6 +232,7 @@ fn why_not(backend: &BackendInfo) -> String {
         _ if backend.weight == 0 => "weight 0".into(),
         (false, "") => backend.state.name().into(),
         (false, reason) => format!("{} ({reason})", backend.state.name()),
+        (true, reason) if !backend.ejection.is_in() => reason.into(),
         (true, _) => "not in the table that is in force".into(),
     }
 }

@@ -5,7 +5,7 @@
 //! others. Each check is followed by the next one an interval later, give or take a tenth, so that
 //! endpoints that were added together drift apart.
 
-mod probe;
+pub mod probe;
 mod state;
 
 use std::collections::{BTreeMap, HashMap};

@@ -139,7 +139,7 @@ pub enum HealthCheck {
 
 /// When an endpoint to which connects failed is ejected, and for how long. The kernel programs see
 /// those failures and act on them without the agent.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct EjectionPolicy {
     /// Consecutive failed connects that eject: 1 to 127.
     pub failures: u8,

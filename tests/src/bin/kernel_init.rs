@@ -193,7 +193,7 @@ fn wait_ready(agent: &mut Child) -> Result<()> {
 fn check_programs(status: &Value) -> Result<()> {
     let programs = status["programs"].as_array().context("status names no programs")?;
     let attached = programs.iter().filter(|program| program["attached"] == true).count();
-    ensure!(attached == 4 && programs.len() == 4, "programs attached: {}", status["programs"]);
+    ensure!(attached == 11 && programs.len() == 11, "programs attached: {}", status["programs"]);
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use super::super::output::WIDTH;
 use super::*;
 use crate::api::types::{
-    BackendCounts, Candidate, Counters, LastError, Map, Program, Refused, Source, Step,
+    BackendCounts, Candidate, Counters, Failures, LastError, Map, Program, Refused, Source, Step,
 };
 
 const PLAIN: Style = Style { wide: false, colour: false, width: WIDTH };
@@ -32,6 +32,10 @@ fn service(name: &str, frontends: &[&str]) -> Service {
             })
             .collect(),
         backends: BackendCounts { total: 12, healthy: 3 },
+        active: 0,
+        opened: 0,
+        failed: 0,
+        refused: Vec::new(),
         problems: Vec::new(),
     }
 }
@@ -64,23 +68,24 @@ fn backends_fit_the_width() {
         reason: "connection refused".into(),
         weight: 100,
         zone: Some("eu-west-1a".into()),
-        active: None,
+        active: 1,
         opened: 7,
-        failed: Some(2),
+        failed: 2,
+        failures: Failures { refused: 2, ..Failures::default() },
         since: "2026-01-10T00:00:00Z".into(),
     };
     assert_table(
         &backends(std::slice::from_ref(&backend), PLAIN, now()),
         "
-SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  AGE  REASON
-orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       3m   connection refused
+SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  ACTIVE  FAILED  AGE  REASON
+orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   connection refused
 ",
     );
     assert_table(
         &backends(std::slice::from_ref(&backend), WIDE, now()),
         "
-SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  AGE  ACTIVE  FAILED  ZONE        REASON
-orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       3m   -       2       eu-west-1a  connection refused
+SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  ACTIVE  FAILED  AGE  REFUSED  TIMEOUT  UNREACHABLE  RESET  ZONE        REASON
+orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   2        0        0            0      eu-west-1a  connection refused
 ",
     );
     let long = Backend {
@@ -119,6 +124,7 @@ fn status_names_everything_that_is_wrong() {
             programs: vec![Program {
                 name: "mesh_connect4".into(),
                 hook: "connect4".into(),
+                id: Some(7),
                 attached: true,
             }],
             sources: vec![Source {
@@ -133,6 +139,7 @@ fn status_names_everything_that_is_wrong() {
                 refused: vec![Refused { reason: "no-port".into(), count: 2 }],
                 ..Counters::default()
             },
+            audit: None,
             last_error: Some(LastError {
                 time: "2026-01-10T00:00:00Z".into(),
                 error: "waiting for running programs: membarrier failed".into(),
@@ -166,6 +173,7 @@ balanced          10
 refused: no-port  2
 retries           0
 no flow record    0
+events lost       0
 ",
     );
 }

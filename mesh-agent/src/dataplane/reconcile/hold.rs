@@ -1,7 +1,7 @@
 //! The additions: backends, tables, frontends, in this order.
 
 use mesh_common::alias::Column;
-use mesh_common::{Backend, FrontendKey, FrontendValue, Reason, Slot, Table};
+use mesh_common::{Backend, FrontendKey, FrontendValue, Policy, Reason, Slot, Table};
 
 use super::extents::Written;
 use super::{Held, HeldBackend, HeldFrontend, Problem, Reconciler};
@@ -52,6 +52,11 @@ impl<M: Maps> Reconciler<M> {
             });
         }
         self.hold_frontends(name, held, wanted, &tables, problems);
+        // Nothing is out where nothing is to be.
+        if held.policy != wanted.policy && wanted.policy == Policy::OFF {
+            held.backends.values().for_each(|backend| self.maps.forget_failures(backend.id));
+        }
+        held.policy = wanted.policy;
     }
 
     // === backends ===
@@ -122,11 +127,16 @@ impl<M: Maps> Reconciler<M> {
             return Some((backend.id, record.generation));
         }
         let id = self.backends.take()?;
-        self.backend_generation = self.backend_generation.wrapping_add(1);
+        // 0 says that the id is nobody's.
+        self.backend_generation = self.backend_generation.wrapping_add(1).max(1);
         let record = record(self.backend_generation);
-        let written = self.maps.reset_stats(id).and_then(|()| self.maps.write_backend(id, &record));
+        let written = self
+            .maps
+            .reset_stats(id, record.generation)
+            .and_then(|()| self.maps.write_backend(id, &record));
         if let Err(error) = written {
-            // Nothing names it.
+            // Nothing names it, and nothing ever did.
+            self.maps.retire_stats(id);
             self.clearing.push(id);
             problems.push(error.into());
             return None;
@@ -218,7 +228,7 @@ impl<M: Maps> Reconciler<M> {
         for &(key, table) in &wanted.frontends {
             // Without its table, a frontend stays as it is; the reason has been noted.
             let Some(Some(table)) = tables.get(table) else { continue };
-            match self.hold_frontend(name, key, *table) {
+            match self.hold_frontend(name, key, *table, wanted.policy) {
                 Ok(true) => {}
                 Ok(false) => missing += 1,
                 Err(error) => problems.push(error.into()),
@@ -247,8 +257,13 @@ impl<M: Maps> Reconciler<M> {
         name: &ServiceName,
         key: FrontendKey,
         table: Table,
+        policy: Policy,
     ) -> Result<bool, MapError> {
         if let Some(held) = self.frontends.get_mut(&key) {
+            if held.policy != policy {
+                self.maps.set_policy(held.index, policy)?;
+                held.policy = policy;
+            }
             if held.table != table {
                 self.maps.switch_table(held.index, table)?;
                 self.extents.acquire(table);
@@ -279,7 +294,7 @@ impl<M: Maps> Reconciler<M> {
         let Some(index) = self.records.take() else { return Ok(false) };
         self.generation += 1;
         let generation = self.generation;
-        if let Err(error) = self.name(&key, index, generation, table) {
+        if let Err(error) = self.name(&key, index, generation, table, policy) {
             // No entry names the record, and none did.
             self.records.give(index);
             return Err(error);
@@ -287,7 +302,8 @@ impl<M: Maps> Reconciler<M> {
         *self.addresses.entry(key.addr).or_default() += 1;
         self.extents.acquire(table);
         let owner = name.clone();
-        self.frontends.insert(key, HeldFrontend { owner, index, generation, table, named: true });
+        let held = HeldFrontend { owner, index, generation, table, policy, named: true };
+        self.frontends.insert(key, held);
         Ok(true)
     }
 
@@ -298,6 +314,7 @@ impl<M: Maps> Reconciler<M> {
         index: u32,
         generation: u64,
         table: Table,
+        policy: Policy,
     ) -> Result<(), MapError> {
         if !self.addresses.contains_key(&key.addr) {
             let value = FrontendValue { service: u32::MAX, pad: 0, generation: 0 };
@@ -306,7 +323,7 @@ impl<M: Maps> Reconciler<M> {
             // Until the frontend itself is made; `drop_addresses` looks at the count.
             self.unused_addresses.insert(key.addr);
         }
-        self.maps.write_service(index, key, generation, table)?;
+        self.maps.write_service(index, key, generation, table, policy)?;
         self.maps.insert_frontend(key, FrontendValue { service: index, pad: 0, generation })
     }
 }

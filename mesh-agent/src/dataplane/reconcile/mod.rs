@@ -20,10 +20,10 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use mesh_common::{Addr, Backend, FrontendKey, Table};
+use mesh_common::{Addr, Backend, FrontendKey, Policy, Table};
 
 use super::alloc::IdPool;
-use super::maps::Maps;
+use super::maps::{Maps, Refused};
 use crate::compile::{BackendKey, TableKey, Tables};
 use crate::model::ServiceName;
 use extents::Extents;
@@ -37,6 +37,7 @@ struct HeldFrontend {
     index: u32,
     generation: u64,
     table: Table,
+    policy: Policy,
     /// Whether `FRONTENDS` has it. Without it the record waits to be retired.
     named: bool,
 }
@@ -51,6 +52,8 @@ struct Held {
     granted: usize,
     /// Attempts in a row that found ids missing that it was granted.
     waits: u32,
+    /// When backends are ejected.
+    policy: Policy,
 }
 
 #[derive(Debug)]
@@ -95,8 +98,18 @@ pub struct Reconciler<M> {
     backend_generation: u32,
     retired_records: Vec<u32>,
     waiting_records: Vec<u32>,
-    /// Backend ids that nothing names, whose record is still to be cleared.
+    /// Backend ids that no service has any more, and how many grace periods had begun when their
+    /// counters became nobody's: after the next one, no program counts for them.
+    going: HashMap<u32, u64>,
+    /// Those of them that nothing names either, before and during their grace period.
+    retired_backends: Vec<u32>,
+    waiting_backends: Vec<u32>,
+    /// Backend ids that nothing names and nobody counts for, whose record is still to be cleared.
     clearing: Vec<u32>,
+    /// How many grace periods have begun.
+    graces: u64,
+    /// Connects that were given to backends that are gone.
+    gone_opened: u64,
     virtual_ips: u32,
     /// What was wanted of services for which something failed.
     unfinished: HashMap<ServiceName, Arc<Tables>>,
@@ -122,6 +135,11 @@ impl<M: Maps> Reconciler<M> {
             backend_generation: 0,
             retired_records: Vec::new(),
             waiting_records: Vec::new(),
+            going: HashMap::new(),
+            retired_backends: Vec::new(),
+            waiting_backends: Vec::new(),
+            graces: 0,
+            gone_opened: 0,
             clearing: Vec::new(),
             virtual_ips: 0,
             unfinished: HashMap::new(),
@@ -189,6 +207,13 @@ impl<M: Maps> Reconciler<M> {
     /// The services of which the kernel holds something.
     pub fn services(&self) -> impl Iterator<Item = &ServiceName> {
         self.services.keys()
+    }
+
+    /// Which backend of a service this id is, if it still is the one with this generation.
+    pub fn backend(&self, name: &ServiceName, id: u32, generation: u32) -> Option<BackendKey> {
+        let mut backends = self.services.get(name)?.backends.iter();
+        let found = backends.find(|(_, b)| b.id == id && b.record.generation == generation);
+        found.map(|(key, _)| *key)
     }
 
     /// The service that holds a frontend.
@@ -260,12 +285,19 @@ impl<M: Maps> Reconciler<M> {
     /// The caller then waits until every program that is running now has ended, and calls
     /// [`Reconciler::end_grace`].
     pub fn begin_grace(&mut self) -> bool {
-        if !self.waiting_records.is_empty() || self.extents.is_waiting() {
+        let waits = |ids: &Vec<u32>| !ids.is_empty();
+        if waits(&self.waiting_records)
+            || waits(&self.waiting_backends)
+            || self.extents.is_waiting()
+        {
             return false;
         }
         self.waiting_records = std::mem::take(&mut self.retired_records);
+        self.waiting_backends = std::mem::take(&mut self.retired_backends);
         let extents = self.extents.begin_grace();
-        extents || !self.waiting_records.is_empty()
+        let begins = extents || waits(&self.waiting_records) || waits(&self.waiting_backends);
+        self.graces += u64::from(begins);
+        begins
     }
 
     /// Ends the grace period. `waited` says whether the wait succeeded; if not, what was retired
@@ -273,14 +305,31 @@ impl<M: Maps> Reconciler<M> {
     pub fn end_grace(&mut self, waited: bool) {
         if !waited {
             self.retired_records.append(&mut self.waiting_records);
+            self.retired_backends.append(&mut self.waiting_backends);
             self.extents.abandon_grace();
             return;
         }
         for index in self.waiting_records.drain(..) {
             self.records.give(index);
         }
-        self.extents.end_grace(&self.maps, &mut self.clearing);
+        self.clearing.append(&mut self.waiting_backends);
+        let mut unnamed = Vec::new();
+        self.extents.end_grace(&self.maps, &mut unnamed);
+        for id in unnamed {
+            // A service may have let go of it while this grace period was under way.
+            let counted_out = self.going.get(&id).is_some_and(|&before| before < self.graces);
+            if counted_out { &mut self.clearing } else { &mut self.retired_backends }.push(id);
+        }
         self.clear_backends();
+    }
+
+    /// A service lets go of a backend. Connections to it that are still open count no more.
+    fn retire_backend(&mut self, id: u32) {
+        self.maps.retire_stats(id);
+        self.going.insert(id, self.graces);
+        if self.extents.release_backend(id) {
+            self.retired_backends.push(id);
+        }
     }
 
     /// Clears the records of backends that nothing names, and gives their ids back.
@@ -289,10 +338,26 @@ impl<M: Maps> Reconciler<M> {
         self.clearing.retain(|&id| {
             let cleared = maps.write_backend(id, &Backend::default()).is_ok();
             if cleared {
+                self.gone_opened += maps.counts(id).opened;
+                self.going.remove(&id);
                 ids.give(id);
             }
             !cleared
         });
+    }
+
+    /// Connects that were given a backend, as far as all of them are counted: each backend that is
+    /// there or was, besides those that go at this moment.
+    pub fn opened(&self) -> u64 {
+        let going = self.going.keys().map(|&id| self.maps.counts(id).opened);
+        let held = self.services.values().flat_map(|held| held.backends.values());
+        let held = held.map(|backend| self.maps.counts(backend.id).opened);
+        self.gone_opened + held.chain(going).sum::<u64>()
+    }
+
+    /// Connects to a frontend that were refused, by reason.
+    pub fn refused(&self, key: &FrontendKey) -> Refused {
+        self.frontends.get(key).map(|held| self.maps.refused(held.index)).unwrap_or_default()
     }
 }
 

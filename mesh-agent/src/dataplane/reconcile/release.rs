@@ -43,13 +43,15 @@ impl<M: Maps> Reconciler<M> {
         });
         let backends: HashSet<BackendKey> =
             wanted.backends.iter().take(held.granted).map(|b| b.key).collect();
+        let mut gone = Vec::new();
         held.backends.retain(|key, backend| {
             let keep = backends.contains(key);
-            if !keep && self.extents.release_backend(backend.id) {
-                self.clearing.push(backend.id);
+            if !keep {
+                gone.push(backend.id);
             }
             keep
         });
+        gone.into_iter().for_each(|id| self.retire_backend(id));
         self.drop_addresses(problems);
         tracing::debug!(service = %name, problems = problems.len(), kept, "reconciled");
         kept

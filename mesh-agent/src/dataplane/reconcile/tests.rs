@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use mesh_common::{Protocol, Reason, Slot, State, Verdict, translate};
+use mesh_common::{Choice, Protocol, Reason, Slot, State, Verdict, translate};
 use proptest::prelude::*;
 
 use super::extents::Written;
@@ -46,6 +46,7 @@ fn tables(frontends: &[u8], endpoints: &[u8]) -> Arc<Tables> {
         backends: endpoints.iter().map(backend).collect(),
         tables: if frontends.is_empty() { Vec::new() } else { vec![(key, rows)] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
+        policy: Policy::OFF,
     })
 }
 
@@ -55,8 +56,8 @@ fn answers(memory: &Memory, key: &FrontendKey) -> Result<BTreeSet<SocketAddr>, O
     for _ in 0..64 {
         match translate(memory, key) {
             Verdict::Pass => return Err(None),
-            Verdict::Refuse(reason) => return Err(Some(reason)),
-            Verdict::Balance(slot) => {
+            Verdict::Refuse(reason, _) => return Err(Some(reason)),
+            Verdict::Balance(Choice { slot, .. }) => {
                 seen.insert(SocketAddr::new(slot.addr.ip(), u16::from_be(slot.port)));
             }
         }
@@ -334,13 +335,13 @@ proptest! {
                     reconciler.apply(batch.collect());
                 }
                 Step::StartProgram => reconciler.maps_mut().maps.start_readers(),
-                Step::EndPrograms if !grace => reconciler.maps_mut().maps.readers.clear(),
+                Step::EndPrograms if !grace => reconciler.maps_mut().maps.end_readers(),
                 Step::EndPrograms => {}
                 Step::BeginGrace => grace |= reconciler.begin_grace(),
                 Step::EndGrace => {
                     if std::mem::take(&mut grace) {
                         // A grace period is over when the programs have ended.
-                        reconciler.maps_mut().maps.readers.clear();
+                        reconciler.maps_mut().maps.end_readers();
                         reconciler.end_grace(true);
                     }
                 }
@@ -349,7 +350,7 @@ proptest! {
                 }
             }
         }
-        reconciler.maps_mut().maps.readers.clear();
+        reconciler.maps_mut().maps.end_readers();
         reconciler.end_grace(true);
         reconciler.maps_mut().fails = Box::new(|_| false);
         finish(&mut reconciler);

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
 
-use mesh_common::{Backend, BackendStats, Service, Settings, Slot};
+use mesh_common::{Backend, BackendStats, Flow, Service, ServiceStats, Settings, Slot, Word};
 
 /// A record of a mapped array.
 ///
@@ -25,7 +25,14 @@ unsafe impl Flat for Backend {}
 // SAFETY: as above; the kernel programs write only its words.
 unsafe impl Flat for BackendStats {}
 // SAFETY: as above.
+unsafe impl Flat for ServiceStats {}
+// SAFETY: words only. It is a `mesh_common::Flow`, which the kernel programs write whole, and of
+// which the agent sees nothing but words.
+unsafe impl Flat for [Word; size_of::<Flow>() / 8] {}
+// SAFETY: as above.
 unsafe impl Flat for Settings {}
+// SAFETY: one word.
+unsafe impl Flat for Word {}
 
 /// A mapped array of `T`.
 ///

@@ -1,0 +1,126 @@
+//! The audit as a task: from time to time, and whenever somebody asks.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::{Audit, Report};
+use crate::dataplane::records::Records;
+
+/// How often it is made by itself.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the last pass found, and how it was dealt with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Audited {
+    /// When it ended.
+    pub time: SystemTime,
+    /// How many passes there were.
+    pub passes: u64,
+    /// What it found.
+    pub report: Report,
+    /// Records that it released.
+    pub released: u64,
+    /// Records that were released by all passes so far.
+    pub released_ever: u64,
+    /// Why it could not be made.
+    pub error: Option<String>,
+}
+
+/// The records of sockets, as they are shared by those who look at them.
+pub type Shared = Arc<Mutex<Records>>;
+
+/// A way to ask for a pass, and for what the last one found.
+#[derive(Clone)]
+pub struct Auditor {
+    records: Shared,
+    asks: mpsc::Sender<oneshot::Sender<Audited>>,
+    last: watch::Receiver<Option<Audited>>,
+}
+
+impl Auditor {
+    /// The auditor, and its work until `cancel`.
+    pub fn new(
+        records: Records,
+        cancel: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send + use<>) {
+        let records = Arc::new(Mutex::new(records));
+        let (asks, asked) = mpsc::channel(8);
+        let (told, last) = watch::channel(None);
+        let work = work(Arc::clone(&records), asked, told, cancel);
+        (Self { records, asks, last }, work)
+    }
+
+    /// Makes a pass now, after those that were asked for before. Nothing when the agent is stopping.
+    pub async fn pass(&self) -> Option<Audited> {
+        let (answer, answered) = oneshot::channel();
+        self.asks.send(answer).await.ok()?;
+        answered.await.ok()
+    }
+
+    /// What the last pass found; nothing before the first.
+    #[must_use]
+    pub fn last(&self) -> Option<Audited> {
+        self.last.borrow().clone()
+    }
+
+    /// How many records are in use in each of the two tables, and how many each holds.
+    #[must_use]
+    pub fn used(&self) -> [(u32, u32); 2] {
+        let records = lock(&self.records);
+        let (array, overflow) = records.used();
+        [(array, records.capacity()), (overflow, records.capacity())]
+    }
+}
+
+async fn work(
+    records: Shared,
+    mut asked: mpsc::Receiver<oneshot::Sender<Audited>>,
+    told: watch::Sender<Option<Audited>>,
+    cancel: CancellationToken,
+) {
+    let mut audit = Audit::default();
+    let (mut passes, mut released_ever) = (0, 0);
+    let mut tick = tokio::time::interval(INTERVAL);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The first is due at once.
+    tick.tick().await;
+    loop {
+        let asker = tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = tick.tick() => None,
+            Some(asker) = asked.recv() => Some(asker),
+        };
+        let snapshot = lock(&records).snapshot();
+        let still = |record: &_| lock(&records).still(record);
+        let pass = cancel.run_until_cancelled(audit.pass(snapshot, still));
+        let Some(result) = pass.await else { return };
+        passes += 1;
+        let (report, gone, error) = match result {
+            Ok((report, gone)) => (report, gone, None),
+            Err(error) => (Report::default(), Vec::new(), Some(error.to_string())),
+        };
+        let released = gone.iter().filter(|record| lock(&records).end(record)).count() as u64;
+        released_ever += released;
+        if released > 0 {
+            tracing::warn!(released, "records without a connection: released by the audit");
+        }
+        if let Some(error) = &error {
+            tracing::warn!(%error, "the audit of records could not be made");
+        }
+        let audited =
+            Audited { time: SystemTime::now(), passes, report, released, released_ever, error };
+        told.send_replace(Some(audited.clone()));
+        if let Some(asker) = asker {
+            // Whoever asked may have gone.
+            let _ = asker.send(audited);
+        }
+    }
+}
+
+fn lock(records: &Mutex<Records>) -> MutexGuard<'_, Records> {
+    records.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,139 @@
+//! The records of sockets, as the agent looks at them: to audit them against the sockets that
+//! exist, and to end those whose socket is gone.
+
+use aya::Ebpf;
+use aya::maps::{HashMap, MapData};
+use mesh_common::ejection::ticks;
+use mesh_common::flow::{NETNS_WORD, TOKEN_WORD, generation_of, release_seen};
+use mesh_common::layout::counter;
+use mesh_common::{BackendStats, Flow, Held, Token, Word};
+
+use super::clock;
+use super::kernel::{OpenError, mapped, typed};
+use super::sys::Mapped;
+use crate::audit::{Place, Record};
+
+/// Words of a record.
+const WORDS: usize = size_of::<Flow>() / 8;
+
+/// All records.
+pub struct Records {
+    flows: Mapped<[Word; WORDS]>,
+    overflow: HashMap<MapData, u64, [u64; WORDS]>,
+    stats: Mapped<BackendStats>,
+    counters: Mapped<Word>,
+}
+
+impl Records {
+    /// Takes the maps out of a loaded object.
+    ///
+    /// # Errors
+    ///
+    /// When a map is missing or has another layout.
+    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
+        Ok(Self {
+            flows: mapped(ebpf, "FLOWS")?,
+            stats: mapped(ebpf, "BACKEND_STATS")?,
+            counters: mapped(ebpf, "COUNTERS")?,
+            overflow: typed(ebpf, "OVERFLOW", HashMap::try_from)?,
+        })
+    }
+
+    /// How many records the first array holds.
+    #[must_use]
+    pub fn capacity(&self) -> u32 {
+        self.flows.capacity()
+    }
+
+    /// Every record in use, at some time during the call: a record is claimed and released while
+    /// this looks.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<Record> {
+        let mut records: Vec<Record> =
+            (0..self.flows.capacity()).filter_map(|place| self.at(place)).collect();
+        if self.counters.get(counter::OVERFLOWED).is_some_and(|records| records.load() != 0) {
+            // An element that is deleted meanwhile makes the kernel begin again, or end early; what
+            // was missed is seen the next time.
+            let entries = self.overflow.iter().take(self.flows.capacity() as usize);
+            records.extend(entries.filter_map(Result::ok).map(|(cookie, words)| {
+                let [word, ..] = words;
+                Record { place: Place::Overflow, cookie, netns: words[NETNS_WORD], word }
+            }));
+        }
+        records
+    }
+
+    fn at(&self, place: u32) -> Option<Record> {
+        let record = self.flows.get(place)?;
+        let [held, ..] = record;
+        let word = held.load();
+        let (held, netns) = (Held(word), record[NETNS_WORD].load());
+        let cookie = held.cookie(place);
+        held.is_used().then_some(Record { place: Place::Array(place), cookie, netns, word })
+    }
+
+    /// Whether this very reservation is still there.
+    #[must_use]
+    pub fn still(&self, record: &Record) -> bool {
+        self.word(record) == Some(record.word)
+    }
+
+    fn word(&self, record: &Record) -> Option<u64> {
+        match record.place {
+            Place::Array(place) => self.flows.get(place).map(|[held, ..]| held.load()),
+            Place::Overflow => self.overflow.get(&record.cookie, 0).ok().map(|[word, ..]| word),
+        }
+    }
+
+    /// Ends a reservation whose connection is over, and accounts for it. `false` when it has been
+    /// released, or has become another one, meanwhile.
+    pub fn end(&mut self, record: &Record) -> bool {
+        // Before it is released: afterwards they may be another's.
+        let words = match record.place {
+            Place::Array(place) => {
+                self.flows.get(place).map(|words| words.each_ref().map(Word::load))
+            }
+            Place::Overflow => self.overflow.get(&record.cookie, 0).ok(),
+        };
+        let Some(words) = words else { return false };
+        let seen = Held(record.word);
+        let released = match record.place {
+            Place::Array(place) => {
+                self.flows.get(place).and_then(|[held, ..]| release_seen(held, seen))
+            }
+            // As in the kernel programs: whoever removes the entry has released it.
+            Place::Overflow => {
+                let removed = words.first() == Some(&record.word) && self.remove(record.cookie);
+                removed.then_some(seen)
+            }
+        };
+        let Some(held) = released else { return false };
+        if let Some(stats) = self.stats.get(held.backend())
+            && stats.is_life(generation_of(&words))
+        {
+            let token = if held.has_token() { Token(words[TOKEN_WORD]) } else { Token::NONE };
+            stats.end(token, || ticks(clock::monotonic()));
+        }
+        true
+    }
+
+    fn remove(&mut self, cookie: u64) -> bool {
+        let removed = self.overflow.remove(&cookie).is_ok();
+        if removed && let Some(records) = self.counters.get(counter::OVERFLOWED) {
+            records.decrement();
+        }
+        removed
+    }
+
+    /// How many records are in use in each table: the array, and the one for those that found their
+    /// place taken.
+    #[must_use]
+    pub fn used(&self) -> (u32, u32) {
+        let in_use = |&place: &u32| {
+            self.flows.get(place).is_some_and(|[held, ..]| Held(held.load()).is_used())
+        };
+        let used = (0..self.flows.capacity()).filter(in_use).count();
+        let overflowed = self.counters.get(counter::OVERFLOWED).map_or(0, Word::load);
+        (u32::try_from(used).unwrap_or(u32::MAX), u32::try_from(overflowed).unwrap_or(u32::MAX))
+    }
+}

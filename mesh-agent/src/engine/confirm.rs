@@ -1,0 +1,157 @@
+//! A second opinion: when the kernel suspects a backend for one client, the agent connects to it
+//! once. If that fails too, the backend is ejected for all. If it succeeds, the client may have a
+//! firewall or a network of its own, and stays alone with what it saw.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use mesh_common::ejection::{Phase, ticks};
+use mesh_common::event::Kind;
+use mesh_common::stats::change;
+use mesh_common::translate::share_allows;
+use mesh_common::{Client, FrontendKey, Service, Table, Tables as _};
+use tokio::sync::mpsc;
+
+use super::observed::dialled;
+use super::{Engine, journal};
+use crate::api::types::Event;
+use crate::compile;
+use crate::dataplane::clock;
+use crate::health::probe::{self, Failure};
+use crate::model::HealthCheck;
+use crate::observe::events::Observed;
+
+/// How long a backend has to answer.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How many probes are under way at the most. A suspicion that finds no room is looked at when it
+/// is renewed.
+const MOST: usize = 64;
+
+/// Which backend of which frontend.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Suspicion {
+    backend: u32,
+    generation: u32,
+    address: SocketAddr,
+    frontend: FrontendKey,
+}
+
+/// What a probe of the agent's found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Opinion {
+    suspicion: Suspicion,
+    /// Why it failed; nothing when it did not, or could not be made.
+    failure: Option<String>,
+}
+
+/// The probes.
+#[derive(Debug)]
+pub(super) struct Opinions {
+    under_way: HashSet<Suspicion>,
+    sender: mpsc::UnboundedSender<Opinion>,
+    /// Where they come in.
+    pub(super) receiver: mpsc::UnboundedReceiver<Opinion>,
+}
+
+impl Opinions {
+    pub(super) fn new() -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        Self { under_way: HashSet::new(), sender, receiver }
+    }
+
+    fn ask(&mut self, suspicion: Suspicion) {
+        if self.under_way.len() >= MOST || !self.under_way.insert(suspicion) {
+            return;
+        }
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            let failure = match probe::probe(HealthCheck::Tcp, suspicion.address, PATIENCE).await {
+                Err(Failure::Endpoint(failure)) => Some(failure),
+                Ok(()) | Err(Failure::Local(_)) => None,
+            };
+            // Nobody listens once the agent stops.
+            let _ = sender.send(Opinion { suspicion, failure });
+        });
+    }
+}
+
+impl Engine {
+    /// Asks for a second opinion about a backend that the kernel has just suspected.
+    pub(super) fn confirm(&mut self, observed: &Observed) {
+        let event = &observed.event;
+        if observed.kind == Kind::Suspected
+            && let Some(address) = self.backend_at(observed)
+        {
+            self.opinions.ask(Suspicion {
+                backend: event.backend,
+                generation: event.generation,
+                address,
+                frontend: event.frontend,
+            });
+        }
+    }
+
+    /// Takes the answer: ejects for all what failed for the agent too, as far as the share allows.
+    pub(super) fn take_opinion(&mut self, opinion: Opinion) {
+        let Opinion { suspicion, failure } = opinion;
+        self.opinions.under_way.remove(&suspicion);
+        let Some(failure) = failure else { return };
+        let Suspicion { backend, generation, address, frontend } = suspicion;
+        let Some(service) = self.reconciler.owner(&frontend).cloned() else { return };
+        let entry = self.catalog.get(service.as_str());
+        let policy = compile::policy(entry.and_then(|entry| entry.service.ejection));
+        let maps = self.reconciler.maps();
+        let Some(stats) = maps.stats(backend).filter(|stats| stats.is_life(generation)) else {
+            return;
+        };
+        let now = ticks(clock::monotonic());
+        let allowed = || share_allows(maps, self.table(&frontend), policy, Client::NOBODY, false);
+        let changed =
+            change(&stats.ejection, |ejection| ejection.confirm(policy, now).filter(|_| allowed()));
+        let Some((_, after)) = changed else { return };
+        self.make_room(&frontend);
+        debug_assert!(matches!(after.phase(), Phase::Ejected | Phase::Trying), "{after:?}");
+        tracing::info!(%service, backend = %address, "ejected: the agent cannot connect either: {failure}");
+        self.journal.push(Event {
+            service: Some(service.to_string()),
+            frontend: Some(dialled(&frontend)),
+            backend: Some(address.to_string()),
+            reason: Some(failure),
+            detail: "out for all clients: the agent's own connect failed as well".to_owned(),
+            ..journal::event("ejected", SystemTime::now())
+        });
+    }
+
+    /// What is ejected for all comes before what single clients suspect: as long as more than the
+    /// share of a table is out for anybody, suspicions are dropped, so that the share holds for each
+    /// client.
+    pub(super) fn make_room(&self, frontend: &FrontendKey) {
+        let maps = self.reconciler.maps();
+        let owner = self.reconciler.owner(frontend);
+        let entry = owner.and_then(|owner| self.catalog.get(owner.as_str()));
+        let policy = compile::policy(entry.and_then(|entry| entry.service.ejection));
+        let table = self.table(frontend);
+        for index in table.base()..table.base() + table.len() {
+            if share_allows(maps, table, policy, Client::SEVERAL, true) {
+                return;
+            }
+            let Some(slot) = mesh_common::Tables::slot(maps, index) else { return };
+            let Some(stats) = maps.stats(slot.backend) else { continue };
+            let ejection = stats.ejection();
+            if ejection.phase() == Phase::Suspected && stats.is_life(slot.generation) {
+                // Whoever was faster has made it something else.
+                let _ = stats.ejection.replace(ejection.0, 0);
+            }
+        }
+    }
+
+    /// The table that is in force for a frontend.
+    fn table(&self, frontend: &FrontendKey) -> Table {
+        let maps = self.reconciler.maps();
+        let value = mesh_common::Tables::frontend(maps, frontend);
+        let service = value.and_then(|value| maps.service(value.service));
+        service.filter(|service| service.key == *frontend).map_or(Table(0), Service::table)
+    }
+}

@@ -1,0 +1,139 @@
+//! The words of records, and what tells peers apart.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Cookies that a word has room for.
+const COOKIES: u64 = 1 << 54;
+
+/// Whether a record could be had and says now whose it is.
+fn take(word: &Word, mine: Held) -> Claim {
+    let claimed = claim(word);
+    if claimed == Claim::Taken {
+        publish(word, mine);
+    }
+    claimed
+}
+
+proptest! {
+    #[test]
+    fn words_survive_packing(
+        cookie in 0..COOKIES,
+        backend in 0..Held::MAX_BACKENDS,
+        token: bool,
+        more_places in 0u32..8,
+    ) {
+        let held = Held::new(cookie, backend, token);
+        prop_assert!(held.is_used());
+        prop_assert!(held.is_of(cookie));
+        prop_assert_eq!(held.backend(), backend);
+        prop_assert_eq!(held.has_token(), token);
+        // A table with more records than 2^16 has places of more bits.
+        let place = u32::try_from(cookie & 0xffff).expect("16 bits") | more_places << 16;
+        prop_assert_eq!(held.cookie(place), cookie);
+    }
+
+    /// At one place, a word is one socket's. Elsewhere it says nothing: whoever keeps records by
+    /// other means than their place has to tell sockets apart by itself.
+    #[test]
+    fn sockets_at_one_place_are_told_apart(one in 0..COOKIES >> 16, other in 0..COOKIES >> 16) {
+        let place = 0x1234;
+        let held = Held::new(one << 16 | place, 1, false);
+        prop_assert_eq!(held.is_of(other << 16 | place), one == other);
+        prop_assert!(held.is_of(one << 16 | (place + 1)));
+    }
+
+    #[test]
+    fn who_claims_releases_once(cookie in 1..COOKIES, other in 1..COOKIES, token: bool) {
+        let (word, mine) = (Word::new(0), Held::new(cookie, 5, token));
+        prop_assert_eq!(release(&word, cookie), None);
+        prop_assert_eq!(take(&word, mine), Claim::Taken);
+        prop_assert_eq!(take(&word, Held::new(other, 6, false)), Claim::Collision);
+        prop_assert_eq!(settle(&word, cookie), token);
+        prop_assert!(!settle(&word, cookie));
+        if other >> Held::PLACE_BITS != cookie >> Held::PLACE_BITS {
+            prop_assert_eq!(release(&word, other), None);
+        }
+        prop_assert_eq!(release(&word, cookie), Some(Held::new(cookie, 5, false)));
+        prop_assert_eq!(release(&word, cookie), None);
+        prop_assert_eq!(word.load(), 0);
+    }
+}
+
+proptest! {
+    /// What the agent saw is what it releases: with the token or after it was used up, and not what
+    /// the socket, or another one, holds since.
+    #[test]
+    fn what_was_seen_is_released_once(
+        cookie in 1..COOKIES,
+        next in prop_oneof![Just(None), (1..COOKIES).prop_map(Some)],
+        token: bool,
+        used_up: bool,
+    ) {
+        let (seen, word) = (Held::new(cookie, 5, token), Word::new(0));
+        prop_assert_eq!(release_seen(&word, seen), None);
+        prop_assert_eq!(release_seen(&word, Held::default()), None);
+        prop_assert_eq!(take(&word, seen), Claim::Taken);
+        let settled = used_up && settle(&word, cookie);
+        let other = Held::new(next.unwrap_or(cookie), 6, token);
+        prop_assert_eq!(release_seen(&word, other), None);
+        let expected = Held::new(cookie, 5, token && !settled);
+        prop_assert_eq!(release_seen(&word, seen), Some(expected));
+        prop_assert_eq!(take(&word, other), Claim::Taken);
+        prop_assert_eq!(release_seen(&word, seen), None);
+        prop_assert_eq!(word.load(), other.0);
+    }
+}
+
+proptest! {
+    /// Between claiming and saying whose it is, a record is neither free nor anybody's.
+    #[test]
+    fn what_is_being_filled_in_is_nobodys(cookie in 0..COOKIES, token: bool) {
+        let word = Word::new(0);
+        prop_assert_eq!(claim(&word), Claim::Taken);
+        let filling = Held(word.load());
+        prop_assert!(!filling.is_used() && !filling.is_of(cookie) && !filling.has_token());
+        prop_assert_eq!(claim(&word), Claim::Collision);
+        prop_assert_eq!(release(&word, cookie), None);
+        prop_assert_eq!(release_seen(&word, filling), None);
+        prop_assert!(!settle(&word, cookie));
+        prop_assert_eq!(Held(word.load()), filling);
+        let mine = Held::new(cookie, 5, token);
+        publish(&word, mine);
+        prop_assert_eq!(release_seen(&word, filling), None);
+        prop_assert_eq!(release(&word, cookie), Some(mine));
+    }
+}
+
+#[test]
+fn nothing_is_free_and_nobodys() {
+    assert!(!Held::default().is_used());
+    assert!(!Held::default().is_of(0));
+}
+
+/// The backends of a cluster, on all ports that are used: no two have one hash, but for as many as
+/// chance makes.
+#[test]
+fn peers_are_told_apart() {
+    let mut peers = HashMap::new();
+    let mut shared = 0;
+    for n in 0..=u16::MAX {
+        let [high, low] = n.to_be_bytes();
+        let v4 = Addr::from(Ipv4Addr::new(10, 0, high, low));
+        let v6 = Addr::from(Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n));
+        let nodes = Addr::from(Ipv6Addr::new(0xfd00, n, 0, 0, 0, 0, 0, 1));
+        for (addr, port) in [(v4, 80), (v4, 443), (v6, 80), (nodes, 80)] {
+            shared += u32::from(peers.insert(peer_hash(addr, u16::to_be(port)), n).is_some());
+        }
+    }
+    for port in 0..=u16::MAX {
+        let addr = Addr::from(Ipv4Addr::new(192, 0, 2, 1));
+        shared += u32::from(peers.insert(peer_hash(addr, port), port).is_some());
+    }
+    // 327,680 of 2^32: a random hash has 12.5 pairs.
+    assert!(shared <= 30, "{shared} share a hash");
+}

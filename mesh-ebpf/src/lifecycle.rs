@@ -1,0 +1,243 @@
+//! What becomes of a connection. These programs run for every TCP socket of the machine, and do
+//! nothing for those without a record of ours.
+//!
+//! A connection that succeeds meets one of them, when its socket ends.
+//!
+//! The kernel does not run a tracing program that is running on the same CPU already
+//! (`bpf_prog_active` by program, `__bpf_trace_run`): a packet or a timer that interrupts one would go
+//! unseen. What must not be missed is therefore seen by two programs that do the same; whichever
+//! comes first releases the record, and the other one finds nothing.
+
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use mesh_common::ejection::Phase;
+use mesh_common::layout::counter;
+use mesh_common::stats::{Change, Outcome, Seen, judge, judge_end, judge_reset};
+use mesh_common::{Client, Ejection, Failure, Flow, Given, Held, Policy, Table, Tables as _, flow};
+
+use crate::events;
+use crate::maps::{BACKEND_STATS, Maps, SERVICES, count, mesh_share_allows};
+use crate::records::{self, Released};
+use crate::sock::{Sock, TcpSock};
+
+/// A TCP socket is reset by its peer, which is told before anything of it has changed.
+#[btf_tracepoint(function = "tcp_receive_reset")]
+pub fn mesh_reset(ctx: BtfTracePointContext) -> i32 {
+    reset(&ctx)
+}
+
+/// The same, for the resets that come in while the other one runs on this CPU.
+#[btf_tracepoint(function = "tcp_receive_reset")]
+pub fn mesh_reset_too(ctx: BtfTracePointContext) -> i32 {
+    reset(&ctx)
+}
+
+/// A socket has an error, also when that is only that it was disconnected.
+#[btf_tracepoint(function = "inet_sk_error_report")]
+pub fn mesh_error(ctx: BtfTracePointContext) -> i32 {
+    error(&ctx)
+}
+
+/// The same, for the errors that are reported while the other one runs on this CPU.
+#[btf_tracepoint(function = "inet_sk_error_report")]
+pub fn mesh_error_too(ctx: BtfTracePointContext) -> i32 {
+    error(&ctx)
+}
+
+/// A TCP socket ends, whatever it was.
+#[btf_tracepoint(function = "tcp_destroy_sock")]
+pub fn mesh_destroy(ctx: BtfTracePointContext) -> i32 {
+    destroy(&ctx)
+}
+
+/// The same, for the sockets that end while the other one runs on this CPU.
+#[btf_tracepoint(function = "tcp_destroy_sock")]
+pub fn mesh_destroy_too(ctx: BtfTracePointContext) -> i32 {
+    destroy(&ctx)
+}
+
+/// A TCP socket sends something again. The SYN of a connect that tries a backend says that the
+/// backend is silent.
+#[btf_tracepoint(function = "tcp_retransmit_skb")]
+pub fn mesh_retransmit(ctx: BtfTracePointContext) -> i32 {
+    let sock = Sock::new(ctx.arg(0));
+    if let Some((cookie, flow)) = ours(sock)
+        && Held(records::held(flow).load()).has_token()
+        && sock.tcp().is_some_and(|tcp| tcp.bytes_acked() == 0)
+    {
+        silent(cookie, flow);
+    }
+    0
+}
+
+#[inline(always)]
+fn reset(ctx: &BtfTracePointContext) -> i32 {
+    let sock = Sock::new(ctx.arg(0));
+    if let Some((cookie, flow)) = ours(sock)
+        // What comes after the application has closed the socket is no answer to it.
+        && !sock.is_dead()
+        && let Some(tcp) = sock.tcp()
+    {
+        match judge_reset(tcp.bytes_acked() != 0, tcp.bytes_received() != 0) {
+            Some(failure) => failed(cookie, flow, failure),
+            None => ended(cookie, flow, true),
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn error(ctx: &BtfTracePointContext) -> i32 {
+    let sock = Sock::new(ctx.arg(0));
+    if let Some((cookie, flow)) = ours(sock)
+        && let Some(tcp) = sock.tcp()
+    {
+        let seen = seen(sock, tcp);
+        match judge(seen) {
+            Outcome::Nothing => {}
+            Outcome::Over => {
+                let was_answered = seen.disconnected && seen.error != 0 && tcp.was_answered();
+                ended(cookie, flow, seen.connected || was_answered);
+            }
+            Outcome::Failed(failure) => failed(cookie, flow, failure),
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn destroy(ctx: &BtfTracePointContext) -> i32 {
+    let sock = Sock::new(ctx.arg(0));
+    if let Some((cookie, flow)) = ours(sock) {
+        let Some(tcp) = sock.tcp() else { return 0 };
+        let seen = seen(sock, tcp);
+        match judge_end(seen, tcp.is_in_flight()) {
+            Some(failure) => failed(cookie, flow, failure),
+            None => {
+                // Whether it was answered makes a difference only to a backend in doubt.
+                let held = Held(records::held(flow).load());
+                let stats = BACKEND_STATS.get(held.backend());
+                let matters = stats.is_some_and(|stats| stats.awaits_success(held));
+                ended(cookie, flow, seen.connected && matters);
+            }
+        }
+    }
+    0
+}
+
+/// What there is to see of a socket.
+#[inline(always)]
+fn seen(sock: Sock, tcp: TcpSock) -> Seen {
+    Seen {
+        error: sock.error(),
+        connected: tcp.bytes_acked() != 0,
+        answered: tcp.bytes_received() != 0,
+        closed: sock.is_closed(),
+        disconnected: sock.is_disconnected(),
+        repeated: tcp.has_retransmitted(),
+        unreachable: sock.is_unreachable(),
+    }
+}
+
+/// The cookie and the record of a socket, if it has one of ours.
+#[inline(always)]
+fn ours(sock: Sock) -> Option<(u64, *mut Flow)> {
+    let cookie = sock.cookie();
+    if cookie == 0 {
+        return None;
+    }
+    records::find(cookie).map(|flow| (cookie, flow))
+}
+
+/// A connection has ended that is not known to have failed.
+#[inline(always)]
+fn ended(cookie: u64, flow: *mut Flow, connected: bool) {
+    if !connected {
+        if let Some(Released { stats, token, .. }) = records::release(flow, cookie) {
+            stats.end(token, || Maps.now());
+        }
+        return;
+    }
+    let given = records::given(flow);
+    let Some(Released { held, stats, token }) = records::release(flow, cookie) else { return };
+    let (policy, _) = rules(&given);
+    let client = Client::of_cgroup(given.client);
+    if let Some((before, after)) = stats.succeed(token, policy, client, Maps.now())
+        && !before.is_in()
+        && after.is_in()
+    {
+        events::changed(events::Kind::Recovered, held, &given, 0, after);
+    }
+}
+
+/// A connection has failed.
+#[inline(always)]
+fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
+    let given = records::given(flow);
+    let Some(Released { held, stats, token }) = records::release(flow, cookie) else { return };
+    let (policy, table) = rules(&given);
+    let client = Client::of_cgroup(given.client);
+    // Counted for this client also when it would go out for all: what is out for all is out for it
+    // too, beside what it alone has out. Another client may have more out for a moment then, until
+    // the agent takes some of what it alone suspects back.
+    let may_go = |_: Ejection, is_out: bool| {
+        let packed = u64::from(client.tag()) | u64::from(is_out) << 16;
+        mesh_share_allows(table.0, policy.0, packed) != 0
+    };
+    let change = stats.fail(failure, token, policy, client, Maps.now(), may_go);
+    tell(held, &given, failure, policy, change);
+}
+
+/// The SYN of a try was not answered for a second.
+#[inline(always)]
+fn silent(cookie: u64, flow: *mut Flow) {
+    let given = records::given(flow);
+    let held = Held(records::held(flow).load());
+    if !flow::settle(records::held(flow), cookie) {
+        return;
+    }
+    let Some(stats) = BACKEND_STATS.get(held.backend()) else { return };
+    if !stats.is_life(given.generation) {
+        return;
+    }
+    let (policy, _) = rules(&given);
+    let client = Client::of_cgroup(given.client);
+    if let Some(change) = stats.stay_silent(policy, client, given.token, Maps.now()) {
+        tell_change(held, &given, Failure::Timeout as u8, change.1);
+    }
+}
+
+/// Tells the agent about a failure and what it led to.
+#[inline(always)]
+fn tell(held: Held, given: &Given, failure: Failure, policy: Policy, change: Option<Change>) {
+    let detail = failure as u8;
+    let after = change.map_or(Ejection::NONE, |(_, after)| after);
+    events::failed(held, given, detail, after);
+    let Some((before, after)) = change else { return };
+    if !after.is_in() {
+        tell_change(held, given, detail, after);
+    } else if before.failures() + 1 >= policy.failures() && policy.failures() != 0 {
+        count(counter::SHARE_REACHED);
+        events::failed_but_spared(held, given, detail, after);
+    }
+}
+
+/// Tells the agent that a backend went out, or stays out for longer.
+#[inline(always)]
+fn tell_change(held: Held, given: &Given, detail: u8, after: Ejection) {
+    let kind = match after.phase() {
+        Phase::Suspected => events::Kind::Suspected,
+        _ => events::Kind::Ejected,
+    };
+    events::changed(kind, held, given, detail, after);
+}
+
+/// The rules of the service that a socket was given by, and the table of its backends; neither when
+/// it is gone.
+#[inline(always)]
+fn rules(given: &Given) -> (Policy, Table) {
+    match SERVICES.get(given.service) {
+        Some(service) if service.key == given.frontend => (service.policy(), service.table()),
+        _ => (Policy::OFF, Table(0)),
+    }
+}

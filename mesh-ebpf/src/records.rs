@@ -1,0 +1,156 @@
+//! Records of sockets: finding, claiming and releasing them, and the accounts that hang on them.
+//! The rules are in `mesh_common::flow`.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use mesh_common::layout::counter;
+use mesh_common::{BackendStats, Flow, Given, Held, Tables as _, Token, Word, flow};
+
+use crate::maps::{BACKEND_STATS, FLOWS, Maps, OVERFLOW, RECORDS, count, counter};
+
+/// Where a socket's record is, or would be.
+#[inline(always)]
+fn place(cookie: u64) -> Option<*mut Flow> {
+    FLOWS.get_ptr_mut(cookie as u32 & (RECORDS as u32 - 1))
+}
+
+/// Whether any record is in `OVERFLOW`. A socket's own entry is counted before it can be asked
+/// for.
+#[inline(always)]
+fn overflowed() -> bool {
+    counter(counter::OVERFLOWED).is_some_and(|records| records.load() != 0)
+}
+
+/// The word of a record.
+#[inline(always)]
+pub fn held<'f>(flow: *mut Flow) -> &'f Word {
+    // SAFETY: `flow` points to a value of `FLOWS` or `OVERFLOW`, valid while this program runs.
+    unsafe { &(*flow).held }
+}
+
+/// What a record says about its socket. The caller has seen that it is the socket's, and uses this
+/// only if it still is afterwards, or the socket cannot have lost it meanwhile.
+#[inline(always)]
+pub fn given(flow: *mut Flow) -> Given {
+    // SAFETY: as in `held`; volatile, so that it is read now and not after the record was released.
+    unsafe { (&raw const (*flow).given).read_volatile() }
+}
+
+/// The generation in a record; see [`given`].
+#[inline(always)]
+fn generation(flow: *mut Flow) -> u32 {
+    // SAFETY: as in `given`.
+    unsafe { (&raw const (*flow).given.generation).read_volatile() }
+}
+
+/// The token in a record; see [`given`].
+#[inline(always)]
+fn token(flow: *mut Flow) -> Token {
+    // SAFETY: as in `given`.
+    unsafe { (&raw const (*flow).given.token).read_volatile() }
+}
+
+/// The record of the socket with this cookie.
+#[inline(always)]
+pub fn find(cookie: u64) -> Option<*mut Flow> {
+    let flow = place(cookie)?;
+    if Held(held(flow).load()).is_of(cookie) {
+        return Some(flow);
+    }
+    if !overflowed() {
+        return None;
+    }
+    OVERFLOW.get_ptr_mut(cookie).filter(|flow| Held(held(*flow).load()).is_of(cookie))
+}
+
+/// Records what a socket was given, in place of what it held before. `false` when there is no room.
+#[inline(always)]
+pub fn record(cookie: u64, mine: Held, given: &Given) -> bool {
+    let Some(flow) = place(cookie) else { return false };
+    // A socket's first connect finds its place free, and no record elsewhere.
+    if held(flow).load() != 0 || overflowed() {
+        end_before(cookie);
+    }
+    if flow::claim(held(flow)) == flow::Claim::Taken {
+        // SAFETY: as in `held`; the record is this socket's since the line above, and the socket's
+        // lock keeps others away from the rest of it.
+        unsafe { core::ptr::copy_nonoverlapping(given, &raw mut (*flow).given, 1) };
+        flow::publish(held(flow), mine);
+        return true;
+    }
+    record_elsewhere(cookie, mine.0, given)
+}
+
+/// [`end`], apart from the way of first connects.
+#[inline(never)]
+fn end_before(cookie: u64) {
+    end(cookie);
+}
+
+/// Records it in `OVERFLOW`.
+#[inline(never)]
+fn record_elsewhere(cookie: u64, mine: u64, given: &Given) -> bool {
+    // Before the entry is there, so that whoever needs it looks.
+    if let Some(records) = counter(counter::OVERFLOWED) {
+        records.increment();
+    }
+    let flow = Flow { held: Word::new(mine), given: *given };
+    if OVERFLOW.insert(cookie, &flow, u64::from(BPF_NOEXIST)).is_ok() {
+        count(counter::COLLISIONS);
+        return true;
+    }
+    if let Some(records) = counter(counter::OVERFLOWED) {
+        records.decrement();
+    }
+    count(counter::NO_FLOW_RECORD);
+    false
+}
+
+/// A reservation that was released, for whoever released it to account for.
+pub struct Released {
+    /// What was reserved.
+    pub held: Held,
+    /// The accounts of the backend, if it still is that backend.
+    pub stats: &'static BackendStats,
+    /// The token of its try, if it still held it.
+    pub token: Token,
+}
+
+/// Releases this record, which is where the socket with this cookie has its own.
+#[inline(always)]
+pub fn release(flow: *mut Flow, cookie: u64) -> Option<Released> {
+    let (generation, token) = (generation(flow), token(flow));
+    let held = if place(cookie) == Some(flow) {
+        flow::release(held(flow), cookie)?
+    } else {
+        // An element of a hash map can be another socket's at any time, so its word decides nothing:
+        // whoever removes the entry has released it, and has read the socket's own before.
+        let held = Held(held(flow).load());
+        if !remove_elsewhere(cookie) {
+            return None;
+        }
+        held
+    };
+    let stats = BACKEND_STATS.get(held.backend()).filter(|stats| stats.is_life(generation))?;
+    Some(Released { held, stats, token: if held.has_token() { token } else { Token::NONE } })
+}
+
+/// Removes an entry of `OVERFLOW`; `false` when somebody else has.
+#[inline(always)]
+fn remove_elsewhere(cookie: u64) -> bool {
+    let removed = OVERFLOW.remove(cookie).is_ok();
+    if removed && let Some(records) = counter(counter::OVERFLOWED) {
+        records.decrement();
+    }
+    removed
+}
+
+/// Releases what the socket holds, if anything, and accounts for a connection that has ended and of
+/// which nothing else is known.
+#[inline(always)]
+pub fn end(cookie: u64) {
+    if let Some(flow) = find(cookie)
+        && let Some(Released { stats, token, .. }) = release(flow, cookie)
+    {
+        stats.end(token, || Maps.now());
+    }
+}
