@@ -187,7 +187,7 @@ impl<T> At<T> for io::Result<T> {
 }
 
 /// The symbol of the error numbers that a connect may meet; others in words.
-fn errno_name(error: &io::Error) -> String {
+pub(crate) fn errno_name(error: &io::Error) -> String {
     let name = match error.raw_os_error() {
         Some(libc::ECONNREFUSED) => "ECONNREFUSED",
         Some(libc::ENETUNREACH) => "ENETUNREACH",

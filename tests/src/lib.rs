@@ -14,12 +14,14 @@ pub mod agent;
 pub mod cgroup;
 pub mod check;
 pub mod client;
+pub mod mortal;
 pub mod node;
 pub mod process;
 pub mod server;
 pub mod service;
 pub mod storm;
 pub mod sys;
+pub mod ugly;
 
 pub use agent::Agent;
 pub use node::{Builder, Node};

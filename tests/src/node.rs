@@ -269,6 +269,31 @@ impl Node {
 // === impl Namespace ===
 
 impl Namespace {
+    /// A new one: nothing in it but a loopback interface that is down.
+    ///
+    /// # Errors
+    ///
+    /// Those of unshare(2).
+    pub fn create() -> Result<Self> {
+        let netns = sys::netns::create().context("cannot make a network namespace")?;
+        Ok(Self(Arc::new(netns)))
+    }
+
+    /// Its descriptor.
+    #[must_use]
+    pub fn netns(&self) -> &OwnedFd {
+        &self.0
+    }
+
+    /// A command that will run in this namespace and in a cgroup.
+    ///
+    /// # Errors
+    ///
+    /// It is not a cgroup.
+    pub fn command_in(&self, cgroup: &Path, program: impl AsRef<OsStr>) -> Result<Command> {
+        Ok(self.command(program, Some(&cgroup::procs(cgroup)?)))
+    }
+
     /// A command that will run in this namespace and in the cgroup of this process.
     #[must_use]
     pub fn outside(&self, program: impl AsRef<OsStr>) -> Command {

@@ -278,6 +278,7 @@ fn cannot_start(command: &Command) -> String {
         "nginx" => "nginx-light",
         "redis-cli" => "redis-tools",
         "ip" => "iproute2",
+        "nft" => "nftables",
         other => other,
     };
     format!("cannot start {program}: if it is missing, `apt-get install {package}`")

@@ -2,10 +2,11 @@
 //! crate.
 #![expect(
     unsafe_code,
-    reason = "raw system calls: namespaces, pre_exec, io_uring, bpf(2); each with its argument"
+    reason = "raw system calls: namespaces, pre_exec, fork, io_uring, bpf(2); each with its argument"
 )]
 
 pub mod bpf;
+pub mod fork;
 pub mod netns;
 pub mod process;
 pub mod socket;

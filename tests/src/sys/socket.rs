@@ -60,6 +60,21 @@ pub fn wait_writable(socket: &Socket, timeout: Duration) -> io::Result<()> {
     }
 }
 
+/// Whether a connect in progress has failed.
+///
+/// That a socket has an error does not say so: over IPv4, a firewall's answer that comes while the
+/// socket is locked is only queued (`tcp_v4_err`), and connecting goes on.
+///
+/// # Errors
+///
+/// Those of poll(2).
+pub fn hung_up(socket: &Socket) -> io::Result<bool> {
+    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one valid entry, which outlives the call.
+    checked(unsafe { libc::poll(&raw mut entry, 1, 0) })?;
+    Ok(entry.revents & libc::POLLHUP != 0)
+}
+
 /// Whether the SYN of a TCP connection carried data that the peer acknowledged (TCP fast open).
 ///
 /// # Errors
@@ -85,18 +100,24 @@ pub fn syn_carried_data(socket: &Socket) -> io::Result<bool> {
 ///
 /// Those of setsockopt(2).
 pub fn allow_fast_open(listener: &impl AsRawFd, queue: libc::c_int) -> io::Result<()> {
+    set_tcp(listener, libc::TCP_FASTOPEN, queue)
+}
+
+/// How often a SYN is sent again before a connect fails (`TCP_SYNCNT`).
+///
+/// # Errors
+///
+/// Those of setsockopt(2): `EOPNOTSUPP` with MPTCP.
+pub fn set_syn_count(socket: &Socket, count: libc::c_int) -> io::Result<()> {
+    set_tcp(socket, libc::TCP_SYNCNT, count)
+}
+
+fn set_tcp(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     let len = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or_default();
-    // SAFETY: `queue` is an integer of the length given and lives through the call.
-    checked(unsafe {
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_FASTOPEN,
-            (&raw const queue).cast(),
-            len,
-        )
-    })
-    .map(drop)
+    let value = (&raw const value).cast();
+    // SAFETY: `value` points to an integer of the length given, which lives through the call.
+    checked(unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, value, len) })
+        .map(drop)
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the same for every process of the machine, which `Instant`
