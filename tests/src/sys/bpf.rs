@@ -1,4 +1,4 @@
-//! What the kernel says about the programs attached to a cgroup, and what they cost.
+//! What the kernel says about its BPF programs: which are attached to a cgroup, what each costs.
 
 use std::fs::File;
 use std::io;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_info, bpf_stats_type};
 
-/// A program attached to a cgroup.
+/// A program, wherever it is attached.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Attached {
     /// Its id.
@@ -18,6 +18,9 @@ pub struct Attached {
     pub run_time_ns: u64,
     /// How often it ran while a [`StatsGuard`] existed.
     pub run_count: u64,
+    /// How often it did not run because it was running on that CPU already: the kernel lets no
+    /// tracing program interrupt itself, or run while another task is preempted in it.
+    pub misses: u64,
 }
 
 /// The hooks that this project uses or may come to use.
@@ -43,7 +46,7 @@ pub fn attached(cgroup: &Path) -> io::Result<Vec<Attached>> {
     let mut found = Vec::new();
     for hook in HOOKS {
         for id in query(&directory, hook)? {
-            match info(id) {
+            match program(id) {
                 Ok(program) => found.push(program),
                 // Detached since the query.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
@@ -71,7 +74,41 @@ fn query(cgroup: &File, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
     Ok(ids.into_iter().take(count as usize).collect())
 }
 
-fn info(id: u32) -> io::Result<Attached> {
+/// All programs that the machine has loaded.
+///
+/// # Errors
+///
+/// Those of bpf(2).
+pub fn loaded() -> io::Result<Vec<Attached>> {
+    let mut found = Vec::new();
+    let mut id = 0;
+    loop {
+        let mut attr = empty();
+        attr.__bindgen_anon_6.__bindgen_anon_1.start_id = id;
+        match bpf(bpf_cmd::BPF_PROG_GET_NEXT_ID, &mut attr) {
+            Ok(_) => {}
+            // That was the last one.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(found),
+            Err(error) => return Err(error),
+        }
+        // SAFETY: the kernel has written the next id into the member beside the one set above.
+        let next = unsafe { attr.__bindgen_anon_6.next_id };
+        match program(next) {
+            Ok(program) => found.push(program),
+            // Unloaded since.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+        id = next;
+    }
+}
+
+/// The program with this id.
+///
+/// # Errors
+///
+/// Those of bpf(2): `ENOENT` when there is none.
+pub fn program(id: u32) -> io::Result<Attached> {
     let mut attr = empty();
     attr.__bindgen_anon_6.__bindgen_anon_1.prog_id = id;
     let fd = bpf(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attr)?;
@@ -87,7 +124,13 @@ fn info(id: u32) -> io::Result<Attached> {
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     let name =
         info.name.iter().take_while(|&&c| c != 0).map(|&c| char::from(c.cast_unsigned())).collect();
-    Ok(Attached { id, name, run_time_ns: info.run_time_ns, run_count: info.run_cnt })
+    Ok(Attached {
+        id,
+        name,
+        run_time_ns: info.run_time_ns,
+        run_count: info.run_cnt,
+        misses: info.recursion_misses,
+    })
 }
 
 /// While it exists, the kernel measures every BPF program of the machine. Bound to a descriptor,

@@ -1,101 +1,84 @@
-//! One variant: a process in the variant's cgroup that connects when told, and accepts in the same
-//! thread, so that no scheduler has a part in what is measured.
+//! What connects: a process in a cgroup of the benchmark, which does as it is told and accepts in
+//! the same thread, so that no scheduler has a part in what is measured.
+//!
+//! Each of its threads has a network namespace and a processor of its own. So threads share what
+//! the data plane shares (services, backends, counters, records), and not a listener or a table of
+//! ports, whose contention is the kernel's affair and would hide ours.
 
-use std::io::{BufReader, Read, Write};
+use std::fs::File;
+use std::io::{BufRead, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Barrier;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use mesh_tests::Node;
+use mesh_tests::sys::netns;
 use rustix::net::accept;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// What a worker is started with. It reads the addresses from standard input, one a line, up to an
 /// empty line. After that each line is an order:
 ///
-/// * `time CONNECTS SPAN`: so many connects, each to one of the first SPAN addresses by chance. It
-///   is answered by as many durations in nanoseconds (u32, native order).
-/// * `balance CONNECTS`: so many connects, each with one getpeername(2), to the first IPv4 address
-///   and as many to the first IPv6 address. It is answered by [`DONE`].
-/// * `pass CONNECTS`: so many connects of UDP to loopback in each family, which are not balanced. It
-///   is answered by [`DONE`].
+/// * `time CONNECTS SPAN THREADS`: so many connects in each of so many threads, each to one of the
+///   first SPAN addresses by chance. It is answered by as many durations in nanoseconds (u32, native
+///   order), those of the first thread first.
+/// * `live CONNECTIONS SPAN` and `live6 CONNECTIONS`: so many whole connections, each with one
+///   getpeername(2), to one of the first SPAN addresses by chance, or to the IPv6 address.
+/// * `pass COUNT`: so many connects of UDP to loopback, which are not balanced.
+/// * `idle COUNT`: so many TCP sockets that are opened and closed and do nothing else.
+/// * `hold CONNECTIONS SPAN`: so many more connections that stay open.
+/// * `release`: closes what is held.
+///
+/// All but the first are answered by [`DONE`].
 #[derive(Args)]
 pub struct Arguments {
     /// The port on which the backends listen.
     port: u16,
+    /// The network namespace of each thread.
+    #[arg(required = true)]
+    namespaces: Vec<PathBuf>,
 }
 
 /// The answer to an order that gives no durations.
-const DONE: u8 = b'.';
+pub const DONE: u8 = b'.';
 
-/// A worker, seen from the benchmark.
-pub struct Worker {
-    port: u16,
-    child: Child,
-    to: ChildStdin,
-    from: BufReader<ChildStdout>,
+/// How many connects a thread makes before it begins to measure: its stack and its sockets'
+/// memory are warm then.
+const WARM_UP: usize = 20;
+
+/// A place to connect in: a network namespace, and what listens in it.
+struct Lane {
+    netns: OwnedFd,
+    /// The processor on which its threads stay.
+    cpu: CpuSet,
+    v4: Socket,
+    v6: Socket,
 }
 
-// === impl Worker ===
-
-impl Worker {
-    /// Starts a worker in a cgroup, where it listens on `port` and may connect to `addresses`.
-    pub fn start(node: &Node, cgroup: &Path, port: u16, addresses: &[String]) -> Result<Self> {
-        let mut command = node.command_in(cgroup, std::env::current_exe()?)?;
-        command.args(["worker", &port.to_string()]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let (to, from) = child.stdin.take().zip(child.stdout.take()).context("pipes")?;
-        let mut worker = Self { port, child, to, from: BufReader::new(from) };
-        writeln!(worker.to, "{}\n", addresses.join("\n"))?;
-        Ok(worker)
-    }
-
-    /// Connects so many times, each time to one of the first `span` addresses; gives the durations
-    /// in nanoseconds.
-    pub fn round(&mut self, connects: usize, span: usize) -> Result<Vec<u32>> {
-        let bytes = self.order(&format!("time {connects} {span}"), connects * 4)?;
-        Ok(bytes.as_chunks::<4>().0.iter().copied().map(u32::from_ne_bytes).collect())
-    }
-
-    /// Runs each of the four programs so many times, for a connection that is balanced.
-    pub fn balance(&mut self, connects: usize) -> Result<()> {
-        self.order(&format!("balance {connects}"), 1).map(drop)
-    }
-
-    /// Runs each of the two connect programs so many times, for a socket that it leaves alone at
-    /// its first look.
-    pub fn pass(&mut self, connects: usize) -> Result<()> {
-        self.order(&format!("pass {connects}"), 1).map(drop)
-    }
-
-    fn order(&mut self, order: &str, answer: usize) -> Result<Vec<u8>> {
-        writeln!(self.to, "{order}")?;
-        let mut bytes = vec![0; answer];
-        self.from.read_exact(&mut bytes).with_context(|| {
-            format!("the worker on port {} ended early; its message is above", self.port)
-        })?;
-        Ok(bytes)
-    }
+/// What a thread is to measure.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    targets: &'a [SockAddr],
+    connects: usize,
+    start: &'a Barrier,
 }
 
-impl Drop for Worker {
-    fn drop(&mut self) {
-        // It is reaped, however it ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-// === the worker itself ===
-
-/// Does what it is told until standard input ends.
+/// Does what standard input says, until it ends.
+///
+/// # Errors
+///
+/// An order that is none, a connect that fails, or a connection that is not as it should be.
 pub fn serve(arguments: &Arguments) -> Result<()> {
-    let mut lines = std::io::stdin().lines();
+    open_files()?;
+    let mut lines = std::io::stdin().lock().lines();
     let mut addresses = Vec::new();
-    for line in lines.by_ref() {
+    for line in &mut lines {
         let line = line?;
         if line.is_empty() {
             break;
@@ -103,41 +86,102 @@ pub fn serve(arguments: &Arguments) -> Result<()> {
         let address: SocketAddr = line.parse().with_context(|| line.clone())?;
         addresses.push(SockAddr::from(address));
     }
-    ensure!(!addresses.is_empty(), "no addresses");
-    let any_v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, arguments.port));
-    let any_v6 = SocketAddr::from((Ipv6Addr::UNSPECIFIED, arguments.port));
-    let (v4, v6) = (listen(any_v4)?, listen(any_v6)?);
+    let places = arguments.namespaces.iter().enumerate();
+    let lanes: Vec<_> = places
+        .map(|(number, path)| Lane::open(path, number, arguments.port))
+        .collect::<Result<_>>()?;
+    let first = lanes.first().context("no namespace")?;
+    let targets = |span: &str| -> Result<_> {
+        addresses.get(..span.parse()?).context("fewer addresses than that")
+    };
+    let mut held = Vec::new();
     let mut out = std::io::stdout().lock();
     for line in lines {
         let line = line?;
-        let answer = match line.split(' ').collect::<Vec<_>>()[..] {
-            ["time", connects, span] => {
-                let targets =
-                    addresses.get(..span.parse()?).context("fewer addresses than that")?;
-                time(&v4, targets, connects.parse()?)?
+        let mut answer = vec![DONE];
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            ["time", connects, span, threads] => {
+                let lanes =
+                    lanes.get(..threads.parse()?).context("more threads than namespaces")?;
+                answer = time(lanes, targets(span)?, connects.parse()?)?;
             }
-            ["balance", connects] => {
-                let (to_v4, to_v6) = of_both_families(&addresses)?;
-                for _ in 0..connects.parse()? {
-                    balance(&v4, to_v4)?;
-                    balance(&v6, to_v6)?;
-                }
-                vec![DONE]
+            ["live", count, span] => {
+                let (count, targets) = (count.parse()?, targets(span)?);
+                first.inside(|| repeat(count, || live(&first.v4, any(targets))))?;
             }
-            ["pass", connects] => {
-                for _ in 0..connects.parse()? {
-                    pass((Ipv4Addr::LOCALHOST, arguments.port).into())?;
-                    pass((Ipv6Addr::LOCALHOST, arguments.port).into())?;
-                }
-                vec![DONE]
+            ["live6", count] => {
+                let count = count.parse()?;
+                let to = addresses.iter().find(|a| a.is_ipv6()).context("no IPv6 address")?;
+                first.inside(|| repeat(count, || live(&first.v6, to)))?;
             }
+            ["pass", count] => {
+                let count = count.parse()?;
+                first.inside(|| repeat(count, || pass(arguments.port)))?;
+            }
+            ["idle", count] => {
+                let count = count.parse()?;
+                first.inside(|| repeat(count, idle))?;
+            }
+            ["hold", count, span] => {
+                let (count, targets) = (count.parse()?, targets(span)?);
+                held.reserve(count);
+                first.inside(|| {
+                    repeat(count, || {
+                        held.push(hold(&first.v4, any(targets))?);
+                        Ok(())
+                    })
+                })?;
+            }
+            ["release"] => held = Vec::new(),
             _ => bail!("{line:?} is no order"),
-        };
+        }
         out.write_all(&answer)?;
         out.flush()?;
     }
     Ok(())
 }
+
+// === impl Lane ===
+
+impl Lane {
+    fn open(path: &Path, number: usize, port: u16) -> Result<Self> {
+        let netns = OwnedFd::from(File::open(path).with_context(|| path.display().to_string())?);
+        let any_v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        let any_v6 = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        let cpu = processor(number)?;
+        let (v4, v6) = netns::inside(&netns, || {
+            // Tried here: a thread that finds out later leaves others waiting for it.
+            sched_setaffinity(None, &cpu)?;
+            Ok::<_, anyhow::Error>((listen(any_v4)?, listen(any_v6)?))
+        })??;
+        Ok(Self { netns, cpu, v4, v6 })
+    }
+
+    /// Runs `work` on a new thread in this namespace and on this processor.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        netns::inside(&self.netns, || {
+            sched_setaffinity(None, &self.cpu)?;
+            work()
+        })?
+    }
+
+    /// The durations of connects, as they are answered.
+    fn time(&self, task: Task<'_>) -> Result<Vec<u8>> {
+        let warm = repeat(WARM_UP, || connect(&self.v4, any(task.targets)).map(drop));
+        // Also after a failure: the other thread waits here.
+        task.start.wait();
+        warm?;
+        let mut times = Vec::with_capacity(task.connects * 4);
+        for _ in 0..task.connects {
+            let time = connect(&self.v4, any(task.targets))?;
+            let nanos = u32::try_from(time.as_nanos()).unwrap_or(u32::MAX);
+            times.extend(nanos.to_ne_bytes());
+        }
+        Ok(times)
+    }
+}
+
+// === functions ===
 
 fn listen(on: SocketAddr) -> Result<Socket> {
     let listener = Socket::new(Domain::for_address(on), Type::STREAM, Some(Protocol::TCP))?;
@@ -150,57 +194,100 @@ fn listen(on: SocketAddr) -> Result<Socket> {
     Ok(listener)
 }
 
-fn of_both_families(addresses: &[SockAddr]) -> Result<(&SockAddr, &SockAddr)> {
-    let v4 = addresses.iter().find(|address| address.is_ipv4());
-    let v6 = addresses.iter().find(|address| address.is_ipv6());
-    v4.zip(v6).context("an address of each family is needed")
+/// One of the processors that this process may use, counted around. Threads stay on theirs: the
+/// scheduler would put both on the same one now and then.
+fn processor(number: usize) -> Result<CpuSet> {
+    let allowed = sched_getaffinity(None)?;
+    let cpus: Vec<_> = (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect();
+    let mut one = CpuSet::new();
+    one.set(*cpus.get(number % cpus.len().max(1)).context("no processor")?);
+    Ok(one)
 }
 
-/// The durations of so many connects, as they are answered.
-fn time(listener: &Socket, targets: &[SockAddr], connects: usize) -> Result<Vec<u8>> {
-    let mut times = Vec::with_capacity(connects * 4);
-    for _ in 0..connects {
-        let time = connect(listener, &targets[fastrand::usize(..targets.len())])?;
-        let nanos = u32::try_from(time.as_nanos()).unwrap_or(u32::MAX);
-        times.extend(nanos.to_ne_bytes());
-    }
-    Ok(times)
+/// Lets this process have as many open files as it may, and says how many that is.
+pub fn open_files() -> Result<u64> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).context("open files")?;
+    Ok(maximum.unwrap_or(u64::MAX))
+}
+
+fn repeat(count: usize, mut work: impl FnMut() -> Result<()>) -> Result<()> {
+    (0..count).try_for_each(|_| work())
+}
+
+fn any(targets: &[SockAddr]) -> &SockAddr {
+    &targets[fastrand::usize(..targets.len())]
+}
+
+/// What all threads measured.
+fn time(lanes: &[Lane], targets: &[SockAddr], connects: usize) -> Result<Vec<u8>> {
+    let start = Barrier::new(lanes.len());
+    let task = Task { targets, connects, start: &start };
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            lanes.iter().map(|lane| scope.spawn(move || lane.inside(|| lane.time(task)))).collect();
+        let mut times = Vec::new();
+        for thread in threads {
+            let result = thread.join();
+            times.extend(result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(times)
+    })
+}
+
+fn connected(address: &SockAddr) -> Result<(Socket, Duration)> {
+    let client = Socket::new(address.domain(), Type::STREAM, Some(Protocol::TCP))?;
+    let started = Instant::now();
+    client.connect(address).with_context(|| format!("connect to {:?}", address.as_socket()))?;
+    Ok((client, started.elapsed()))
 }
 
 /// One connect, timed; the socket exists already, and nothing else is inside the measurement.
 fn connect(listener: &Socket, address: &SockAddr) -> Result<Duration> {
-    let client = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-    let started = Instant::now();
-    client.connect(address).with_context(|| format!("connect to {:?}", address.as_socket()))?;
-    let time = started.elapsed();
-    let (server, _) = listener.accept()?;
-    reset(&client, &server)?;
+    let (client, time) = connected(address)?;
+    let server = accept(listener)?;
+    // The client resets when it closes, so that no port is left in TIME_WAIT. It does so first: a
+    // backend that resets before it has answered a byte is a backend that fails.
+    client.set_linger(Some(Duration::ZERO))?;
+    drop(client);
+    drop(server);
     Ok(time)
 }
 
-/// One connect and one getpeername(2) that finds the record of it: it shows the service's address,
-/// which it could not without.
-fn balance(listener: &Socket, address: &SockAddr) -> Result<()> {
+/// One connection from open to close, as applications have them: the getpeername(2) finds the
+/// record (it shows the service's address, which it could not without), and both ends close in
+/// peace, the client first.
+fn live(listener: &Socket, address: &SockAddr) -> Result<()> {
     let place = address.as_socket();
-    let client = Socket::new(address.domain(), Type::STREAM, Some(Protocol::TCP))?;
-    client.connect(address).with_context(|| format!("connect to {place:?}"))?;
+    let (client, _) = connected(address)?;
     let peer = client.peer_addr()?.as_socket();
     ensure!(peer == place, "getpeername shows {peer:?} after a connect to {place:?}");
     // Without asking for the peer's address: the kernel would run the getpeername program for this
     // end too, which has no record.
-    let server = Socket::from(accept(listener)?);
-    reset(&client, &server)
-}
-
-/// Both ends are reset when they are closed, so that no port is left in TIME_WAIT.
-fn reset(client: &Socket, server: &Socket) -> Result<()> {
-    client.set_linger(Some(Duration::ZERO))?;
-    server.set_linger(Some(Duration::ZERO))?;
+    let server = accept(listener)?;
+    drop(client);
+    drop(server);
     Ok(())
 }
 
+/// One connection that stays open at the client only, at half the price: a closed server becomes a
+/// few bytes of TIME_WAIT. Dropped, it resets.
+fn hold(listener: &Socket, address: &SockAddr) -> Result<Socket> {
+    let (client, _) = connected(address)?;
+    client.set_linger(Some(Duration::ZERO))?;
+    drop(accept(listener)?);
+    Ok(client)
+}
+
 /// One connect of UDP. The program sees the protocol and returns: no run of it can be shorter.
-fn pass(place: SocketAddr) -> Result<()> {
-    let client = Socket::new(Domain::for_address(place), Type::DGRAM, Some(Protocol::UDP))?;
+fn pass(port: u16) -> Result<()> {
+    let client = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+    let place = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     client.connect(&place.into()).with_context(|| format!("UDP, connect to {place}"))
+}
+
+/// One socket without a record that ends: the program that sees it has nothing to do.
+fn idle() -> Result<()> {
+    drop(Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?);
+    Ok(())
 }
