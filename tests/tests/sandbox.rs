@@ -128,7 +128,8 @@ fn a_storm_tells_what_came_of_it() -> Result<()> {
     ensure!(answered > 0 && connects.len() as u64 == answered, "{report:?}");
     ensure!(report.failed.contains_key("connect: ECONNREFUSED"), "{report:?}");
     ensure!(report.connects == answered + report.failed.values().sum::<u64>(), "{report:?}");
-    let sane = connects.iter().all(|c| started < c.start && c.start < c.end && c.end < killed);
+    // When a busy machine lets the client note the end, nobody knows.
+    let sane = connects.iter().all(|c| started < c.start && c.start < c.end && c.start < killed);
     ensure!(sane && connects.is_sorted_by_key(|connect| connect.start));
     Ok(())
 }
