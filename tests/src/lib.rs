@@ -22,7 +22,9 @@ pub mod service;
 pub mod storm;
 pub mod sys;
 pub mod ugly;
+pub mod withheld;
 
 pub use agent::Agent;
 pub use node::{Builder, Node};
 pub use service::Service;
+pub use withheld::Withheld;

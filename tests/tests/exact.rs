@@ -1,6 +1,5 @@
 //! The kernel's records of connections of every ugly kind against the account of the client that
-//! made them. `cargo xtask soak records` does the same with a million, and with connects that wait for
-//! an error, of which the kernel programs miss about one in 300: those are not among the kinds here.
+//! made them. `cargo xtask soak records` does the same with a million.
 
 use anyhow::Result;
 use mesh_tests::ugly::exact::{self, Options};
@@ -13,7 +12,6 @@ fn options() -> Options {
         bound: 40,
         ejection: false,
         no_multipath: false,
-        no_waiting: true,
         quiet: true,
     }
 }

@@ -59,9 +59,6 @@ pub struct Options {
     /// Only sockets of plain TCP.
     #[arg(long)]
     pub no_multipath: bool,
-    /// No connects that wait for an error.
-    #[arg(long)]
-    pub no_waiting: bool,
     /// Say how far it is, on standard error.
     #[arg(long)]
     pub progress: bool,

@@ -159,7 +159,7 @@ impl Worker<'_> {
 
     /// Leaves a connect to a backend that does not react to itself.
     fn pending(&mut self, target: Target) -> Result<()> {
-        if self.shared.options.no_waiting || !self.has_room() {
+        if !self.has_room() {
             return self.success();
         }
         let link = self.link()?;

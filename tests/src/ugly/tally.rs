@@ -84,4 +84,20 @@ impl Counts {
     pub const fn failed(&self) -> u64 {
         self.refused + self.timeout + self.unreachable + self.reset
     }
+
+    /// The least number of events that were not seen, if that is why this account is not the
+    /// `wanted` one: of a failure, which is then not counted or for another reason; of an end, which
+    /// then seems to be open. `None` when that cannot be why.
+    #[must_use]
+    pub fn unseen(&self, wanted: &Self) -> Option<u64> {
+        let reasons =
+            |counts: &Self| [counts.refused, counts.timeout, counts.unreachable, counts.reset];
+        let (mut more, mut less) = (0, 0);
+        for (kernel, wanted) in reasons(self).into_iter().zip(reasons(wanted)) {
+            more += kernel.saturating_sub(wanted);
+            less += wanted.saturating_sub(kernel);
+        }
+        let possible = self.opened == wanted.opened && self.held >= wanted.held && more <= less;
+        possible.then(|| less + (self.held - wanted.held))
+    }
 }
