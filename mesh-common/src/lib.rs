@@ -20,6 +20,7 @@ pub mod ejection;
 pub mod event;
 pub mod flow;
 pub mod layout;
+pub mod socket;
 pub mod stats;
 pub mod translate;
 pub mod word;

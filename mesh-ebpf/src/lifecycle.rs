@@ -12,7 +12,8 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use mesh_common::ejection::Phase;
 use mesh_common::layout::counter;
-use mesh_common::stats::{Change, Outcome, Seen, judge, judge_end, judge_reset};
+use mesh_common::socket::{Outcome, Seen, judge, judge_end, judge_reset};
+use mesh_common::stats::Change;
 use mesh_common::{Client, Ejection, Failure, Flow, Given, Held, Policy, Table, Tables as _, flow};
 
 use crate::events;
@@ -75,7 +76,7 @@ fn reset(ctx: &BtfTracePointContext) -> i32 {
     let sock = Sock::new(ctx.arg(0));
     if let Some((cookie, flow)) = ours(sock)
         // What comes after the application has closed the socket is no answer to it.
-        && !sock.is_dead()
+        && !sock.is_orphaned()
         && let Some(tcp) = sock.tcp()
     {
         match judge_reset(tcp.bytes_acked() != 0, tcp.bytes_received() != 0) {
@@ -109,9 +110,13 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
 fn destroy(ctx: &BtfTracePointContext) -> i32 {
     let sock = Sock::new(ctx.arg(0));
     if let Some((cookie, flow)) = ours(sock) {
-        let Some(tcp) = sock.tcp() else { return 0 };
+        // None of ours is anything else; if one were, its record would have to go all the same.
+        let Some(tcp) = sock.tcp() else {
+            ended(cookie, flow, false);
+            return 0;
+        };
         let seen = seen(sock, tcp);
-        match judge_end(seen, tcp.is_in_flight()) {
+        match judge_end(seen, tcp.has_sent() && !tcp.is_in_flight()) {
             Some(failure) => failed(cookie, flow, failure),
             None => {
                 // Whether it was answered makes a difference only to a backend in doubt.

@@ -7,6 +7,8 @@
 use std::collections::HashMap;
 use std::io;
 
+use mesh_common::socket::{Field, Places};
+
 /// The kernel's own types.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
@@ -20,63 +22,29 @@ pub enum BtfError {
     #[error("{VMLINUX} is damaged or of an unknown version, at byte {0}")]
     Format(usize),
     /// A field is not there.
-    #[error("this kernel's struct {0} has no field {1}")]
+    #[error(
+        "this kernel's struct {0} has no field {1}: it is of a version that this agent does not know \
+         yet; report it with the output of `uname -r`, and use the kernel before it until then"
+    )]
     Missing(&'static str, &'static str),
 }
 
-/// The places of the fields, in bytes from the start of the socket.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct SocketFields {
-    /// `sock.__sk_common.skc_cookie`.
-    pub cookie: u32,
-    /// `sock.__sk_common.skc_state`.
-    pub state: u32,
-    /// `sock.sk_err`.
-    pub error: u32,
-    /// `tcp_sock.bytes_acked`.
-    pub bytes_acked: u32,
-    /// `tcp_sock.bytes_received`.
-    pub bytes_received: u32,
-    /// `tcp_sock.rcv_nxt`.
-    pub rcv_nxt: u32,
-    /// `sock.__sk_common.skc_flags`.
-    pub flags: u32,
-    /// `sock.__sk_common.skc_dport`.
-    pub port: u32,
-    /// `tcp_sock.total_retrans`.
-    pub total_retrans: u32,
-    /// `tcp_sock.packets_out`.
-    pub packets_out: u32,
-    /// `sock.sk_err_soft`.
-    pub soft_error: u32,
+/// The places of all fields in the running kernel.
+///
+/// # Errors
+///
+/// When it does not describe its types, or has other ones.
+pub fn places() -> Result<Places, BtfError> {
+    find(&std::fs::read(VMLINUX).map_err(BtfError::Read)?)
 }
 
-impl SocketFields {
-    /// Those of the running kernel.
-    ///
-    /// # Errors
-    ///
-    /// When it does not describe its types, or has other ones.
-    pub fn of_this_kernel() -> Result<Self, BtfError> {
-        Self::find(&std::fs::read(VMLINUX).map_err(BtfError::Read)?)
+fn find(btf: &[u8]) -> Result<Places, BtfError> {
+    let types = Types::parse(btf)?;
+    let mut places = Places::default();
+    for (place, (_, of, field)) in places.iter_mut().zip(Field::ALL) {
+        *place = types.offset(of, field)?;
     }
-
-    fn find(btf: &[u8]) -> Result<Self, BtfError> {
-        let types = Types::parse(btf)?;
-        Ok(Self {
-            cookie: types.offset("sock", "skc_cookie")?,
-            state: types.offset("sock", "skc_state")?,
-            error: types.offset("sock", "sk_err")?,
-            bytes_acked: types.offset("tcp_sock", "bytes_acked")?,
-            bytes_received: types.offset("tcp_sock", "bytes_received")?,
-            rcv_nxt: types.offset("tcp_sock", "rcv_nxt")?,
-            flags: types.offset("sock", "skc_flags")?,
-            port: types.offset("sock", "skc_dport")?,
-            total_retrans: types.offset("tcp_sock", "total_retrans")?,
-            packets_out: types.offset("tcp_sock", "packets_out")?,
-            soft_error: types.offset("sock", "sk_err_soft")?,
-        })
-    }
+    Ok(places)
 }
 
 /// A member of a struct or union.
@@ -184,31 +152,34 @@ mod tests {
 
     #[test]
     fn this_kernel_has_them() {
-        let fields = SocketFields::of_this_kernel().expect("types of this kernel");
-        let SocketFields { cookie, state, error, bytes_acked, bytes_received, rcv_nxt, .. } =
-            fields;
-        let SocketFields { flags, port, total_retrans, .. } = fields;
-        assert!(cookie.is_multiple_of(8) && cookie > 0, "{fields:?}");
-        assert!(state > 0 && state < cookie, "{fields:?}");
-        assert!(error.is_multiple_of(4) && error > cookie, "{fields:?}");
-        assert!(bytes_acked > error && bytes_received > error, "{fields:?}");
-        assert!(rcv_nxt > error && rcv_nxt.is_multiple_of(4), "{fields:?}");
-        assert!(flags.is_multiple_of(8) && port > 0 && port < state, "{fields:?}");
-        assert!(total_retrans > error && total_retrans != rcv_nxt, "{fields:?}");
-        assert_ne!(bytes_acked, bytes_received);
+        let places = places().expect("types of this kernel");
+        let at = |field: Field| places[field as usize];
+        assert!(places.iter().all(|&place| place > 0), "{places:?}");
+        let different: std::collections::BTreeSet<_> = places.into_iter().collect();
+        assert_eq!(different.len(), places.len(), "{places:?}");
+        for field in [Field::Cookie, Field::Owner, Field::BytesAcked, Field::BytesReceived] {
+            assert!(at(field).is_multiple_of(8), "{field:?}: {places:?}");
+        }
+        assert!(at(Field::PeerPort) < at(Field::State), "{places:?}");
+        assert!(at(Field::State) < at(Field::Cookie), "{places:?}");
+        // What is TCP's comes after what all sockets have.
+        for (field, of, _) in Field::ALL {
+            let is_after = at(field) > at(Field::Error).max(at(Field::Owner));
+            assert!(is_after || of == "sock", "{field:?}: {places:?}");
+        }
     }
 
     #[test]
     fn damage_is_told() {
         let btf = std::fs::read(VMLINUX).expect("types of this kernel");
-        assert!(matches!(SocketFields::find(&[]), Err(BtfError::Format(0))));
-        assert!(matches!(SocketFields::find(&btf[..100]), Err(BtfError::Format(_))));
+        assert!(matches!(find(&[]), Err(BtfError::Format(0))));
+        assert!(matches!(find(&btf[..100]), Err(BtfError::Format(_))));
         let mut other = btf.clone();
         other[2] = 9;
-        assert!(matches!(SocketFields::find(&other), Err(BtfError::Format(0))));
+        assert!(matches!(find(&other), Err(BtfError::Format(0))));
         // Cut at the types: whatever it says, it does not panic.
         for len in (24..20_000).step_by(997) {
-            assert!(SocketFields::find(&btf[..len]).is_err());
+            assert!(find(&btf[..len]).is_err());
         }
     }
 

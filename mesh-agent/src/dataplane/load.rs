@@ -11,7 +11,7 @@ use aya::{Btf, Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use mesh_common::ABI_VERSION;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
-use super::btf::{BtfError, SocketFields};
+use super::btf::{self, BtfError};
 use super::kernel::{Grace, KernelMaps, OpenError, typed};
 use super::records::Records;
 use super::sys::attached::{Hook, program_ids};
@@ -196,7 +196,7 @@ pub struct Loaded {
 /// When the kernel, the container or the binary lacks something.
 pub fn load(options: Options) -> Result<Loaded, LoadError> {
     let object = object(OBJECT)?;
-    let fields = SocketFields::of_this_kernel()?;
+    let places = btf::places()?;
     // Level 0 lets the verifier prune every log statement.
     let salt = fastrand::u64(..);
     let level: u8 = if options.log { aya_log::Level::Debug as u8 } else { 0 };
@@ -204,17 +204,7 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global(aya_log::LEVEL, &level, false)
         .override_global("SALT", &salt, true)
-        .override_global("SK_COOKIE", &fields.cookie, true)
-        .override_global("SK_STATE", &fields.state, true)
-        .override_global("SK_ERR", &fields.error, true)
-        .override_global("BYTES_ACKED", &fields.bytes_acked, true)
-        .override_global("BYTES_RECEIVED", &fields.bytes_received, true)
-        .override_global("RCV_NXT", &fields.rcv_nxt, true)
-        .override_global("SK_FLAGS", &fields.flags, true)
-        .override_global("SK_DPORT", &fields.port, true)
-        .override_global("TOTAL_RETRANS", &fields.total_retrans, true)
-        .override_global("PACKETS_OUT", &fields.packets_out, true)
-        .override_global("SK_ERR_SOFT", &fields.soft_error, true)
+        .override_global("SOCKET_FIELDS", &places[..], true)
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
     for (program, _) in PROGRAMS {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::storm::ask;
-use crate::sys::socket::{disconnect, wait_writable};
+use crate::sys::socket::{disconnect, is_connecting, set_fast_open_connect, wait_writable};
 
 /// No step takes longer.
 const LIMIT: Duration = Duration::from_secs(6);
@@ -67,6 +67,7 @@ fn mix(targets: Targets, connects: u64, seed: u64, thread: u64) -> Tally {
             9 => ("same port twice", twice(targets, thread, &mut random)),
             10 => ("happy eyeballs", race(targets)),
             11 => ("reset after the answer", answered(address).and_then(|s| reset(&s))),
+            12 => ("fast open without data", deferred(address).map(drop)),
             _ => ("answered", answered(address).map(drop)),
         };
         let end = match result {
@@ -117,6 +118,15 @@ fn again(address: SocketAddr) -> io::Result<()> {
     socket.connect(&address.into())?;
     ask(&socket, true).map_err(|(_, error)| error)?;
     Ok(())
+}
+
+/// A connect that has succeeded and sent nothing yet: it waits for data.
+fn deferred(address: SocketAddr) -> io::Result<Socket> {
+    let socket = open(address)?;
+    set_fast_open_connect(&socket)?;
+    socket.connect(&address.into())?;
+    // connect(2) has succeeded: one that sent its SYN would be connected.
+    if is_connecting(&socket)? { Ok(socket) } else { Err(io::Error::other("not deferred")) }
 }
 
 fn reset(socket: &Socket) -> io::Result<()> {

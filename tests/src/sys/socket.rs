@@ -82,6 +82,20 @@ pub fn hung_up(socket: &Socket) -> io::Result<bool> {
 /// Those of getsockopt(2).
 pub fn syn_carried_data(socket: &Socket) -> io::Result<bool> {
     const TCPI_OPT_SYN_DATA: u8 = 32; // linux/tcp.h
+    Ok(info(socket)?.tcpi_options & TCPI_OPT_SYN_DATA != 0)
+}
+
+/// Whether a TCP socket is connecting: its SYN is sent or about to be.
+///
+/// # Errors
+///
+/// Those of getsockopt(2).
+pub fn is_connecting(socket: &Socket) -> io::Result<bool> {
+    const TCP_SYN_SENT: u8 = 2; // net/tcp_states.h
+    Ok(info(socket)?.tcpi_state == TCP_SYN_SENT)
+}
+
+fn info(socket: &Socket) -> io::Result<libc::tcp_info> {
     // SAFETY: plain integers, for all of which zero is a value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut len = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap_or_default();
@@ -90,7 +104,7 @@ pub fn syn_carried_data(socket: &Socket) -> io::Result<bool> {
     checked(unsafe {
         libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, value, &raw mut len)
     })?;
-    Ok(info.tcpi_options & TCPI_OPT_SYN_DATA != 0)
+    Ok(info)
 }
 
 /// Allows TCP fast open on a listening socket. Without effect unless the namespace allows it too
@@ -110,6 +124,15 @@ pub fn allow_fast_open(listener: &impl AsRawFd, queue: libc::c_int) -> io::Resul
 /// Those of setsockopt(2): `EOPNOTSUPP` with MPTCP.
 pub fn set_syn_count(socket: &Socket, count: libc::c_int) -> io::Result<()> {
     set_tcp(socket, libc::TCP_SYNCNT, count)
+}
+
+/// Makes connect(2) wait for the first data, to send it with the SYN (`TCP_FASTOPEN_CONNECT`).
+///
+/// # Errors
+///
+/// Those of setsockopt(2).
+pub fn set_fast_open_connect(socket: &Socket) -> io::Result<()> {
+    set_tcp(socket, libc::TCP_FASTOPEN_CONNECT, 1)
 }
 
 fn set_tcp(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {

@@ -1,0 +1,180 @@
+//! The kernel's sockets: which of their fields the programs read, and what these say about a
+//! connection.
+
+use crate::Failure;
+
+/// A field of the kernel's sockets. Their places differ between kernels: the agent finds them in the
+/// kernel's type information (BTF) and hands them to the programs, in the order of [`Field::ALL`].
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Field {
+    /// 8 bytes: the socket's cookie; 0 when it has none yet.
+    Cookie,
+    /// 1 byte: the state of TCP.
+    State,
+    /// 2 bytes: the peer's port, in network byte order.
+    PeerPort,
+    /// 4 bytes: an `errno`, 0 for none.
+    Error,
+    /// 4 bytes: an `errno` that was not believed at once.
+    SoftError,
+    /// A pointer: who has it open; null when nobody has.
+    Owner,
+    /// 8 bytes: acknowledged by the peer; the SYN counts.
+    BytesAcked,
+    /// 8 bytes: received; the peer's FIN counts.
+    BytesReceived,
+    /// 4 bytes: the next sequence number expected.
+    ReceiveNext,
+    /// 4 bytes: segments sent.
+    SegmentsOut,
+    /// 4 bytes: segments sent more than once.
+    Retransmitted,
+    /// 4 bytes: segments that are not acknowledged.
+    InFlight,
+}
+
+impl Field {
+    /// All of them: the kernel's struct, and the field in it or in one that it begins with.
+    pub const ALL: [(Self, &str, &str); 12] = [
+        (Self::Cookie, "sock", "skc_cookie"),
+        (Self::State, "sock", "skc_state"),
+        (Self::PeerPort, "sock", "skc_dport"),
+        (Self::Error, "sock", "sk_err"),
+        (Self::SoftError, "sock", "sk_err_soft"),
+        (Self::Owner, "sock", "sk_socket"),
+        (Self::BytesAcked, "tcp_sock", "bytes_acked"),
+        (Self::BytesReceived, "tcp_sock", "bytes_received"),
+        (Self::ReceiveNext, "tcp_sock", "rcv_nxt"),
+        (Self::SegmentsOut, "tcp_sock", "segs_out"),
+        (Self::Retransmitted, "tcp_sock", "total_retrans"),
+        (Self::InFlight, "tcp_sock", "packets_out"),
+    ];
+}
+
+/// Where they are, in bytes from the start of the socket.
+pub type Places = [u32; Field::ALL.len()];
+
+/// What an error that a socket reports means for its connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// It goes on.
+    Nothing,
+    /// It is over, which says nothing about the backend.
+    Over,
+    /// It is over, and the backend, or the way to it, is the reason.
+    Failed(Failure),
+}
+
+/// Linux's numbers, the same on all architectures that it runs BPF programs on but MIPS.
+pub mod errno {
+    /// Reset by the peer; given up by this side.
+    pub const ECONNRESET: i32 = 104;
+    /// No answer.
+    pub const ETIMEDOUT: i32 = 110;
+    /// Refused.
+    pub const ECONNREFUSED: i32 = 111;
+    /// No way to the host.
+    pub const EHOSTUNREACH: i32 = 113;
+}
+
+/// What is seen of a TCP socket that reports an error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Seen {
+    /// `sk_err`; 0 when somebody has asked for it already.
+    pub error: i32,
+    /// The peer has acknowledged at least the SYN (`bytes_acked`), and the socket was not
+    /// disconnected since.
+    pub connected: bool,
+    /// It has received data or the peer's FIN (`bytes_received`), likewise.
+    pub answered: bool,
+    /// Its state is `TCP_CLOSE`.
+    pub closed: bool,
+    /// It has no peer (any more).
+    pub disconnected: bool,
+    /// It has sent something more than once.
+    pub repeated: bool,
+    /// `sk_err_soft`: somebody said on the way that the host cannot be reached, which was not
+    /// believed at once.
+    pub unreachable: bool,
+}
+
+/// Judges an error that a TCP socket reports (`sk_error_report`), which is told after the kernel has
+/// woken who waits for it. So the error may have been fetched already, by an application on another
+/// CPU, and is so always by the parent of an MPTCP subflow: then what the kernel did to the socket
+/// says what it was. A peer's reset was seen before ([`judge_reset`]).
+///
+/// `tcp_disconnect` (a connect to `AF_UNSPEC`, a close with `SO_LINGER` 0) reports `ECONNRESET`, or
+/// nothing, after it has taken the peer away and set the counters to 0: that says nothing about the
+/// backend. Neither do `ECONNABORTED` (the socket was destroyed by an administrator), `ENETUNREACH`
+/// (this node has no route), `EACCES` and `EPERM` (this node forbids it).
+#[inline(always)]
+#[must_use]
+pub const fn judge(seen: Seen) -> Outcome {
+    let Seen { error, connected, answered, closed, disconnected, .. } = seen;
+    match error {
+        errno::ECONNREFUSED if !connected => Outcome::Failed(Failure::Refused),
+        errno::EHOSTUNREACH if !connected => Outcome::Failed(Failure::Unreachable),
+        errno::ETIMEDOUT if !answered => Outcome::Failed(Failure::Timeout),
+        errno::ECONNRESET | errno::ETIMEDOUT => Outcome::Over,
+        // Fetched.
+        0 if closed && !disconnected && !answered => match reason(seen) {
+            Some(failure) => Outcome::Failed(failure),
+            None => Outcome::Over,
+        },
+        // An error that a socket reports before it is connected ends the attempt; later, the
+        // application may only have asked to be told (`IP_RECVERR`).
+        0 if closed => Outcome::Over,
+        0 => Outcome::Nothing,
+        _ if closed || !connected => Outcome::Over,
+        _ => Outcome::Nothing,
+    }
+}
+
+/// Why the kernel gave a connection up, when nobody says: what has sent its SYN or its data again has
+/// waited for an answer; otherwise somebody said at once that there will be none.
+#[inline(always)]
+const fn reason(seen: Seen) -> Option<Failure> {
+    match (seen.connected, seen.repeated && !seen.unreachable) {
+        (_, true) => Some(Failure::Timeout),
+        (false, false) => Some(Failure::Unreachable),
+        (true, false) => None,
+    }
+}
+
+/// Judges the end of a TCP socket whose record nobody has released: nothing when that says nothing
+/// about the backend. `given_up`: it has sent something, and has nothing in flight.
+///
+/// A connect that the kernel gave up has a peer, was never answered, and has nothing in flight any
+/// more. One that the application gave up has its SYN in flight, or never sent one, because it waited
+/// for data to go with it (`TCP_FASTOPEN_CONNECT`). Normally the kernel has reported that error, but
+/// nobody need have seen it: a tracing program is not run while it runs on the same CPU. Why it was
+/// given up is judged as in [`judge`].
+#[inline(always)]
+#[must_use]
+pub const fn judge_end(seen: Seen, given_up: bool) -> Option<Failure> {
+    if seen.connected || seen.disconnected || !given_up { None } else { reason(seen) }
+}
+
+/// Judges a peer's reset of a socket that its application has not closed: nothing when the peer had
+/// answered before. See [`Seen`].
+#[inline(always)]
+#[must_use]
+pub const fn judge_reset(connected: bool, answered: bool) -> Option<Failure> {
+    match (connected, answered) {
+        (false, _) => Some(Failure::Refused),
+        (true, false) => Some(Failure::Reset),
+        (true, true) => None,
+    }
+}
+
+const _: () = {
+    let mut at = 0;
+    while at < Field::ALL.len() {
+        assert!(Field::ALL[at].0 as usize == at);
+        at += 1;
+    }
+};
+
+#[cfg(test)]
+mod tests;
