@@ -2,9 +2,9 @@
 //!
 //! Records lie in an array at a place that the socket's cookie names. Whether a record is in use, by
 //! which socket, and what it has reserved is one word, [`Held`]: a socket claims a record by
-//! replacing 0 and fills it in before it says whose it is, and what is reserved is released by whoever replaces that word by 0, which can
-//! happen only once. A cookie is never used again, so a word that was read and is compared later
-//! cannot mean another socket's.
+//! replacing 0 and fills it in before it says whose it is, and what is reserved is released by
+//! whoever replaces that word by 0, which can happen only once. A cookie is never used again, so a
+//! word that was read and is compared later cannot mean another socket's.
 //!
 //! | who | when | does |
 //! | --- | --- | --- |

@@ -410,8 +410,6 @@ pub mod counter {
     pub const ALL_EJECTED: u32 = 22;
     /// Backends that were not ejected because as many as may be are.
     pub const SHARE_REACHED: u32 = 23;
-    /// Ejected backends that are in again because nothing bad was heard of their try.
-    pub const RECOVERED_UNHEARD: u32 = 24;
     /// Number of counters.
     pub const COUNT: u32 = 32;
 }

@@ -79,6 +79,7 @@ mod host {
 mod kernel {
     use core::arch::asm;
     use core::cell::UnsafeCell;
+    use core::sync::atomic::{Ordering, compiler_fence};
 
     /// 64 bits that are read and written whole.
     ///
@@ -110,6 +111,8 @@ mod kernel {
         /// whoever is ordered after this program by something else, such as the socket's lock.
         #[inline(always)]
         pub fn store(&self, value: u64) {
+            // The compiler may move plain writes over a volatile one.
+            compiler_fence(Ordering::Release);
             // SAFETY: as in `load`.
             unsafe { self.0.get().write_volatile(value) }
         }

@@ -187,7 +187,11 @@ fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
     // the agent takes some of what it alone suspects back.
     let may_go = |_: Ejection, is_out: bool| {
         let packed = u64::from(client.tag()) | u64::from(is_out) << 16;
-        mesh_share_allows(table.0, policy.0, packed) != 0
+        let allowed = mesh_share_allows(table.0, policy.0, packed) != 0;
+        if !allowed {
+            count(counter::SHARE_REACHED);
+        }
+        allowed
     };
     let change = stats.fail(failure, token, policy, client, Maps.now(), may_go);
     tell(held, &given, failure, policy, change);
@@ -222,7 +226,6 @@ fn tell(held: Held, given: &Given, failure: Failure, policy: Policy, change: Opt
     if !after.is_in() {
         tell_change(held, given, detail, after);
     } else if before.failures() + 1 >= policy.failures() && policy.failures() != 0 {
-        count(counter::SHARE_REACHED);
         events::failed_but_spared(held, given, detail, after);
     }
 }

@@ -200,7 +200,6 @@ pub fn enter(backend: u32, policy: u64, frontend: &FrontendKey) -> u64 {
         return OUT;
     }
     if next.is_in() {
-        count(counter::RECOVERED_UNHEARD);
         events::recovered(backend, stats.generation.load() as u32, frontend, next);
     }
     next.token().0

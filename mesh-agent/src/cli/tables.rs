@@ -159,9 +159,16 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
     for refused in &status.counters.refused {
         counters.row([text(format!("refused: {}", refused.reason)), number(refused.count)]);
     }
-    counters.row([text("retries"), number(status.counters.retries)]);
-    counters.row([text("no flow record"), number(status.counters.no_flow_record)]);
-    counters.row([text("events lost"), number(status.counters.events_lost)]);
+    for (name, count) in [
+        ("retries", status.counters.retries),
+        ("no flow record", status.counters.no_flow_record),
+        ("collisions", status.counters.collisions),
+        ("all ejected", status.counters.all_ejected),
+        ("spared by the share", status.counters.share_reached),
+        ("events lost", status.counters.events_lost),
+    ] {
+        counters.row([text(name), number(count)]);
+    }
     for part in [programs, sources, maps, counters] {
         out.push('\n');
         out.push_str(&part.finish());

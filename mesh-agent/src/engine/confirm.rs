@@ -124,8 +124,8 @@ impl Engine {
         });
     }
 
-    /// What is ejected for all comes before what single clients suspect: as long as more than the
-    /// share of a table is out for anybody, suspicions are dropped, so that the share holds for each
+    /// What is ejected for all comes before what single clients suspect: when more than the share of
+    /// a table is out for anybody, as many suspicions are dropped, so that the share holds for each
     /// client.
     pub(super) fn make_room(&self, frontend: &FrontendKey) {
         let maps = self.reconciler.maps();
@@ -133,16 +133,22 @@ impl Engine {
         let entry = owner.and_then(|owner| self.catalog.get(owner.as_str()));
         let policy = compile::policy(entry.and_then(|entry| entry.service.ejection));
         let table = self.table(frontend);
-        for index in table.base()..table.base() + table.len() {
-            if share_allows(maps, table, policy, Client::SEVERAL, true) {
+        let slots = table.base()..table.base() + table.len();
+        let out: u64 = slots.clone().map(|slot| maps.is_out(slot, Client::SEVERAL)).sum();
+        let mut excess = out.saturating_sub(policy.share() * u64::from(table.len()) / 100);
+        for slot in slots {
+            if excess == 0 {
                 return;
             }
-            let Some(slot) = mesh_common::Tables::slot(maps, index) else { return };
+            let Some(slot) = maps.slot(slot) else { return };
             let Some(stats) = maps.stats(slot.backend) else { continue };
             let ejection = stats.ejection();
-            if ejection.phase() == Phase::Suspected && stats.is_life(slot.generation) {
-                // Whoever was faster has made it something else.
-                let _ = stats.ejection.replace(ejection.0, 0);
+            // Whoever is faster makes it something else.
+            if ejection.phase() == Phase::Suspected
+                && stats.is_life(slot.generation)
+                && stats.ejection.replace(ejection.0, 0)
+            {
+                excess -= 1;
             }
         }
     }
@@ -150,7 +156,7 @@ impl Engine {
     /// The table that is in force for a frontend.
     fn table(&self, frontend: &FrontendKey) -> Table {
         let maps = self.reconciler.maps();
-        let value = mesh_common::Tables::frontend(maps, frontend);
+        let value = maps.frontend(frontend);
         let service = value.and_then(|value| maps.service(value.service));
         service.filter(|service| service.key == *frontend).map_or(Table(0), Service::table)
     }
