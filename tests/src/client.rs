@@ -67,6 +67,26 @@ pub fn ask(way: Way, address: SocketAddr) -> Outcome {
     outcome
 }
 
+/// Makes a socket, calls `before`, connects it and asks who answers, and has it open until `after`
+/// is done, which gets what came of it.
+pub fn ask_between(
+    address: SocketAddr,
+    before: impl FnOnce() -> io::Result<()>,
+    after: impl FnOnce(&Outcome),
+) {
+    let mut outcome = Outcome::default();
+    let made = open(Domain::for_address(address), Protocol::TCP);
+    let result = made.and_then(|socket| {
+        before().at("before connect")?;
+        socket.connect(&address.into()).at("connect")?;
+        outcome.peer = peer(&socket)?;
+        outcome.backend = Some(exchange(&socket, true)?);
+        Ok(socket)
+    });
+    outcome.error = result.as_ref().err().map(ToString::to_string);
+    after(&outcome);
+}
+
 /// Connects to `first`, dissolves that, connects *the same socket* to `second`, and asks there.
 /// Both outcomes carry what getpeername(2) said; only the second asks.
 #[must_use]

@@ -1,7 +1,14 @@
 //! Ways to open and connect a socket, and what getpeername(2) says afterwards. Each test ends with
 //! its control: with the agent stopped the same connect must fail.
 
-use anyhow::{Result, ensure};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::cgroup::Cgroup;
+use mesh_tests::client::Outcome;
+use mesh_tests::process::{self, until};
 use mesh_tests::{Builder, Node, Service, check};
 
 const FOUR: &str = "10.96.0.10:80";
@@ -136,4 +143,105 @@ fn getpeername_after_reconnecting() -> Result<()> {
         let [_, after] = check::reconnect(node, "10.0.0.1:8080", FOUR)?;
         after.name()
     })
+}
+
+/// A `mesh-client later` that has made its socket. Dropped, it is killed and reaped.
+struct Later(Child);
+
+impl Later {
+    fn start(mut command: Command, address: &str) -> Result<Self> {
+        command.args(["later", address]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut later = Self(command.spawn()?);
+        let mut line = [0; 5];
+        later.0.stdout.as_mut().context("its output")?.read_exact(&mut line)?;
+        ensure!(&line == b"made\n", "{line:?}");
+        Ok(later)
+    }
+
+    /// Lets it connect, after it has gone to this cgroup, if any. It is connected until this is
+    /// dropped.
+    fn connect(&mut self, cgroup: Option<&Path>) -> Result<Outcome> {
+        let input = self.0.stdin.as_mut().context("its input")?;
+        let procs = cgroup.map(|cgroup| cgroup.join("cgroup.procs").display().to_string());
+        writeln!(input, "{}", procs.unwrap_or_default())?;
+        let output = BufReader::new(self.0.stdout.take().context("its output")?);
+        let line = output.lines().next().context("it has ended")??;
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+impl Drop for Later {
+    fn drop(&mut self) {
+        if let Ok(None) = self.0.try_wait() {
+            let _ = self.0.kill();
+        }
+        let _ = self.0.wait();
+    }
+}
+
+/// Opened and active connections of all backends.
+fn counts(node: &Node) -> Result<[u64; 2]> {
+    let backends: Vec<serde_json::Value> = node.agent.json(&["backends"])?;
+    let sum = |name: &str| backends.iter().filter_map(|backend| backend[name].as_u64()).sum();
+    Ok([sum("opened"), sum("active")])
+}
+
+/// Waits for the figures that so many connections leave when all are closed, in the audit's too.
+fn ensure_counted(node: &Node, opened: u64) -> Result<()> {
+    until("the connections to be over", process::LIMIT, || {
+        Ok((counts(node)? == [opened, 0]).then_some(()))
+    })
+    .with_context(|| format!("{:?} in place of {opened}", counts(node)))?;
+    let audit: serde_json::Value = node.agent.json(&["audit"])?;
+    ensure!(audit["records"] == 0 && audit["released_ever"] == 0, "{audit:#}");
+    Ok(())
+}
+
+/// A socket belongs to the cgroup that it was made in, wherever its process is when it connects.
+#[test]
+fn inherited_into_another_cgroup() -> Result<()> {
+    let mut node = both().start()?;
+    let elsewhere = tempfile::tempdir()?;
+    let elsewhere = Cgroup::create(elsewhere.path())?;
+    let before = counts(&node)?;
+    ensure!(before == [0, 0], "{before:?}");
+    for (number, (address, backends)) in (1..).zip([(FOUR, ["a", "b"]), (SIX, ["c", "d"])]) {
+        let mut inside = Later::start(check::mesh_client(&node)?, address)?;
+        let name = inside.connect(Some(elsewhere.path()))?.name()?;
+        ensure!(backends.contains(&&*name), "{address}: {name} answered");
+        ensure!(counts(&node)? == [number, 1], "{:?}", counts(&node));
+        drop(inside);
+        ensure_counted(&node, number)?;
+        let outside = node.outside(process::binary("mesh-client")?);
+        let outside = Later::start(outside, address)?.connect(Some(node.cgroup().path()))?;
+        ensure!(outside.error.as_deref() == Some("connect: ENETUNREACH"), "{outside:?}");
+        ensure_counted(&node, number)?;
+    }
+    check::balanced(&mut node, &["a", "b"], |node| check::who(node, FOUR))
+}
+
+/// Sockets that are there before the programs: one that is connected then ends without a trace; one
+/// that connects later is balanced and counted like any other.
+#[test]
+fn older_than_the_programs() -> Result<()> {
+    let mut node = both().start_without_agent()?;
+    let mut connected = Later::start(check::mesh_client(&node)?, "10.0.0.1:8080")?;
+    ensure!(connected.connect(None)?.name()? == "a", "it dialled a");
+    let connecting: Vec<_> = [FOUR, FOUR, SIX, SIX]
+        .iter()
+        .map(|address| Later::start(check::mesh_client(&node)?, address))
+        .collect::<Result<_>>()?;
+    node.agent.start()?;
+    drop(connected);
+    ensure_counted(&node, 0)?;
+    for (opened, mut later) in (1..).zip(connecting) {
+        let outcome = later.connect(None)?;
+        ensure!(outcome.peer.is_some(), "{outcome:?}");
+        let name = outcome.name()?;
+        ensure!(["a", "b", "c", "d"].contains(&&*name), "{name} answered");
+        ensure!(counts(&node)? == [opened, 1], "{:?}", counts(&node));
+        drop(later);
+        ensure_counted(&node, opened)?;
+    }
+    check::balanced(&mut node, &["a", "b"], |node| check::who(node, FOUR))
 }

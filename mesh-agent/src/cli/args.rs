@@ -95,7 +95,7 @@ released when two audits in a row find it so.")]
 /// Arguments of `run`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Sockets created in the cgroup, or below it, are balanced; sockets that exist already are not. There is
+Sockets created in the cgroup, or below it, are balanced when they connect from now on. There is
 no default: naming the root of the hierarchy takes over every program of the node.
 
 Examples:

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::Result;
 use clap::Parser;
@@ -27,6 +28,13 @@ enum Client {
         first: SocketAddr,
         /// Where to then.
         second: SocketAddr,
+    },
+    /// One connection of a socket that is made at once, of which it tells by a line. It is connected
+    /// after a line of input, which may name the `cgroup.procs` of a cgroup to go to before, and
+    /// closed when the input ends.
+    Later {
+        /// Where to.
+        address: SocketAddr,
     },
     /// How often each backend answers, or each error comes.
     Histogram {
@@ -58,6 +66,7 @@ fn main() -> Result<()> {
             Client::Reconnect { first, second } => {
                 serde_json::to_string(&client::reconnect(first, second))
             }
+            Client::Later { address } => return later(address),
             Client::Histogram { address, times } => {
                 let mut histogram = BTreeMap::<_, u32>::new();
                 for _ in 0..times {
@@ -74,4 +83,26 @@ fn main() -> Result<()> {
         };
     println!("{}", text?);
     Ok(())
+}
+
+fn later(address: SocketAddr) -> Result<()> {
+    println!("made");
+    let before = || {
+        let mut line = String::new();
+        io::stdin().read_line(&mut line)?;
+        match line.trim_end() {
+            "" => Ok(()),
+            // "0" is the writing process.
+            procs => fs::write(procs, "0"),
+        }
+    };
+    let mut told = Ok(());
+    client::ask_between(address, before, |outcome| {
+        told = serde_json::to_string(outcome).map_err(Into::into).and_then(|text| {
+            println!("{text}");
+            io::copy(&mut io::stdin(), &mut io::sink())?;
+            Ok(())
+        });
+    });
+    told
 }
