@@ -95,8 +95,9 @@ released when two audits in a row find it so.")]
 /// Arguments of `run`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Sockets created in the cgroup, or below it, are balanced when they connect from now on. There is
-no default: naming the root of the hierarchy takes over every program of the node.
+Sockets created in the cgroup, or below it, are balanced when they connect from now
+on. There is no default: naming the root of the hierarchy takes over every program
+of the node.
 
 Examples:
   mesh-agent run --cgroup /sys/fs/cgroup/web.slice
