@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mesh_common::alias::{self, Column, Entry};
 use mesh_common::ejection::TICK_SHIFT;
-use mesh_common::{FrontendKey, Policy, Protocol, Reason, State};
+use mesh_common::{Algorithm, FrontendKey, Policy, Protocol, Reason, State, balance};
 
 use crate::model::{EjectionPolicy, Endpoint, Service, ServicePort, WhenAllUnhealthy};
 
@@ -80,6 +80,8 @@ pub struct Tables {
     pub frontends: Vec<(FrontendKey, usize)>,
     /// When backends are ejected.
     pub policy: Policy,
+    /// How a backend of a table is chosen.
+    pub algorithm: Algorithm,
 }
 
 /// Where an endpoint listens for a service port.
@@ -127,7 +129,8 @@ pub fn compile(
         }
         owned.push((key, tables.len() - 1));
     }
-    Tables { backends, tables, frontends: owned, policy: policy(service.ejection) }
+    let (policy, algorithm) = (policy(service.ejection), service.algorithm);
+    Tables { backends, tables, frontends: owned, policy, algorithm }
 }
 
 /// The rules of ejection as the kernel programs use them. Times are rounded up to whole ticks, and one
@@ -176,6 +179,15 @@ pub fn columns(weights: impl Iterator<Item = u16>) -> Vec<Column> {
     columns
 }
 
+/// Where the tickets of each of these weights end; none of them is 0.
+#[must_use]
+pub fn ends(weights: impl Iterator<Item = u16>) -> Vec<u32> {
+    let weights: Vec<u32> = weights.map(u32::from).collect();
+    let mut ends = vec![0; weights.len()];
+    balance::tickets(&weights, &mut ends);
+    ends
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::IpAddr;
@@ -195,6 +207,7 @@ mod tests {
                 protocol: Protocol::Tcp,
             }],
             health: None,
+            algorithm: Algorithm::default(),
             ejection: Some(EjectionPolicy::default()),
             when_all_unhealthy: WhenAllUnhealthy::UseAll,
             endpoints: endpoints

@@ -5,11 +5,11 @@
 //!
 //! Words that the kernel and the agent share while both run are a [`Word`] each.
 
-use crate::{Addr, Policy, Word};
+use crate::{Addr, Algorithm, Policy, Word};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -97,11 +97,11 @@ pub struct FrontendValue {
 /// one store and is never half visible.
 ///
 /// ```text
-/// 63      56 55             32 31                   0
-/// [ reason ] [ number of slots ] [ first slot          ]
+/// 63                  56 55             32 31                   0
+/// [ algorithm or reason ] [ number of slots ] [ first slot          ]
 /// ```
 ///
-/// A table of no slots refuses, with the reason that it carries.
+/// A table of no slots refuses, with the reason that it carries; others carry how one is chosen.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Table(pub u64);
@@ -116,6 +116,19 @@ impl Table {
     pub const fn slots(base: u32, len: u32) -> Self {
         let len = if len > Self::MAX_LEN { Self::MAX_LEN } else { len };
         Self((len as u64) << 32 | base as u64)
+    }
+
+    /// The same table, chosen from by another algorithm; one of no slots stays as it is.
+    #[must_use]
+    pub const fn by(self, algorithm: Algorithm) -> Self {
+        if self.is_empty() { self } else { Self(self.0 & !(0xff << 56) | (algorithm as u64) << 56) }
+    }
+
+    /// How a slot is chosen, if there are any.
+    #[inline(always)]
+    #[must_use]
+    pub const fn algorithm(self) -> Algorithm {
+        Algorithm::from_number((self.0 >> 56) as u8)
     }
 
     /// A table that refuses every connect for `reason`.
@@ -155,7 +168,7 @@ impl Table {
 
 /// A record of `SERVICES`: one for each frontend (a service port on one address).
 ///
-/// Writer: the agent, through its mapping. Readers: the connect programs.
+/// Writer: the agent, through its mapping, but for `position`. Readers: the connect programs.
 ///
 /// `key` and `generation` do not change while an entry of `FRONTENDS` names the record; `table` is
 /// switched by a single store. The record holds its own key because the element of a hash map can
@@ -173,8 +186,13 @@ pub struct Service {
     pub policy: Word,
     /// The frontend that this record serves.
     pub key: FrontendKey,
+    /// Zero.
+    pub pad: u32,
+    /// How many turns there were ([`crate::balance::turn`]). Written by the connect programs, atomic
+    /// addition, and only where the algorithm is that; it goes on when the table changes.
+    pub position: Word,
     /// Zero; it makes the record one cache line.
-    pub pad: [u32; 5],
+    pub pad2: u64,
 }
 
 impl Service {
@@ -212,8 +230,8 @@ pub struct Slot {
     pub addr: Addr,
     /// The backend's port in network byte order.
     pub port: u16,
-    /// Zero.
-    pub pad: u16,
+    /// The backend's weight.
+    pub weight: u16,
     /// Index into `BACKENDS`.
     pub backend: u32,
     /// [`Backend::generation`] at the time of writing.
@@ -222,8 +240,8 @@ pub struct Slot {
     pub threshold: u32,
     /// Where the other draws go: a position in the same table.
     pub alias: u32,
-    /// Zero.
-    pub pad2: u32,
+    /// Where its tickets end, see [`crate::balance::tickets`].
+    pub end: u32,
 }
 
 /// The state of a backend as people see it.

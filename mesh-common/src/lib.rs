@@ -15,6 +15,7 @@ extern crate std;
 
 pub mod addr;
 pub mod alias;
+pub mod balance;
 pub mod chance;
 pub mod ejection;
 pub mod event;
@@ -26,6 +27,7 @@ pub mod translate;
 pub mod word;
 
 pub use addr::Addr;
+pub use balance::Algorithm;
 pub use ejection::{Client, Ejection, Policy, Token};
 pub use event::Event;
 pub use flow::{Flow, Given, Held};

@@ -5,7 +5,7 @@
 
 use crate::ejection::{Admission, Client, Ejection, Policy, Token};
 use crate::layout::{FrontendKey, FrontendValue, Reason, Service, Slot, Table};
-use crate::{Addr, alias};
+use crate::{Addr, Algorithm, alias, balance};
 
 /// How often a program looks again when the tables change under it. Each attempt can only fail
 /// when another update lands in its window of well under a microsecond.
@@ -32,6 +32,19 @@ pub trait Tables {
     fn random(&self) -> u32;
     /// What is known of failures of a backend that a slot names.
     fn ejection(&self, backend: u32) -> Ejection;
+    /// How many connections of a backend are open. Asked only by [`Algorithm::LeastConnections`].
+    fn active(&self, backend: u32) -> u64;
+    /// How many turns a service has had, and counts one more. Asked only by
+    /// [`Algorithm::RoundRobin`].
+    fn position(&self, service: u32) -> u64;
+    /// [`balance::turn`], which the kernel has in a function of its own, like all that follow.
+    fn turn(&self, service: u32, table: Table) -> u32 {
+        balance::turn(self, service, table)
+    }
+    /// [`balance::lighter`].
+    fn lighter(&self, table: Table, first: u32) -> u32 {
+        balance::lighter(self, table, first)
+    }
     /// Asks for entry to a backend that is out, or was: takes the token of its try, or notes that
     /// the last one was answered. `None` when somebody else was faster; otherwise the token, if this
     /// connect holds one now.
@@ -112,7 +125,7 @@ pub fn translate<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t>
         // An index out of range can only come from a torn value.
         if let Some(service) = tables.service(value.service) {
             let table = service.table();
-            let drawn = choose(tables, table);
+            let drawn = choose(tables, value.service, table);
             if service.generation() == value.generation
                 && service.key == *key
                 && service.table() == table
@@ -146,11 +159,15 @@ struct Drawn<'t> {
 }
 
 #[inline(always)]
-fn choose<T: Tables>(tables: &T, table: Table) -> Drawn<'_> {
+fn choose<T: Tables>(tables: &T, service: u32, table: Table) -> Drawn<'_> {
     if table.is_empty() {
         return Drawn { slot: None, reason: table.reason(), asks: false };
     }
-    let index = draw(tables, table);
+    let index = match table.algorithm() {
+        Algorithm::Random => draw(tables, table),
+        Algorithm::RoundRobin => tables.turn(service, table),
+        Algorithm::LeastConnections => tables.lighter(table, draw(tables, table)),
+    };
     let slot = tables.slot(index);
     if let Some(first) = slot
         && !tables.ejection(first.backend).is_in()
@@ -163,7 +180,7 @@ fn choose<T: Tables>(tables: &T, table: Table) -> Drawn<'_> {
 
 /// Draws by weight: the index of a slot.
 #[inline(always)]
-fn draw<T: Tables + ?Sized>(tables: &T, table: Table) -> u32 {
+pub(crate) fn draw<T: Tables + ?Sized>(tables: &T, table: Table) -> u32 {
     let (column, position) = alias::column(tables.random(), table.len());
     let index = table.base().wrapping_add(column);
     match tables.slot(index) {

@@ -66,6 +66,12 @@ mod host {
             self.0.fetch_add(1, Ordering::AcqRel);
         }
 
+        /// Adds one; it wraps. Gives what it was before.
+        #[inline(always)]
+        pub fn next(&self) -> u64 {
+            self.0.fetch_add(1, Ordering::AcqRel)
+        }
+
         /// Subtracts one; it wraps.
         #[inline(always)]
         pub fn decrement(&self) {
@@ -140,6 +146,22 @@ mod kernel {
         #[inline(always)]
         pub fn increment(&self) {
             self.add(1);
+        }
+
+        /// Adds one; it wraps. Gives what it was before.
+        #[inline(always)]
+        pub fn next(&self) -> u64 {
+            let mut value = 1u64;
+            // SAFETY: as in `load`; one instruction (BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD |
+            // BPF_FETCH).
+            unsafe {
+                asm!(
+                    "{value} = atomic_fetch_add((u64 *)({word} + 0), {value})",
+                    word = in(reg) self.0.get(),
+                    value = inout(reg) value,
+                );
+            }
+            value
         }
 
         /// Subtracts one; it wraps.

@@ -118,6 +118,26 @@ impl Tables for Connecting<'_> {
     }
 
     #[inline(always)]
+    fn active(&self, backend: u32) -> u64 {
+        Maps.active(backend)
+    }
+
+    #[inline(always)]
+    fn position(&self, service: u32) -> u64 {
+        Maps.position(service)
+    }
+
+    #[inline(always)]
+    fn turn(&self, service: u32, table: Table) -> u32 {
+        Maps.turn(service, table)
+    }
+
+    #[inline(always)]
+    fn lighter(&self, table: Table, first: u32) -> u32 {
+        Maps.lighter(table, first)
+    }
+
+    #[inline(always)]
     fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
         match enter(backend, policy.0, self.key) {
             OUT => None,

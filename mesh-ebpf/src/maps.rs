@@ -15,7 +15,7 @@ use mesh_common::translate::{self, Detour};
 use mesh_common::{
     ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Event, Flow, FrontendKey,
     FrontendValue, Held, Policy, Reason, Service, ServiceStats, Settings, Slot, Table, Tables,
-    Token, Word, chance,
+    Token, Word, balance, chance,
 };
 
 use crate::events;
@@ -117,6 +117,26 @@ impl Tables for Maps {
     #[inline(always)]
     fn ejection(&self, backend: u32) -> Ejection {
         BACKEND_STATS.get(backend).map_or(Ejection::NONE, BackendStats::ejection)
+    }
+
+    #[inline(always)]
+    fn active(&self, backend: u32) -> u64 {
+        BACKEND_STATS.get(backend).map_or(0, BackendStats::active)
+    }
+
+    #[inline(always)]
+    fn position(&self, service: u32) -> u64 {
+        SERVICES.get(service).map_or(0, |service| service.position.next())
+    }
+
+    #[inline(always)]
+    fn turn(&self, service: u32, table: Table) -> u32 {
+        mesh_turn(service.into(), table.0) as u32
+    }
+
+    #[inline(always)]
+    fn lighter(&self, table: Table, first: u32) -> u32 {
+        mesh_lighter(table.0, first.into()) as u32
     }
 
     #[inline(always)]
@@ -254,6 +274,20 @@ pub extern "C" fn mesh_is_out(slot: u64, client: u64) -> u64 {
 pub extern "C" fn mesh_around(table: u64, first: u64) -> u64 {
     let Detour { index, asks } = translate::around(&Maps, Table(table), first as u32);
     u64::from(index) | u64::from(asks) << 32
+}
+
+/// [`balance::turn`], likewise: index of a record, a [`Table`]; index of a slot.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_turn(service: u64, table: u64) -> u64 {
+    balance::turn(&Maps, service as u32, Table(table)).into()
+}
+
+/// [`balance::lighter`], likewise: a [`Table`] and the index of a slot; index of a slot.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_lighter(table: u64, first: u64) -> u64 {
+    balance::lighter(&Maps, Table(table), first as u32).into()
 }
 
 /// [`translate::share_allows`], likewise: a [`Table`], a [`Policy`], and a [`Client`] with bit 16 for

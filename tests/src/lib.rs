@@ -14,6 +14,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod check;
 pub mod client;
+pub mod later;
 pub mod mortal;
 pub mod node;
 pub mod process;
@@ -25,6 +26,7 @@ pub mod ugly;
 pub mod withheld;
 
 pub use agent::Agent;
+pub use later::Later;
 pub use node::{Builder, Node};
 pub use service::Service;
 pub use withheld::Withheld;

@@ -15,7 +15,7 @@ use mesh_agent::dataplane::load::{self, Loaded, Options};
 use mesh_agent::dataplane::maps::Maps;
 use mesh_agent::dataplane::reconcile::{Reconciler, Usage};
 use mesh_agent::model::ServiceName;
-use mesh_common::{Choice, FrontendKey, Policy, Protocol, State, Verdict, translate};
+use mesh_common::{Algorithm, Choice, FrontendKey, Policy, Protocol, State, Verdict, translate};
 
 /// Frontends by service; each has one owner.
 type Wanted = BTreeMap<u8, (BTreeSet<u8>, BTreeSet<u8>)>;
@@ -41,6 +41,11 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
         tables: if frontends.is_empty() { Vec::new() } else { vec![table] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
         policy: Policy::OFF,
+        algorithm: if endpoints.len().is_multiple_of(2) {
+            Algorithm::Random
+        } else {
+            Algorithm::LeastConnections
+        },
     })
 }
 

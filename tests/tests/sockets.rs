@@ -1,15 +1,10 @@
 //! Ways to open and connect a socket, and what getpeername(2) says afterwards. Each test ends with
 //! its control: with the agent stopped the same connect must fail.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-
 use anyhow::{Context, Result, ensure};
 use mesh_tests::cgroup::Cgroup;
-use mesh_tests::client::Outcome;
 use mesh_tests::process::{self, until};
-use mesh_tests::{Builder, Node, Service, check};
+use mesh_tests::{Builder, Later, Node, Service, check};
 
 const FOUR: &str = "10.96.0.10:80";
 const SIX: &str = "[fd00:96::10]:80";
@@ -143,40 +138,6 @@ fn getpeername_after_reconnecting() -> Result<()> {
         let [_, after] = check::reconnect(node, "10.0.0.1:8080", FOUR)?;
         after.name()
     })
-}
-
-/// A `mesh-client later` that has made its socket. Dropped, it is killed and reaped.
-struct Later(Child);
-
-impl Later {
-    fn start(mut command: Command, address: &str) -> Result<Self> {
-        command.args(["later", address]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut later = Self(command.spawn()?);
-        let mut line = [0; 5];
-        later.0.stdout.as_mut().context("its output")?.read_exact(&mut line)?;
-        ensure!(&line == b"made\n", "{line:?}");
-        Ok(later)
-    }
-
-    /// Lets it connect, after it has gone to this cgroup, if any. It is connected until this is
-    /// dropped.
-    fn connect(&mut self, cgroup: Option<&Path>) -> Result<Outcome> {
-        let input = self.0.stdin.as_mut().context("its input")?;
-        let procs = cgroup.map(|cgroup| cgroup.join("cgroup.procs").display().to_string());
-        writeln!(input, "{}", procs.unwrap_or_default())?;
-        let output = BufReader::new(self.0.stdout.take().context("its output")?);
-        let line = output.lines().next().context("it has ended")??;
-        Ok(serde_json::from_str(&line)?)
-    }
-}
-
-impl Drop for Later {
-    fn drop(&mut self) {
-        if let Ok(None) = self.0.try_wait() {
-            let _ = self.0.kill();
-        }
-        let _ = self.0.wait();
-    }
 }
 
 /// Opened and active connections of all backends.

@@ -26,6 +26,7 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         name: ServiceName::new(name),
         addresses: addresses.iter().map(|&last| IpAddr::from([10, 96, 0, last])).collect(),
         ports: ports.iter().map(port).collect(),
+        algorithm: mesh_common::Algorithm::default(),
         health: None,
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,

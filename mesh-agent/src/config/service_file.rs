@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_common::Protocol;
+use mesh_common::{Algorithm, Protocol};
 
 use super::ejection::ejection;
 use super::values::{address, duration, name};
@@ -114,7 +114,7 @@ fn file(root: &Node, problems: &mut Problems) -> Option<Vec<Service>> {
 /// read, so that all of them are found; the file is refused in any case.
 fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> {
     let fields = fields(node, &SERVICE, problems)?;
-    balance(&fields, problems);
+    let algorithm = balance(&fields, problems);
     let name_node = fields.require("name", "every service has a unique name", problems);
     let name = name_node.and_then(|node| name(node, "a service name", problems));
     let addresses = addresses(&fields, problems);
@@ -146,6 +146,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         name: ServiceName::new(name?),
         addresses,
         ports,
+        algorithm,
         health,
         ejection,
         when_all_unhealthy,
@@ -154,20 +155,23 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
     Some((name_node?.at, service))
 }
 
-fn balance(fields: &Fields<'_>, problems: &mut Problems) {
-    let Some(node) = fields.get("balance") else { return };
-    match text(node, "the name of an algorithm: random", problems) {
-        None | Some("random") => {}
-        Some(later @ ("round-robin" | "least-connections" | "latency" | "consistent-hash")) => {
-            problems.add(
-                node.at,
-                format!("balance: {later} is not supported yet; expected random, or no `balance`"),
-            );
-        }
-        Some(other) => {
-            problems.add(node.at, format!("unknown algorithm {}; expected random", excerpt(other)));
-        }
+fn balance(fields: &Fields<'_>, problems: &mut Problems) -> Algorithm {
+    const EXPECTED: &str = "random, round-robin or least-connections";
+    let Some(node) = fields.get("balance") else { return Algorithm::default() };
+    let Some(name) = text(node, EXPECTED, problems) else { return Algorithm::default() };
+    if let Some(known) = Algorithm::ALL.into_iter().find(|known| known.name() == name) {
+        return known;
     }
+    problems.add(
+        node.at,
+        match name {
+            "latency" | "consistent-hash" => {
+                format!("balance: {name} is not supported yet; expected {EXPECTED}")
+            }
+            other => format!("unknown algorithm {}; expected {EXPECTED}", excerpt(other)),
+        },
+    );
+    Algorithm::default()
 }
 
 fn when_all_unhealthy(fields: &Fields<'_>, problems: &mut Problems) -> WhenAllUnhealthy {

@@ -221,7 +221,9 @@ impl Maps for KernelMaps {
             generation: Word::new(generation),
             policy: Word::new(policy.0),
             key: *key,
-            pad: [0; 5],
+            pad: 0,
+            position: Word::new(0),
+            pad2: 0,
         }];
         let stats = [ServiceStats::default()];
         self.service_stats.write(index, &stats).map_err(out_of_range("writing SERVICE_STATS"))?;
@@ -323,6 +325,15 @@ impl Tables for KernelMaps {
 
     fn ejection(&self, backend: u32) -> Ejection {
         self.stats.get(backend).map_or(Ejection::NONE, BackendStats::ejection)
+    }
+
+    fn active(&self, backend: u32) -> u64 {
+        self.stats.get(backend).map_or(0, BackendStats::active)
+    }
+
+    /// Whoever only asks takes no turn.
+    fn position(&self, service: u32) -> u64 {
+        self.services.get(service).map_or(0, |service| service.position.load())
     }
 
     /// Whoever only asks takes nothing.

@@ -148,7 +148,9 @@ impl Maps for Memory {
             generation: Word::new(generation),
             policy: Word::new(policy.0),
             key: *key,
-            pad: [0; 5],
+            pad: 0,
+            position: Word::new(0),
+            pad2: 0,
         };
         Ok(())
     }
@@ -254,6 +256,14 @@ impl Tables for Memory {
     }
     fn ejection(&self, backend: u32) -> Ejection {
         self.stats.get(backend as usize).map_or(Ejection::NONE, BackendStats::ejection)
+    }
+
+    fn active(&self, backend: u32) -> u64 {
+        self.counts(backend).active
+    }
+
+    fn position(&self, service: u32) -> u64 {
+        self.services.get(service as usize).map_or(0, |service| service.position.next())
     }
 
     fn enter(&self, _: u32, _: Policy) -> Option<Token> {

@@ -27,9 +27,6 @@ use crate::dataplane::maps::{self, Counts};
 use crate::explain::{self, BackendInfo, ClientView, FrontendInfo, Names};
 use crate::model::ServiceName;
 
-/// The only algorithm there is.
-const RANDOM: &str = "random";
-
 /// How long finding out who a client is may take: its cgroup may be on a file system that hangs.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -178,7 +175,8 @@ impl Engine {
         types::Service {
             name: name.to_string(),
             source: entry.map_or_else(String::new, |entry| entry.origin.item.to_string()),
-            balance: RANDOM.to_owned(),
+            balance: entry
+                .map_or_else(String::new, |entry| entry.service.algorithm.name().to_owned()),
             frontends: frontends.iter().map(frontend).collect(),
             backends: types::BackendCounts { total: ids.len(), healthy: healthy.count() },
             active: counts.iter().map(|counts| counts.active).sum(),
@@ -411,7 +409,9 @@ impl Names for Engine {
             })
             .collect();
         backends.sort_by_key(|backend| backend.address);
-        Some(FrontendInfo { service: name.to_string(), algorithm: RANDOM.to_owned(), backends })
+        let algorithm = entry.map(|entry| entry.service.algorithm).unwrap_or_default();
+        let algorithm = algorithm.name().to_owned();
+        Some(FrontendInfo { service: name.to_string(), algorithm, backends })
     }
 }
 

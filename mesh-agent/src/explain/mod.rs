@@ -10,8 +10,8 @@ use std::cell::Cell;
 use std::net::SocketAddr;
 
 use mesh_common::{
-    Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service, Slot, State, Table,
-    Tables, Token, Verdict, translate,
+    Algorithm, Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service, Slot,
+    State, Table, Tables, Token, Verdict, translate,
 };
 
 use crate::api::types;
@@ -86,7 +86,8 @@ pub fn explain(
         Verdict::Pass => story.passed(),
         Verdict::Balance(choice) => {
             let shares = traced.shares();
-            story.balanced(choice.slot, &shares, id)
+            let algorithm = traced.seen().table.unwrap_or_default().algorithm();
+            story.balanced(algorithm, choice.slot, &shares, id)
         }
         Verdict::Refuse(reason, _) => story.refused(reason),
     }
@@ -103,6 +104,8 @@ struct Seen {
     random: Option<u32>,
     /// Attempts that found the tables changed.
     retries: u32,
+    /// How many turns were looked at.
+    turns: u64,
     /// The service's table, at the time of the last look at its record.
     table: Option<Table>,
 }
@@ -131,7 +134,7 @@ impl<'a, T: Tables> Traced<'a, T> {
 
     /// Each slot of the table with the probability that a connect ends at it: that a draw does, or,
     /// when some are out for this client, that a draw does which ends at one that is not. What is
-    /// due for a try is left out: one connect gets it.
+    /// due for a try is left out: one connect gets it. In turn each gets that share of all connects.
     ///
     /// A column of an alias table takes `1 / len` of all draws; of these its own slot gets what
     /// lies below the threshold, and its alias the rest.
@@ -152,6 +155,9 @@ impl<'a, T: Tables> Traced<'a, T> {
             }
         }
         let is_in = |slot: &Slot| !self.tables.ejection(slot.backend).is_out_for(self.client);
+        if self.seen().table.unwrap_or_default().algorithm() == Algorithm::LeastConnections {
+            self.choose_of_two(&mut shares);
+        }
         let usable: f64 =
             shares.iter().filter(|(slot, _)| is_in(slot)).map(|(_, share)| share).sum();
         if usable > 0.0 {
@@ -160,6 +166,34 @@ impl<'a, T: Tables> Traced<'a, T> {
             }
         }
         shares
+    }
+}
+
+impl<T: Tables> Traced<'_, T> {
+    /// From the probabilities of a draw those of the better one of two: a slot is chosen when it is
+    /// drawn first and the second is no better, or second and better than the first.
+    fn choose_of_two(&self, shares: &mut [(Slot, f64)]) {
+        let load = |slot: &Slot| {
+            let is_out = !self.tables.ejection(slot.backend).is_in();
+            let active = self.tables.active(slot.backend) as f64;
+            (is_out, active / f64::from(slot.weight.max(1)))
+        };
+        let mut order: Vec<_> = (0..shares.len()).collect();
+        let loads: Vec<_> = shares.iter().map(|(slot, _)| load(slot)).collect();
+        let compare = |a: &usize, b: &usize| {
+            let ((out, load), (other_out, other)) = (loads[*a], loads[*b]);
+            out.cmp(&other_out).then(load.total_cmp(&other))
+        };
+        order.sort_by(compare);
+        // What is drawn at all that is heavier than what is looked at.
+        let mut heavier: f64 = shares.iter().map(|(_, share)| share).sum();
+        for equal in order.chunk_by(|a, b| compare(a, b).is_eq()) {
+            let same: f64 = equal.iter().map(|&index| shares[index].1).sum();
+            heavier -= same;
+            for &index in equal {
+                shares[index].1 *= same + 2.0 * heavier;
+            }
+        }
     }
 }
 
@@ -197,6 +231,17 @@ impl<T: Tables> Tables for Traced<'_, T> {
 
     fn ejection(&self, backend: u32) -> Ejection {
         self.tables.ejection(backend)
+    }
+
+    fn active(&self, backend: u32) -> u64 {
+        self.tables.active(backend)
+    }
+
+    fn position(&self, service: u32) -> u64 {
+        // An attempt that names no ticket goes on to the next.
+        let tried = self.seen().turns;
+        self.note(|seen| seen.turns += 1);
+        self.tables.position(service).wrapping_add(tried)
     }
 
     fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {

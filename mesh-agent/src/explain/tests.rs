@@ -51,7 +51,9 @@ impl Memory {
             generation: Word::new(1),
             policy: Word::default(),
             key,
-            pad: [0; 5],
+            pad: 0,
+            position: Word::new(0),
+            pad2: 0,
         });
         self.frontends.insert(key, FrontendValue { service, pad: 0, generation: 1 });
     }
@@ -76,6 +78,14 @@ impl Tables for Memory {
     fn ejection(&self, backend: u32) -> Ejection {
         self.ejections.get(&backend).copied().unwrap_or_default()
     }
+    fn active(&self, _: u32) -> u64 {
+        0
+    }
+
+    fn position(&self, _: u32) -> u64 {
+        0
+    }
+
     fn enter(&self, _: u32, _: Policy) -> Option<Token> {
         Some(Token::NONE)
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use mesh_common::{Client, Reason, Slot, State};
+use mesh_common::{Algorithm, Client, Reason, Slot, State};
 
 use super::{BackendInfo, ClientView, FrontendInfo, Query, Seen};
 use crate::api::types::{Answer, Candidate, Explanation, Step};
@@ -127,6 +127,7 @@ impl Story {
     /// A backend was drawn.
     pub(super) fn balanced(
         mut self,
+        algorithm: Algorithm,
         drawn: &Slot,
         shares: &[(Slot, f64)],
         client: Client,
@@ -135,13 +136,20 @@ impl Story {
         self.candidates(shares);
         let backend = address(drawn).to_string();
         let percent = by_address(shares).get(&address(drawn)).copied().unwrap_or_default() * 100.0;
-        self.step(
-            "choice",
-            format!(
+        let choice = match algorithm {
+            Algorithm::Random => format!(
                 "random by weight, drawn anew for each connect; this draw: {backend} \
                  (probability {percent:.1} %)"
             ),
-        );
+            Algorithm::RoundRobin => format!(
+                "in turn, by weight; whose turn it is: {backend} ({percent:.1} % of all connects)"
+            ),
+            Algorithm::LeastConnections => format!(
+                "of two drawn by weight, the one with fewer connections for its weight; this time: \
+                 {backend} (probability {percent:.1} % as things are)"
+            ),
+        };
+        self.step("choice", choice);
         self.step("answer", format!("the connect goes to {backend}"));
         self.explanation.answer = Some(Answer::Backend { backend });
         self.explanation

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_common::Protocol;
+use mesh_common::{Algorithm, Protocol};
 
 /// The name of a service: unique on a node, cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -53,6 +53,8 @@ pub struct Service {
     pub addresses: Vec<IpAddr>,
     /// The ports of each address.
     pub ports: Vec<ServicePort>,
+    /// How an endpoint is chosen.
+    pub algorithm: Algorithm,
     /// Active checks; without them the state of every endpoint is `unknown`.
     pub health: Option<HealthPolicy>,
     /// When the kernel takes an endpoint out because connects to it failed; without it never.

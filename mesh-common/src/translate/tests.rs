@@ -88,7 +88,9 @@ impl Racing {
             generation: Word::new(generation),
             policy: Word::new(POLICY.0),
             key: key(n),
-            pad: [0; 5],
+            pad: 0,
+            position: Word::new(0),
+            pad2: 0,
         };
         Self {
             event,
@@ -168,6 +170,14 @@ impl Tables for Racing {
     fn ejection(&self, backend: u32) -> Ejection {
         self.tick();
         self.ejections[backend as usize].get()
+    }
+
+    fn active(&self, _: u32) -> u64 {
+        0
+    }
+
+    fn position(&self, _: u32) -> u64 {
+        0
     }
 
     fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {

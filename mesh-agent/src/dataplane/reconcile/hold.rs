@@ -170,9 +170,12 @@ impl<M: Maps> Reconciler<M> {
                 self.write_table(now, places.iter().filter_map(candidate).collect(), problems)?
             }
         };
+        let table = table.map(|table| table.by(wanted.algorithm));
         if let Some(table) = table.filter(|table| now != Some(*table)) {
             held.tables.insert(key, table);
-            if let Some(now) = now {
+            // The same slots, chosen from by another algorithm, go on being held.
+            if let Some(now) = now.filter(|now| now.is_empty() || now.by(wanted.algorithm) != table)
+            {
                 self.extents.release(now);
             }
         }
@@ -334,15 +337,17 @@ type Candidate<'a> = (&'a compile::Backend, (u32, u32));
 /// The slots of a table.
 fn slots(candidates: &[Candidate<'_>]) -> Vec<Slot> {
     let columns = compile::columns(candidates.iter().map(|(backend, _)| backend.weight));
-    let slot = |(&(wanted, (backend, generation)), column): (&Candidate<'_>, Column)| Slot {
+    let ends = compile::ends(candidates.iter().map(|(backend, _)| backend.weight));
+    type Row<'c, 'b> = (&'c Candidate<'b>, (Column, u32));
+    let slot = |(&(wanted, (backend, generation)), (column, end)): Row<'_, '_>| Slot {
         addr: wanted.key.address.ip().into(),
         port: wanted.key.address.port().to_be(),
-        pad: 0,
+        weight: wanted.weight,
         backend,
         generation,
         threshold: column.threshold,
         alias: column.alias,
-        pad2: 0,
+        end,
     };
-    candidates.iter().zip(columns).map(slot).collect()
+    candidates.iter().zip(columns.into_iter().zip(ends)).map(slot).collect()
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use mesh_common::{Choice, Protocol, Reason, Slot, State, Verdict, translate};
+use mesh_common::{Algorithm, Choice, Protocol, Reason, Slot, State, Verdict, translate};
 use proptest::prelude::*;
 
 use super::extents::Written;
@@ -47,7 +47,14 @@ fn tables(frontends: &[u8], endpoints: &[u8]) -> Arc<Tables> {
         tables: if frontends.is_empty() { Vec::new() } else { vec![(key, rows)] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
         policy: Policy::OFF,
+        algorithm: algorithm(&endpoints),
     })
+}
+
+/// Another one for other endpoints, as often as not.
+fn algorithm<'e>(endpoints: impl IntoIterator<Item = &'e u8>) -> Algorithm {
+    let endpoints: BTreeSet<u8> = endpoints.into_iter().copied().collect();
+    Algorithm::from_number(endpoints.iter().sum::<u8>() % 3)
 }
 
 /// Everyone who answers at a frontend, or why nobody does.
@@ -106,6 +113,40 @@ fn unchanged_tables_are_not_written() {
     assert!(writes.replace(0) > 0);
     reconciler.apply(vec![(name(1), tables(&[1, 2], &[1, 2]))]);
     assert_eq!(writes.get(), 0);
+}
+
+/// The slots serve all algorithms: another one is one store for each frontend, and needs no grace.
+#[test]
+fn another_algorithm_is_one_store() {
+    let writes = std::cell::RefCell::new(Vec::new());
+    let maps = Faulty {
+        maps: Memory::new(ROOMY),
+        fails: |operation: &'static str| {
+            writes.borrow_mut().push(operation);
+            false
+        },
+    };
+    let mut reconciler = Reconciler::new(maps);
+    let of = |algorithm| {
+        let tables = Tables::clone(&tables(&[1, 2], &[1, 2]));
+        vec![(name(1), Arc::new(Tables { algorithm, ..tables }))]
+    };
+    reconciler.apply(of(Algorithm::Random));
+    finish(&mut reconciler);
+    for algorithm in [Algorithm::RoundRobin, Algorithm::LeastConnections, Algorithm::Random] {
+        writes.borrow_mut().clear();
+        reconciler.apply(of(algorithm));
+        assert_eq!(*writes.borrow(), ["switching a table in SERVICES"; 2]);
+        assert!(!reconciler.begin_grace());
+        for key in [frontend(1), frontend(2)] {
+            let record = Maps::frontend(reconciler.maps(), &key).expect("an entry").service;
+            let service = mesh_common::Tables::service(&reconciler.maps().maps, record);
+            assert_eq!(service.expect("a record").table().algorithm(), algorithm);
+        }
+    }
+    reconciler.apply(vec![(name(1), tables(&[], &[]))]);
+    finish(&mut reconciler);
+    assert_eq!(reconciler.usage(), Usage::default());
 }
 
 #[test]
@@ -365,6 +406,12 @@ proptest! {
             let seen = answers(&reconciler.maps().maps, &key);
             if !reconciler.is_unfinished() {
                 prop_assert_eq!(seen, expected);
+                if let Some((_, endpoints)) = owner.filter(|(_, endpoints)| !endpoints.is_empty()) {
+                    let memory = &reconciler.maps().maps;
+                    let record = Maps::frontend(memory, &key).expect("an entry").service;
+                    let service = mesh_common::Tables::service(memory, record).expect("a record");
+                    prop_assert_eq!(service.table().algorithm(), algorithm(endpoints));
+                }
                 continue;
             }
             // Not all fits: fewer endpoints, or none, or no frontend; never one that is gone.

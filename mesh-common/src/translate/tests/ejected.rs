@@ -40,7 +40,9 @@ impl OneService {
                 generation: Word::new(7),
                 policy: Word::new(POLICY.0),
                 key: key(1),
-                pad: [0; 5],
+                pad: 0,
+                position: Word::new(0),
+                pad2: 0,
             },
             slots: (0..).zip(&columns).map(slot).collect(),
             ejections: RefCell::new(ejections),
@@ -109,6 +111,14 @@ impl Tables for OneService {
 
     fn ejection(&self, backend: u32) -> Ejection {
         self.ejections.borrow()[backend as usize]
+    }
+
+    fn active(&self, _: u32) -> u64 {
+        0
+    }
+
+    fn position(&self, _: u32) -> u64 {
+        0
     }
 
     fn enter(&self, backend: u32, _: Policy) -> Option<Token> {

@@ -13,6 +13,10 @@ pub enum Variant {
     Beside,
     /// The only service.
     One,
+    /// The only service, whose backends are chosen in turn.
+    RoundRobin,
+    /// The only service, of whose backends the lighter of two is chosen.
+    LeastConnections,
     /// One of 10,000 services, always the same.
     Many,
     /// Any of 10,000 services.
@@ -33,6 +37,10 @@ pub enum Table {
 pub enum Services {
     /// It has one service.
     One,
+    /// It has the same, chosen from in turn.
+    RoundRobin,
+    /// It has the same, chosen from by two draws.
+    LeastConnections,
     /// It has 10,000.
     Many,
 }
@@ -69,11 +77,23 @@ pub const ROUNDS: u32 = 4;
 const FILL_EVERY: u32 = 2;
 
 const DIRECT: Block = Block { services: None, table: Table::Fresh, variants: &[Variant::Direct] };
-const FRESH: [Block; 4] = [
+const FRESH: [Block; 8] = [
     Block {
         services: Some(Services::One),
         table: Table::Fresh,
         variants: &[Variant::One, Variant::Beside],
+    },
+    DIRECT,
+    Block {
+        services: Some(Services::RoundRobin),
+        table: Table::Fresh,
+        variants: &[Variant::RoundRobin],
+    },
+    DIRECT,
+    Block {
+        services: Some(Services::LeastConnections),
+        table: Table::Fresh,
+        variants: &[Variant::LeastConnections],
     },
     DIRECT,
     Block {
@@ -141,6 +161,8 @@ impl Block {
         let services = match self.services {
             None => "no agent",
             Some(Services::One) => "1 service",
+            Some(Services::RoundRobin) => "1 service in turn",
+            Some(Services::LeastConnections) => "1 service by two choices",
             Some(Services::Many) => "10,000 services",
         };
         format!("{services}{table}")
@@ -165,6 +187,8 @@ impl Variant {
             Self::Direct => "direct",
             Self::Beside => "direct-beside-agent",
             Self::One => "1-service",
+            Self::RoundRobin => "round-robin",
+            Self::LeastConnections => "least-connections",
             Self::Many => "10k-services",
             Self::Random => "10k-services-random",
         }
@@ -209,7 +233,7 @@ mod tests {
     fn every_subject_has_its_baseline() {
         let subjects = subjects();
         assert!(subjects.iter().all(|subject| subjects.contains(&subject.baseline())));
-        // Five with a fresh table and four with a full one.
-        assert_eq!(subjects.len(), (5 + 4) * THREADS.len());
+        // Seven with a fresh table and four with a full one.
+        assert_eq!(subjects.len(), (7 + 4) * THREADS.len());
     }
 }

@@ -82,10 +82,12 @@ struct Case {
     order: &'static str,
 }
 
-const CASES: [Case; 6] = [
+const CASES: [Case; 8] = [
     Case { variant: Variant::One, table: Table::Fresh, family: "IPv4", order: "live" },
     Case { variant: Variant::One, table: Table::Fresh, family: "IPv6", order: "live6" },
     Case { variant: Variant::One, table: Table::Full, family: "IPv4", order: "live" },
+    Case { variant: Variant::RoundRobin, table: Table::Fresh, family: "IPv4", order: "live" },
+    Case { variant: Variant::LeastConnections, table: Table::Fresh, family: "IPv4", order: "live" },
     Case { variant: Variant::Many, table: Table::Fresh, family: "IPv4", order: "live" },
     Case { variant: Variant::Random, table: Table::Fresh, family: "IPv4", order: "live" },
     Case { variant: Variant::Random, table: Table::Full, family: "IPv4", order: "live" },
@@ -108,7 +110,12 @@ struct Ran {
 pub fn measure(setup: &mut Setup) -> Result<Costs> {
     let mut costs = Costs::default();
     for case in CASES {
-        let services = if case.variant == Variant::One { Services::One } else { Services::Many };
+        let services = match case.variant {
+            Variant::One => Services::One,
+            Variant::RoundRobin => Services::RoundRobin,
+            Variant::LeastConnections => Services::LeastConnections,
+            _ => Services::Many,
+        };
         setup.enter(Block { services: Some(services), table: case.table, variants: &[] })?;
         if costs.programs.is_empty() {
             costs.empty_run_ns = empty(setup, "pass", "cgroup/connect4")?;

@@ -14,6 +14,8 @@ use crate::timeline::{Percentile, Ratio, Timeline};
 #[derive(Debug, Serialize)]
 pub struct Report {
     p50_ratio: f64,
+    p50_ratio_round_robin: f64,
+    p50_ratio_least_connections: f64,
     p50_ratio_10k: f64,
     p50_ratio_10k_random: f64,
     p99_ratio: f64,
@@ -69,6 +71,8 @@ impl Report {
         let p99 = |variant| ratio(Percentile::P99, variant, 1, Table::Fresh);
         Self {
             p50_ratio: p50(Variant::One, 1, Table::Fresh),
+            p50_ratio_round_robin: p50(Variant::RoundRobin, 1, Table::Fresh),
+            p50_ratio_least_connections: p50(Variant::LeastConnections, 1, Table::Fresh),
             p50_ratio_10k: p50(Variant::Many, 1, Table::Fresh),
             p50_ratio_10k_random: p50(Variant::Random, 1, Table::Fresh),
             p99_ratio: p99(Variant::One),

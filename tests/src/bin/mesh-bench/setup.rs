@@ -47,6 +47,8 @@ pub struct Setup {
     /// Whether they have them now.
     held: bool,
     one: Agent,
+    round_robin: Agent,
+    least_connections: Agent,
     many: Agent,
     running: Option<Services>,
     _nodes: Vec<Node>,
@@ -118,8 +120,10 @@ impl Setup {
             balanced: Worker::start(&lanes, &cgroup, TARGET_PORT, &dialled)?,
             holders: holders.collect::<Result<_>>()?,
             held: false,
-            one: agent(&first, &cgroup, "one", 1)?,
-            many: agent(&first, &cgroup, "many", MANY)?,
+            one: agent(&first, &cgroup, "one", 1, "random")?,
+            round_robin: agent(&first, &cgroup, "turns", 1, "round-robin")?,
+            least_connections: agent(&first, &cgroup, "least", 1, "least-connections")?,
+            many: agent(&first, &cgroup, "many", MANY, "random")?,
             running: None,
             _nodes: around.into_iter().chain([first, second]).collect(),
         })
@@ -172,8 +176,8 @@ impl Setup {
     pub fn round(&mut self, subject: Subject) -> Result<Vec<u32>> {
         let (worker, span) = match subject.variant {
             Variant::Direct | Variant::Beside => (&mut self.direct, BACKENDS.len()),
-            Variant::One | Variant::Many => (&mut self.balanced, 1),
             Variant::Random => (&mut self.balanced, MANY as usize),
+            _ => (&mut self.balanced, 1),
         };
         let threads = subject.threads;
         worker.times(CONNECTS, span, threads).context(subject.variant.name())
@@ -190,10 +194,13 @@ impl Setup {
     ///
     /// None runs, or it does not answer.
     pub fn status(&self) -> Result<Status> {
-        match self.running.context("no agent runs")? {
-            Services::One => self.one.get("/v1/status"),
-            Services::Many => self.many.get("/v1/status"),
-        }
+        let agent = match self.running.context("no agent runs")? {
+            Services::One => &self.one,
+            Services::RoundRobin => &self.round_robin,
+            Services::LeastConnections => &self.least_connections,
+            Services::Many => &self.many,
+        };
+        agent.get("/v1/status")
     }
 
     fn start(&mut self, services: Services) -> Result<()> {
@@ -222,6 +229,8 @@ impl Setup {
     fn agent_of(&mut self, services: Services) -> &mut Agent {
         match services {
             Services::One => &mut self.one,
+            Services::RoundRobin => &mut self.round_robin,
+            Services::LeastConnections => &mut self.least_connections,
             Services::Many => &mut self.many,
         }
     }
@@ -282,8 +291,8 @@ impl Drop for Worker {
 /// How many IPv4 addresses there are to dial.
 pub const fn span(services: Services) -> usize {
     match services {
-        Services::One => 1,
         Services::Many => MANY as usize,
+        _ => 1,
     }
 }
 
@@ -309,12 +318,13 @@ fn namespace(node: &Node) -> PathBuf {
     format!("/proc/{}/fd/{descriptor}", std::process::id()).into()
 }
 
-/// An agent with this many services, not running.
-fn agent(node: &Node, cgroup: &Path, name: &str, services: u32) -> Result<Agent> {
+/// An agent with this many services of one algorithm, not running.
+fn agent(node: &Node, cgroup: &Path, name: &str, services: u32, balance: &str) -> Result<Agent> {
     let agent = Agent::new(&node.directory().join(name), cgroup, node.namespace(), &[], Echo::Off)?;
     for first in (0..services).step_by(PER_FILE as usize) {
         let numbers = first..services.min(first + PER_FILE);
-        let file: Vec<_> = numbers.map(service).collect();
+        let balance = format!("balance: {balance}");
+        let file: Vec<_> = numbers.map(|number| service(number).key(&balance)).collect();
         agent.write_services(&format!("{first:05}.yaml"), &Service::file(&file))?;
     }
     Ok(agent)
