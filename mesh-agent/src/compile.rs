@@ -161,12 +161,17 @@ fn rows(backends: &[Backend], table: TableKey, when_all_unhealthy: WhenAllUnheal
     }
     let usable: Vec<usize> =
         weighted.iter().copied().filter(|&i| backends[i].state.is_usable()).collect();
-    let candidates = match (usable.is_empty(), when_all_unhealthy) {
-        (false, _) => usable,
-        (true, WhenAllUnhealthy::UseAll) => weighted,
-        (true, WhenAllUnhealthy::Refuse) => return Rows::Refuse(Reason::AllUnhealthy),
-    };
-    Rows::Candidates(candidates)
+    if !usable.is_empty() {
+        return Rows::Candidates(usable);
+    }
+    // What drains is well, and better than nothing (KEP-1669).
+    let draining: Vec<usize> =
+        weighted.iter().copied().filter(|&i| backends[i].state == State::Draining).collect();
+    match when_all_unhealthy {
+        _ if !draining.is_empty() => Rows::Candidates(draining),
+        WhenAllUnhealthy::UseAll => Rows::Candidates(weighted),
+        WhenAllUnhealthy::Refuse => Rows::Refuse(Reason::AllUnhealthy),
+    }
 }
 
 /// The columns of an alias table over these weights; none of them is 0.
@@ -217,6 +222,7 @@ mod tests {
                     port: None,
                     weight,
                     zone: None,
+                    drain: false,
                 })
                 .collect(),
         }
@@ -259,6 +265,35 @@ mod tests {
         // An endpoint of weight 0 does not count as usable: it could not take the traffic.
         let drained = service(&[("10.0.0.1", 0), ("10.0.0.2", 5)]);
         assert_eq!(v4(&drained, &["10.0.0.2"]), Ok(vec!["10.0.0.2".to_owned()]));
+    }
+
+    #[test]
+    fn what_drains_is_used_when_nothing_else_is() {
+        let three = service(&[("10.0.0.1", 1), ("10.0.0.2", 1), ("10.0.0.3", 1)]);
+        let refusing = Service { when_all_unhealthy: WhenAllUnhealthy::Refuse, ..three.clone() };
+        use State::{Draining, Healthy, Unhealthy};
+        for (states, expected) in [
+            ([Healthy, Draining, Healthy], &["10.0.0.1", "10.0.0.3"][..]),
+            ([Draining, Unhealthy, Draining], &["10.0.0.1", "10.0.0.3"]),
+            ([Unhealthy, Draining, Unhealthy], &["10.0.0.2"]),
+            ([Draining, Draining, Draining], &["10.0.0.1", "10.0.0.2", "10.0.0.3"]),
+        ] {
+            for service in [&three, &refusing] {
+                let state = |address: SocketAddr| match address.ip().to_string().as_str() {
+                    "10.0.0.1" => states[0],
+                    "10.0.0.2" => states[1],
+                    _ => states[2],
+                };
+                let tables = compile(service, &frontends(service), state);
+                let v4 = tables.tables.iter().find(|(key, _)| key.v4).expect("a table");
+                let Rows::Candidates(places) = &v4.1 else { panic!("{states:?}: {v4:?}") };
+                let used: Vec<_> = places
+                    .iter()
+                    .map(|&i| tables.backends[i].key.address.ip().to_string())
+                    .collect();
+                assert_eq!(used, expected, "{states:?}");
+            }
+        }
     }
 
     #[test]

@@ -10,7 +10,8 @@ pub struct Service {
     addresses: Vec<String>,
     ports: Vec<(u16, u16)>,
     extra: Vec<String>,
-    endpoints: Vec<(String, Option<u32>)>,
+    /// Each with its other keys, as `, key: value`.
+    endpoints: Vec<(String, String)>,
 }
 
 impl Service {
@@ -37,14 +38,21 @@ impl Service {
     /// An endpoint: `ip`, `ip:port` or `[ip]:port`.
     #[must_use]
     pub fn endpoint(mut self, endpoint: &str) -> Self {
-        self.endpoints.push((endpoint.to_owned(), None));
+        self.endpoints.push((endpoint.to_owned(), String::new()));
         self
     }
 
     /// An endpoint with a weight.
     #[must_use]
     pub fn weighted(mut self, endpoint: &str, weight: u32) -> Self {
-        self.endpoints.push((endpoint.to_owned(), Some(weight)));
+        self.endpoints.push((endpoint.to_owned(), format!(", weight: {weight}")));
+        self
+    }
+
+    /// An endpoint that takes no new connection while another one is usable.
+    #[must_use]
+    pub fn drained(mut self, endpoint: &str) -> Self {
+        self.endpoints.push((endpoint.to_owned(), ", drain: true".to_owned()));
         self
     }
 
@@ -98,9 +106,8 @@ impl Service {
         } else {
             out.push_str("  endpoints:\n");
         }
-        for (endpoint, weight) in &self.endpoints {
-            let weight = weight.map(|weight| format!(", weight: {weight}")).unwrap_or_default();
-            let _ = writeln!(out, "  - {{{}{weight}}}", place(endpoint));
+        for (endpoint, more) in &self.endpoints {
+            let _ = writeln!(out, "  - {{{}{more}}}", place(endpoint));
         }
         out
     }

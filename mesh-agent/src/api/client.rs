@@ -1,6 +1,7 @@
 //! The asking end, used by the command line.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,12 +11,12 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, Connection, SendRequest};
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::server::ExplainQuery;
+use super::server::{DrainQuery, ExplainQuery};
 use super::{socket, types};
 
 /// How long one question may take. The agent answers from memory.
@@ -173,6 +174,21 @@ impl Client {
         self.get("/v1/explain", &query).await
     }
 
+    /// Drains endpoints, or ends that; gives them as they are then.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn drain(&self, query: &DrainQuery) -> Result<Vec<types::Backend>, ClientError> {
+        let address = match query.port {
+            Some(port) => SocketAddr::new(query.address, port).to_string(),
+            None => query.address.to_string(),
+        };
+        let path = if query.drain { "/v1/drain" } else { "/v1/undrain" };
+        let parameters = [("service", Some(&*query.service)), ("address", Some(&*address))];
+        self.answer(Method::POST, path, &parameters).await
+    }
+
     /// The events that are kept, of one service or all, the oldest first.
     ///
     /// # Errors
@@ -195,7 +211,7 @@ impl Client {
     ) -> Result<Infallible, E> {
         let query = [("service", service), ("follow", Some("true"))];
         let (mut sender, connection, request) =
-            self.in_time(self.dial("/v1/events", &query)).await??;
+            self.in_time(self.dial(Method::GET, "/v1/events", &query)).await??;
         let answer = async {
             let response = self.in_time(sender.send_request(request)).await?;
             let response = response.map_err(|error| self.protocol(&error))?;
@@ -240,7 +256,16 @@ impl Client {
         path: &str,
         query: &[(&str, Option<&str>)],
     ) -> Result<T, ClientError> {
-        let (status, body) = self.in_time(self.ask(path, query)).await??;
+        self.answer(Method::GET, path, query).await
+    }
+
+    async fn answer<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        query: &[(&str, Option<&str>)],
+    ) -> Result<T, ClientError> {
+        let (status, body) = self.in_time(self.ask(method, path, query)).await??;
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|error| self.protocol(&error));
         }
@@ -249,10 +274,11 @@ impl Client {
 
     async fn ask(
         &self,
+        method: Method,
         path: &str,
         query: &[(&str, Option<&str>)],
     ) -> Result<(StatusCode, Bytes), ClientError> {
-        let (mut sender, connection, request) = self.dial(path, query).await?;
+        let (mut sender, connection, request) = self.dial(method, path, query).await?;
         let answer = async {
             let response = sender.send_request(request).await?;
             let status = response.status();
@@ -264,6 +290,7 @@ impl Client {
     /// A connection to the agent, and what is to be sent there.
     async fn dial(
         &self,
+        method: Method,
         path: &str,
         query: &[(&str, Option<&str>)],
     ) -> Result<Dialled, ClientError> {
@@ -273,7 +300,9 @@ impl Client {
             UnixStream::connect(&self.socket).await.map_err(|error| self.absent(&error))?;
         let (sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.protocol(&error))?;
-        let request = Request::get(uri(path, query))
+        let request = Request::builder()
+            .method(method)
+            .uri(uri(path, query))
             // HTTP/1.1 demands it; a unix socket has no name to put there.
             .header(hyper::header::HOST, "localhost")
             .body(Empty::<Bytes>::new())

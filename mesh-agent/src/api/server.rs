@@ -1,7 +1,8 @@
-//! The serving end: HTTP over the agent's socket, read-only, generic over what it shows.
+//! The serving end: HTTP over the agent's socket, generic over what it shows. What changes something
+//! is a POST.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -9,7 +10,7 @@ use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures_util::stream;
@@ -43,6 +44,15 @@ pub trait View: Clone + Send + Sync + 'static {
         async { Err(ViewError::Unavailable("there is nothing to audit".to_owned())) }
     }
 
+    /// Drains endpoints, or ends that; gives them as they are then.
+    fn drain(
+        &self,
+        query: DrainQuery,
+    ) -> impl Future<Output = Result<Vec<types::Backend>, ViewError>> + Send {
+        let _ = query;
+        async { Err(ViewError::Unavailable("there is nothing to drain".to_owned())) }
+    }
+
     /// What a connect would do.
     fn explain(
         &self,
@@ -60,6 +70,19 @@ pub struct ExplainQuery {
     /// Who dials: a process id or an absolute cgroup directory, for
     /// [`ClientView::resolve`](crate::explain::ClientView::resolve).
     pub from: Option<String>,
+}
+
+/// The order of `POST /v1/drain` and `POST /v1/undrain`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DrainQuery {
+    /// The service.
+    pub service: String,
+    /// The endpoint's address.
+    pub address: IpAddr,
+    /// Its port; without it all of them.
+    pub port: Option<u16>,
+    /// Whether it is to be drained, or not any more.
+    pub drain: bool,
 }
 
 /// Why there is no answer. The texts are for people, and say what to do next.
@@ -148,15 +171,19 @@ fn router<V: View>(view: V, happenings: Happenings<V>) -> Router {
         .route("/v1/services/{name}", get(service::<V>))
         .route("/v1/backends", get(backends::<V>))
         .route("/v1/explain", get(explain::<V>))
+        .route("/v1/drain", post(async |view, query| drain::<V>(view, query, true).await))
+        .route("/v1/undrain", post(async |view, query| drain::<V>(view, query, false).await))
         .fallback(async || {
             ViewError::NotFound(
                 "no such path: there are /v1/services, /v1/services/NAME, /v1/backends, \
-                 /v1/status, /v1/audit, /v1/events, /v1/explain and /v1/version"
+                 /v1/status, /v1/audit, /v1/events, /v1/explain and /v1/version, and to POST to \
+                 /v1/drain and /v1/undrain"
                     .into(),
             )
         })
         .method_not_allowed_fallback(async || {
-            problem(StatusCode::METHOD_NOT_ALLOWED, "only GET is understood here".into())
+            let error = "GET is understood, and POST by /v1/drain and /v1/undrain";
+            problem(StatusCode::METHOD_NOT_ALLOWED, error.into())
         })
         .with_state(view)
         .merge(events)
@@ -259,6 +286,37 @@ async fn explain<V: View>(
         }
     };
     view.explain(ExplainQuery { address, protocol, from }).await.map(Json)
+}
+
+async fn drain<V: View>(
+    State(view): State<V>,
+    RawQuery(query): RawQuery,
+    drain: bool,
+) -> Answer<Vec<types::Backend>> {
+    let [service, address] = parameters(query.as_deref(), ["service", "address"])?;
+    let missing = |name| ViewError::BadRequest(format!("the parameter {name} is missing"));
+    let service = service.ok_or_else(|| missing("service"))?;
+    let address = address.ok_or_else(|| missing("address"))?;
+    let (address, port) = endpoint(&address)
+        .map_err(|expected| ViewError::BadRequest(format!("address {address:?}: {expected}")))?;
+    view.drain(DrainQuery { service, address, port, drain }).await.map(Json)
+}
+
+/// Reads an endpoint's address with or without a port; says what was expected.
+///
+/// # Errors
+///
+/// It is neither.
+pub fn endpoint(text: &str) -> Result<(IpAddr, Option<u16>), &'static str> {
+    if let Ok(address) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return Ok((address.to_canonical(), None));
+    }
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() != 0 => {
+            Ok((address.ip().to_canonical(), Some(address.port())))
+        }
+        _ => Err("expected IP or IP:PORT, like 10.0.0.1, 10.0.0.1:8080 or [fd00::1]:8080"),
+    }
 }
 
 async fn events<V: View>(

@@ -255,7 +255,12 @@ async fn wrong_requests_are_told_so_in_json() {
     let server = start().await;
     for (request, status, words) in [
         ("GET /v2/services", "404", "no such path"),
-        ("POST /v1/services", "405", "only GET"),
+        ("POST /v1/services", "405", "GET is understood, and POST by /v1/drain"),
+        ("GET /v1/drain?service=a&address=10.0.0.1", "405", "POST by /v1/drain"),
+        ("POST /v1/drain?address=10.0.0.1", "400", "the parameter service is missing"),
+        ("POST /v1/drain?service=a", "400", "the parameter address is missing"),
+        ("POST /v1/undrain?service=a&address=b", "400", "expected IP or IP:PORT"),
+        ("POST /v1/undrain?service=a&address=10.0.0.1", "503", "nothing to drain"),
         ("GET /v1/services?nmae=x", "400", r#"unknown parameter \"nmae\": expected name"#),
         ("GET /v1/backends?service=a&service=b", "400", "service is here twice"),
         ("GET /v1/services/%FF", "400", "not UTF-8"),

@@ -21,6 +21,7 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         port: None,
         weight: Endpoint::DEFAULT_WEIGHT,
         zone: None,
+        drain: false,
     };
     Arc::new(Service {
         name: ServiceName::new(name),

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use crate::api::server::endpoint;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -75,6 +76,12 @@ released when two audits in a row find it so.")]
         /// Only those of this service
         service: Option<String>,
     },
+    /// Give an endpoint no new connections; those that are open go on
+    #[command(after_help = DRAINING)]
+    Drain(DrainArgs),
+    /// Give an endpoint new connections again
+    #[command(after_help = DRAINING)]
+    Undrain(DrainArgs),
     /// Show what rarely happens: connects refused or failed, backends taken out and back in
     Events(EventsArgs),
     /// Say what a connect would do, step by step, and why
@@ -90,6 +97,31 @@ released when two audits in a row find it so.")]
         /// For which shell
         shell: clap_complete::Shell,
     },
+}
+
+const DRAINING: &str = "\
+While no other endpoint of the service is usable, one that drains goes on to be used. It
+lasts until `undrain`, until the endpoint is not defined any more, or until the agent
+ends; `drain: true` beside the endpoint in a service file lasts longer. When its ACTIVE
+in `mesh-agent backends` is 0, nothing is open there any more.
+
+Examples:
+  mesh-agent drain orders 10.0.0.1
+  mesh-agent drain orders 10.0.0.1:8081
+  mesh-agent undrain orders 10.0.0.1";
+
+/// Arguments of `drain` and `undrain`.
+#[derive(Args, Debug)]
+pub(super) struct DrainArgs {
+    /// The service
+    pub(super) service: String,
+    /// The endpoint: its address, or one port of it
+    #[arg(value_name = "ADDRESS[:PORT]", value_parser = drained)]
+    pub(super) address: (IpAddr, Option<u16>),
+}
+
+fn drained(text: &str) -> Result<(IpAddr, Option<u16>), &'static str> {
+    endpoint(text)
 }
 
 /// Arguments of `run`.
@@ -216,8 +248,7 @@ impl From<Protocol> for mesh_common::Protocol {
 }
 
 /// Commands that are documented, and come with a later version.
-const LATER: [&str; 7] =
-    ["connections", "top", "drain", "undrain", "register", "deregister", "heartbeat"];
+const LATER: [&str; 5] = ["connections", "top", "register", "deregister", "heartbeat"];
 
 /// The command of a later version that somebody typed, if that is the error.
 pub(super) fn later(error: &clap::Error) -> Option<&str> {
@@ -277,6 +308,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn endpoints() {
+        for (text, expected) in [
+            ("10.0.0.1", Some("10.0.0.1 None")),
+            ("10.0.0.1:80", Some("10.0.0.1 Some(80)")),
+            ("fd00::1", Some("fd00::1 None")),
+            ("[fd00::1]", Some("fd00::1 None")),
+            ("[fd00::1]:80", Some("fd00::1 Some(80)")),
+            ("::ffff:10.0.0.1", Some("10.0.0.1 None")),
+            ("10.0.0.1:0", None),
+            ("orders", None),
+            ("", None),
+        ] {
+            let found = drained(text).map(|(address, port)| format!("{address} {port:?}"));
+            assert_eq!(found.ok().as_deref(), expected, "{text}");
+        }
+    }
+
     /// Commands of later versions are refused by name, not accepted and ignored.
     #[test]
     fn only_what_exists_is_offered() {
@@ -287,8 +336,8 @@ mod tests {
         for command in LATER {
             assert_eq!(later(&refused(&[command])), Some(command));
         }
-        let typed = refused(&["-o", "json", "drain", "orders", "10.0.0.1", "--nothing"]);
-        assert_eq!(later(&typed), Some("drain"));
+        let typed = refused(&["-o", "json", "register", "orders", "10.0.0.1", "--nothing"]);
+        assert_eq!(later(&typed), Some("register"));
         for other in [&["statsu"] as &[_], &["services", "--drain"], &[]] {
             assert_eq!(later(&refused(other)), None, "{other:?}");
         }

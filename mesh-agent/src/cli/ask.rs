@@ -6,12 +6,12 @@ use std::time::SystemTime;
 use mesh_common::{ABI_VERSION, Protocol, Reason};
 use serde::Serialize;
 
-use super::args::ExplainArgs;
+use super::args::{DrainArgs, ExplainArgs};
 use super::failure::Failure;
 use super::output::{self, Output};
 use super::tables;
 use crate::api::client::{Client, ClientError};
-use crate::api::server::ExplainQuery;
+use crate::api::server::{DrainQuery, ExplainQuery};
 use crate::api::types::{self, Answer};
 use crate::config::Config;
 
@@ -76,6 +76,18 @@ pub(super) fn backends(
         output::complain("no backends: `mesh-agent services` lists the services");
         return Ok(());
     }
+    output.print(&backends, |backends, style| tables::backends(backends, style, SystemTime::now()))
+}
+
+pub(super) fn drain(
+    named: Option<PathBuf>,
+    args: DrainArgs,
+    drain: bool,
+    output: &Output,
+) -> Result<(), Failure> {
+    let DrainArgs { service, address: (address, port) } = args;
+    let query = DrainQuery { service, address, port, drain };
+    let backends = ask(named, async |client: &Client| client.drain(&query).await)?;
     output.print(&backends, |backends, style| tables::backends(backends, style, SystemTime::now()))
 }
 

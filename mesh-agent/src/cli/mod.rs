@@ -80,6 +80,8 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Audit => ask::audit(socket, &output),
         Command::Services { name } => ask::services(socket, name.as_deref(), &output),
         Command::Backends { service } => ask::backends(socket, service.as_deref(), &output),
+        Command::Drain(args) => ask::drain(socket, args, true, &output),
+        Command::Undrain(args) => ask::drain(socket, args, false, &output),
         Command::Events(args) => events::events(socket, &args, &output),
         Command::Explain(args) => ask::explain(socket, args, &output),
         Command::Version => ask::version(socket, &output),

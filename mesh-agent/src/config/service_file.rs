@@ -14,8 +14,8 @@ use crate::model::{
     Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
 };
 use crate::yaml::{
-    self, Fields, Keys, Node, Position, Problem, Problems, excerpt, fields, integer, is_nothing,
-    items, text,
+    self, Fields, Keys, Node, Position, Problem, Problems, boolean, excerpt, fields, integer,
+    is_nothing, items, text,
 };
 
 /// The most ports that one service may have.
@@ -58,7 +58,7 @@ const PORT: Keys =
     Keys { of: "a port", known: &["name", "port", "target", "protocol"], later: &[] };
 
 const ENDPOINT: Keys =
-    Keys { of: "an endpoint", known: &["address", "port", "weight", "zone"], later: &[] };
+    Keys { of: "an endpoint", known: &["address", "port", "weight", "zone", "drain"], later: &[] };
 
 const HEALTH: Keys = Keys {
     of: "health",
@@ -343,7 +343,9 @@ fn endpoint(node: &Node, problems: &mut Problems) -> Option<Endpoint> {
     let weight =
         fields.get("weight").map(|node| integer(node, "weight", 0..=u64::from(u16::MAX), problems));
     let zone = fields.get("zone").map(|node| name(node, "a zone name", problems));
+    let drain = fields.get("drain").and_then(|node| boolean(node, "drain", problems));
     Some(Endpoint {
+        drain: drain.unwrap_or_default(),
         address: address?,
         port: port.flatten(),
         weight: weight.flatten().unwrap_or(Endpoint::DEFAULT_WEIGHT),

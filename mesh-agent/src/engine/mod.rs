@@ -3,6 +3,7 @@
 //! everybody else asks it.
 
 mod confirm;
+mod drains;
 pub mod journal;
 mod observed;
 mod out;
@@ -32,6 +33,7 @@ use crate::health::{Finding, Monitor, Plan, Verdict};
 use crate::model::ServiceName;
 use crate::observe::events::Batch;
 use confirm::Opinions;
+use drains::Drains;
 use journal::Journal;
 use pause::Pause;
 pub use view::Handle;
@@ -64,6 +66,8 @@ pub struct Engine {
     /// By position in the list of sources.
     sources: BTreeMap<usize, SourceState>,
     health: HashMap<ServiceName, Health>,
+    /// What takes no new connection because somebody said so.
+    drains: Drains,
     monitor: Monitor,
     reconciler: Reconciler<KernelMaps>,
     /// What is in the way of services, in plain words.
@@ -145,6 +149,7 @@ impl Engine {
             catalog: Catalog::default(),
             sources: BTreeMap::new(),
             health: HashMap::new(),
+            drains: Drains::default(),
             monitor,
             reconciler,
             problems: BTreeMap::new(),
@@ -332,6 +337,7 @@ impl Engine {
             return;
         }
         let wanted = names.into_iter().map(|name| {
+            self.drains.follow(&name, self.catalog.get(name.as_str()));
             let tables = match self.catalog.get(name.as_str()) {
                 None => {
                     if self.health.remove(&name).is_some_and(|health| health.plan.is_some()) {
@@ -342,8 +348,11 @@ impl Engine {
                 Some(entry) => {
                     let health = self.health.entry(name.clone()).or_default();
                     health.follow(&name, entry, &self.monitor, &mut self.life);
+                    let drained = self.drains.causes(&name, entry);
                     compile::compile(&entry.service, &keys(entry), |address| {
-                        health.endpoints.get(&address).map_or(State::Unknown, |known| known.state)
+                        let known = health.endpoints.get(&address);
+                        let found = known.map_or(State::Unknown, |known| known.state);
+                        drains::state(found, drained.contains_key(&address))
                     })
                 }
             };

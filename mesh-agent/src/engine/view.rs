@@ -12,8 +12,8 @@ use mesh_common::{Backend, Client, Ejection, FrontendKey, Policy, Protocol, Reas
 use tokio::sync::{mpsc, oneshot};
 
 use super::out::{self, Standing};
-use super::{Engine, Known, Question, few};
-use crate::api::server::{ExplainQuery, View, ViewError};
+use super::{Engine, Known, Question, drains, few};
+use crate::api::server::{DrainQuery, ExplainQuery, View, ViewError};
 use crate::api::types;
 use crate::audit::Report;
 use crate::audit::task::{Audited, Auditor};
@@ -127,6 +127,10 @@ impl View for Handle {
         Ok(audit(&audited))
     }
 
+    async fn drain(&self, query: DrainQuery) -> Result<Vec<types::Backend>, ViewError> {
+        self.ask(move |engine| engine.drain(&query)).await?
+    }
+
     async fn explain(&self, query: ExplainQuery) -> Result<types::Explanation, ViewError> {
         let ExplainQuery { address, protocol, from } = query;
         let client = match from {
@@ -187,13 +191,14 @@ impl Engine {
         }
     }
 
-    fn backends(&self, name: &ServiceName, entry: &Entry) -> Vec<types::Backend> {
+    pub(super) fn backends(&self, name: &ServiceName, entry: &Entry) -> Vec<types::Backend> {
         let policy = compile::policy(entry.service.ejection);
         let endpoints = &entry.service.endpoints;
         let endpoints: HashMap<_, _> = endpoints
             .iter()
             .map(|endpoint| ((endpoint.address, endpoint.port), endpoint))
             .collect();
+        let drained = self.drains.causes(name, entry);
         let mut held: Vec<_> = self.reconciler.backends(name).collect();
         held.sort();
         held.into_iter()
@@ -201,7 +206,15 @@ impl Engine {
                 let backend = self.reconciler.maps().backend(id)?;
                 let counts = self.reconciler.maps().counts(id);
                 let known = self.known(name, key.address);
-                let standing = self.standing(id, &backend, known, counts.ejection, policy);
+                let mut standing = self.standing(id, &backend, known, counts.ejection, policy);
+                if let Some(cause) = drained.get(&key.address) {
+                    standing.reason = format!("{}; {}", cause.reason(), standing.reason);
+                    if let drains::Cause::Command(since) = cause
+                        && standing.state == State::Draining
+                    {
+                        standing.since = Some(*since);
+                    }
+                }
                 let (ip, port) = (key.address.ip(), key.address.port());
                 let endpoint = endpoints.get(&(ip, Some(port))).or(endpoints.get(&(ip, None)));
                 Some(types::Backend {
@@ -386,6 +399,7 @@ impl Names for Engine {
         })?;
         let entry = self.catalog.get(name.as_str());
         let policy = compile::policy(entry.and_then(|entry| entry.service.ejection));
+        let drained = entry.map(|entry| self.drains.causes(name, entry)).unwrap_or_default();
         let mut backends: Vec<BackendInfo> = self
             .reconciler
             .backends(name)
@@ -399,10 +413,12 @@ impl Names for Engine {
                 let known = self.known(name, backend.address);
                 let ejection = self.reconciler.maps().counts(id).ejection;
                 let standing = self.standing(id, &record, known, ejection, policy);
+                let cause = drained.get(&backend.address);
+                let reason = cause.map_or(standing.reason, |cause| cause.reason().to_owned());
                 Some(BackendInfo {
                     address: backend.address,
                     state: standing.state,
-                    reason: standing.reason,
+                    reason,
                     weight: record.weight,
                     ejection,
                 })

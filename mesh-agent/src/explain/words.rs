@@ -202,7 +202,9 @@ impl Story {
         if !outside.is_empty() {
             self.step("left out", left_out(&outside));
         }
-        if !inside.is_empty() && inside.iter().all(|backend| !backend.state.is_usable()) {
+        if !inside.is_empty() && inside.iter().all(|backend| backend.state == State::Draining) {
+            self.step("draining", "no other endpoint is usable, so those that drain are used");
+        } else if !inside.is_empty() && inside.iter().all(|backend| !backend.state.is_usable()) {
             self.step(
                 "panic",
                 "no endpoint is usable, so all are used: when every check fails, the checks are \

@@ -89,6 +89,8 @@ pub struct Endpoint {
     pub weight: u16,
     /// For people, and later for locality.
     pub zone: Option<Arc<str>>,
+    /// Takes no new connection while another endpoint is usable.
+    pub drain: bool,
 }
 
 impl Endpoint {

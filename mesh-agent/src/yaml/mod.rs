@@ -14,7 +14,7 @@ mod value;
 
 pub use parse::{MAX_ALIASED, MAX_DEPTH, MAX_SIZE, parse};
 pub use problem::{Position, Problem, Problems, excerpt, printable};
-pub use value::{Fields, Keys, fields, integer, is_nothing, items, text};
+pub use value::{Fields, Keys, boolean, fields, integer, is_nothing, items, text};
 
 use std::rc::Rc;
 

@@ -143,6 +143,19 @@ pub fn integer<T: TryFrom<u64>>(
     number
 }
 
+/// `true` or `false`.
+pub fn boolean(node: &Node, what: &str, problems: &mut Problems) -> Option<bool> {
+    match &node.value {
+        Value::Scalar { text, plain: true } if text == "true" => Some(true),
+        Value::Scalar { text, plain: true } if text == "false" => Some(false),
+        _ => {
+            let found = describe(node);
+            problems.add(node.at, format!("{what}: expected true or false; found {found}"));
+            None
+        }
+    }
+}
+
 /// Whether nothing is written where a value could be.
 #[must_use]
 pub fn is_nothing(node: &Node) -> bool {
