@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use mesh_agent::config::{Config, ConfigError, Source};
+use mesh_common::Limits;
 
 fn refused(text: &str) -> Vec<String> {
     let problems = Config::parse(text.as_bytes()).expect_err("a refused file");
@@ -28,6 +29,7 @@ cgroup: /sys/fs/cgroup
 socket: /run/a.sock
 pin-dir: /sys/fs/bpf/a
 virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
+limits: {frontends: 1000, backends: 3000, connections: 200000}
 sources:
 - files: {directory: /a}
 - files: {directory: /b}
@@ -44,6 +46,7 @@ sources:
         virtual_ips: ["10.96.0.0/16", "fd00:96::/64", "10.97.0.1/32"]
             .map(|net| net.parse().expect("a network"))
             .into(),
+        limits: Limits { frontends: 1000, backends: 3000, records: 262_144 },
         sources: directories.map(|d| Source::Files { directory: d.into() }).into(),
     };
     assert_eq!(config, expected);
@@ -61,8 +64,8 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
 "#,
     );
     let expected = [
-        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, sources)",
-        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, sources",
+        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, limits, sources)",
+        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, limits, sources",
         "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
         "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",
         "a:5:15: 10.96.0.1/16 has bits set behind its prefix; write 10.96.0.0/16",
@@ -86,6 +89,15 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
             "a:1:40: 126.0.0.0/7 covers loopback addresses, so every other connect to them would be refused; expected a range outside 127.0.0.0/8",
             "a:1:53: ::1/128 covers loopback addresses, so every other connect to them would be refused; expected a range outside ::1/128",
             "a:1:60: ::/96 covers loopback addresses, so every other connect to them would be refused; expected a range outside ::1/128",
+        ]
+    );
+    assert_eq!(
+        refused("limits: {frontends: 3, backends: many, connections: 65535, entries: 1}"),
+        [
+            "a:1:21: frontends: expected a number from 16 to 2097152; found \"3\"",
+            "a:1:34: backends: expected a number from 16 to 2097152; found \"many\"",
+            "a:1:53: connections: expected a number from 65536 to 4194304; found \"65535\"",
+            "a:1:60: unknown key \"entries\"; allowed in limits: frontends, backends, connections",
         ]
     );
     assert_eq!(

@@ -21,6 +21,7 @@ pub mod ejection;
 pub mod event;
 pub mod flow;
 pub mod layout;
+pub mod limits;
 pub mod socket;
 pub mod stats;
 pub mod translate;
@@ -35,6 +36,7 @@ pub use layout::{
     ABI_VERSION, Backend, FrontendKey, FrontendValue, Protocol, Reason, Service, Settings, Slot,
     State, Table,
 };
+pub use limits::Limits;
 pub use stats::{BackendStats, Failure, ServiceStats};
 pub use translate::{Choice, Tables, Verdict, translate};
 pub use word::Word;

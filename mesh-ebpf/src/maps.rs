@@ -14,7 +14,7 @@ use mesh_common::layout::counter;
 use mesh_common::translate::{self, Detour};
 use mesh_common::{
     ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Event, Flow, FrontendKey,
-    FrontendValue, Held, Policy, Reason, Service, ServiceStats, Settings, Slot, Table, Tables,
+    FrontendValue, Limits, Policy, Reason, Service, ServiceStats, Settings, Slot, Table, Tables,
     Token, Word, balance, chance,
 };
 
@@ -26,27 +26,32 @@ const FLAT: usize = BPF_F_MMAPABLE as usize;
 /// Memory for an entry is taken when it is made.
 const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
 
-/// Records of `FLOWS`: a power of two.
-pub const RECORDS: usize = 131_072;
+/// What the maps hold, unless the agent sets something else.
+const LIMITS: Limits = Limits::DEFAULT;
+
+/// Records of `FLOWS`, a power of two. Set by the agent.
+#[unsafe(no_mangle)]
+static RECORDS: u32 = LIMITS.records;
 
 #[btf_map]
-static FRONTENDS: HashMap<FrontendKey, FrontendValue, 65_536, SPARSE> = HashMap::new();
+static FRONTENDS: HashMap<FrontendKey, FrontendValue, { LIMITS.frontends as usize }, SPARSE> =
+    HashMap::new();
 
 #[btf_map]
-pub static SERVICES: Array<Service, 65_536, FLAT> = Array::new();
+pub static SERVICES: Array<Service, { LIMITS.frontends as usize }, FLAT> = Array::new();
 
 #[btf_map]
-static SERVICE_STATS: Array<ServiceStats, 65_536, FLAT> = Array::new();
+static SERVICE_STATS: Array<ServiceStats, { LIMITS.frontends as usize }, FLAT> = Array::new();
 
 #[btf_map]
-pub static SLOTS: Array<Slot, 262_144, FLAT> = Array::new();
+pub static SLOTS: Array<Slot, { LIMITS.slots() as usize }, FLAT> = Array::new();
 
 /// No program reads this one: it is for inspection.
 #[btf_map]
-static BACKENDS: Array<Backend, 131_072, FLAT> = Array::new();
+static BACKENDS: Array<Backend, { LIMITS.backends as usize }, FLAT> = Array::new();
 
 #[btf_map]
-pub static BACKEND_STATS: Array<BackendStats, 131_072, FLAT> = Array::new();
+pub static BACKEND_STATS: Array<BackendStats, { LIMITS.backends as usize }, FLAT> = Array::new();
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1, FLAT> = Array::new();
@@ -58,11 +63,11 @@ static VIRTUAL_IPS: LpmTrie<[u8; 16], u32, 256> = LpmTrie::new();
 static COUNTERS: Array<Word, { counter::COUNT as usize }, FLAT> = Array::new();
 
 #[btf_map]
-pub static FLOWS: Array<Flow, RECORDS, FLAT> = Array::new();
+pub static FLOWS: Array<Flow, { LIMITS.records as usize }, FLAT> = Array::new();
 
 /// Records whose place in `FLOWS` was taken, by cookie.
 #[btf_map]
-pub static OVERFLOW: HashMap<u64, Flow, RECORDS, SPARSE> = HashMap::new();
+pub static OVERFLOW: HashMap<u64, Flow, { LIMITS.records as usize }, SPARSE> = HashMap::new();
 
 #[btf_map]
 pub static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
@@ -75,8 +80,6 @@ static GRACE: ArrayOfMaps<Array<u32, 1>, 1> = ArrayOfMaps::new();
 /// What the agent compares with its own version before it attaches anything.
 #[unsafe(no_mangle)]
 static ABI: u32 = ABI_VERSION;
-
-const _: () = assert!(RECORDS.is_power_of_two() && RECORDS >= 1 << Held::PLACE_BITS);
 
 /// Differs between nodes, so that they do not choose alike. Set by the agent.
 #[unsafe(no_mangle)]
@@ -313,6 +316,15 @@ pub fn octets(addr: Addr) -> [u8; 16] {
 pub fn cgroup() -> u64 {
     // SAFETY: the helper takes nothing and cannot fail.
     unsafe { bpf_get_current_cgroup_id() }
+}
+
+/// Where the record of the socket with this cookie is, if it is in `FLOWS`.
+#[inline(always)]
+pub fn place(cookie: u64) -> u32 {
+    // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
+    // it has here.
+    let records = unsafe { (&raw const RECORDS).read_volatile() };
+    cookie as u32 & records.wrapping_sub(1)
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`.

@@ -5,12 +5,12 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use mesh_common::layout::counter;
 use mesh_common::{BackendStats, Flow, Given, Held, Tables as _, Token, Word, flow};
 
-use crate::maps::{BACKEND_STATS, FLOWS, Maps, OVERFLOW, RECORDS, count, counter};
+use crate::maps::{self, BACKEND_STATS, FLOWS, Maps, OVERFLOW, count, counter};
 
 /// Where a socket's record is, or would be.
 #[inline(always)]
 fn place(cookie: u64) -> Option<*mut Flow> {
-    FLOWS.get_ptr_mut(cookie as u32 & (RECORDS as u32 - 1))
+    FLOWS.get_ptr_mut(maps::place(cookie))
 }
 
 /// Whether any record is in `OVERFLOW`. A socket's own entry is counted before it can be asked

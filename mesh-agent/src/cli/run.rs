@@ -25,8 +25,9 @@ const ENDING: Duration = Duration::from_secs(1);
 
 /// Runs the agent until it is told to stop.
 pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure> {
-    let options = Options { log: args.log_refusals };
+    let log_refusals = args.log_refusals;
     let config = config(args, socket)?;
+    let options = Options { log: log_refusals, limits: config.limits };
     log(options);
     super::need_files(FILES)?;
     let runtime = Runtime::new().map_err(|error| Failure::no_runtime(&error))?;

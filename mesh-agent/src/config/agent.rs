@@ -5,10 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
+use mesh_common::Limits;
 
 use super::values::{name, network, path};
 use crate::yaml::{
-    self, Keys, MAX_SIZE, Node, Problem, Problems, excerpt, fields, is_nothing, items,
+    self, Keys, MAX_SIZE, Node, Problem, Problems, excerpt, fields, integer, is_nothing, items,
 };
 
 /// Where the agent file is looked for when none is named.
@@ -19,11 +20,14 @@ pub const DEFAULT_SERVICES: &str = "/etc/mesh/services.d";
 
 const AGENT: Keys = Keys {
     of: "the agent file",
-    known: &["node", "cgroup", "socket", "pin-dir", "virtual-ips", "sources"],
+    known: &["node", "cgroup", "socket", "pin-dir", "virtual-ips", "limits", "sources"],
     later: &["state-dir", "metrics"],
 };
 
 const NODE: Keys = Keys { of: "node", known: &["name", "zone"], later: &[] };
+
+const LIMITS: Keys =
+    Keys { of: "limits", known: &["frontends", "backends", "connections"], later: &[] };
 
 const SOURCE: Keys = Keys {
     of: "a source",
@@ -50,6 +54,8 @@ pub struct Config {
     /// Addresses that are refused unless they are a service's. None covers everything, and none
     /// covers IPv4-mapped addresses.
     pub virtual_ips: Vec<IpNet>,
+    /// How much the maps hold.
+    pub limits: Limits,
     /// In order of precedence; no directory twice.
     pub sources: Vec<Source>,
 }
@@ -110,6 +116,7 @@ impl Default for Config {
             socket: "/run/mesh/agent.sock".into(),
             pin_dir: "/sys/fs/bpf/mesh".into(),
             virtual_ips: Vec::new(),
+            limits: Limits::default(),
             sources: vec![Source::Files { directory: DEFAULT_SERVICES.into() }],
         }
     }
@@ -185,6 +192,9 @@ impl Config {
         if let Some(node) = top.get("virtual-ips") {
             self.virtual_ips = virtual_ips(node, problems).unwrap_or_default();
         }
+        if let Some(node) = top.get("limits") {
+            self.limits = limits(node, problems).unwrap_or_default();
+        }
         if let Some(node) = top.get("sources") {
             self.sources = sources(node, problems).unwrap_or_default();
         }
@@ -203,6 +213,25 @@ fn virtual_ips(node: &Node, problems: &mut Problems) -> Option<Vec<IpNet>> {
         found.push(network);
     }
     Some(found)
+}
+
+fn limits(node: &Node, problems: &mut Problems) -> Option<Limits> {
+    let fields = fields(node, &LIMITS, problems)?;
+    let (least, most) = (Limits::LEAST, Limits::MOST);
+    let mut limits = Limits::default();
+    for (key, least, most, limit) in [
+        ("frontends", least.frontends, most.frontends, &mut limits.frontends),
+        ("backends", least.backends, most.backends, &mut limits.backends),
+        ("connections", least.records, most.records, &mut limits.records),
+    ] {
+        let Some(node) = fields.get(key) else { continue };
+        if let Some(number) = integer(node, key, least.into()..=most.into(), problems) {
+            *limit = number;
+        }
+    }
+    // A place in the array is some bits of a number.
+    limits.records = limits.records.next_power_of_two();
+    Some(limits)
 }
 
 fn sources(node: &Node, problems: &mut Problems) -> Option<Vec<Source>> {

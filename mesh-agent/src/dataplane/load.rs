@@ -8,7 +8,7 @@ use aya::maps::{MapData, RingBuf};
 use aya::programs::cgroup_sock_addr::CgroupSockAddrLinkId;
 use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSockAddr, ProgramError};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
-use mesh_common::ABI_VERSION;
+use mesh_common::{ABI_VERSION, Limits};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::btf::{self, BtfError};
@@ -144,6 +144,8 @@ pub enum LoadError {
 pub struct Options {
     /// Lets the programs log refusals, which costs about 100 ns and 2,000 instructions each.
     pub log: bool,
+    /// What the maps hold.
+    pub limits: Limits,
 }
 
 /// The loaded programs. Dropping it detaches them.
@@ -200,7 +202,22 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     // Level 0 lets the verifier prune every log statement.
     let salt = fastrand::u64(..);
     let level: u8 = if options.log { aya_log::Level::Debug as u8 } else { 0 };
-    let mut ebpf = EbpfLoader::new()
+    let limits = options.limits;
+    let mut loader = EbpfLoader::new();
+    for (map, entries) in [
+        ("FRONTENDS", limits.frontends),
+        ("SERVICES", limits.frontends),
+        ("SERVICE_STATS", limits.frontends),
+        ("SLOTS", limits.slots()),
+        ("BACKENDS", limits.backends),
+        ("BACKEND_STATS", limits.backends),
+        ("FLOWS", limits.records),
+        ("OVERFLOW", limits.records),
+    ] {
+        loader.map_max_entries(map, entries);
+    }
+    let mut ebpf = loader
+        .override_global("RECORDS", &limits.records, true)
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global(aya_log::LEVEL, &level, false)
         .override_global("SALT", &salt, true)
