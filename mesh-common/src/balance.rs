@@ -3,6 +3,7 @@
 //! All algorithms use the same slots, so a service changes from one to another by the store of its
 //! table word, which names both.
 
+use crate::ejection::Admission;
 use crate::layout::{Slot, Table};
 use crate::translate::{Tables, draw};
 
@@ -47,24 +48,92 @@ impl Algorithm {
     }
 }
 
-/// How many positions in a row name no ticket, at the most, and one more.
+/// How many positions are tried for a ticket. No more than two in a row name none; of those that one
+/// connect among many gets, all may.
 pub const SKIPS: u32 = 4;
 
 /// The greatest number of bits of an index: a search ends after as many steps.
-const STEPS: u32 = 25;
+const SEARCH: u32 = 25;
 
-/// Which of `total` tickets a position names: each once in as many positions as the next power of two
-/// has, far from the one before it. Some positions name none.
-///
-/// The positions go round that power of two in steps of about its golden section, which spread what
-/// lies side by side, the tickets of one backend, as evenly as steps can (the three-distance theorem).
+/// By the number of bits of a round: the odd number near its golden section whose continued fraction
+/// has the smallest quotients (2 or 3), so that multiples of it lie as evenly as multiples can. No round
+/// has more than 32 bits; there are 64 entries so that six bits are an index, whatever they are.
+const STEPS: [u32; 64] = [
+    1,
+    1,
+    3,
+    5,
+    9,
+    23,
+    37,
+    79,
+    157,
+    323,
+    741,
+    1257,
+    2539,
+    5759,
+    10155,
+    20225,
+    40521,
+    81305,
+    162_009,
+    323_369,
+    648_053,
+    1_296_751,
+    2_591_793,
+    5_184_487,
+    10_366_883,
+    20_737_303,
+    41_475_431,
+    82_951_775,
+    165_904_945,
+    331_808_403,
+    663_608_853,
+    1_327_220_129,
+    2_654_435_521,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+];
+
+/// Which of `total` tickets a position names: each once in a round, which has as many positions as the
+/// next power of two, and far from the one before it. What is not below `total` is no ticket.
 #[inline(always)]
 #[must_use]
-pub const fn ticket(position: u64, total: u32) -> Option<u32> {
-    let round = (total as u64).next_power_of_two();
-    let step = (round * 0x9e37_79b9) >> 32 | 1;
-    let ticket = position.wrapping_mul(step) & (round - 1);
-    if ticket < total as u64 { Some((ticket & 0xffff_ffff) as u32) } else { None }
+pub fn ticket(position: u64, total: u32) -> u64 {
+    let bits = (64 - u64::from(total).wrapping_sub(1).leading_zeros()) & 63;
+    // The verifier has to see the mask right before the load.
+    let step = STEPS[core::hint::black_box(bits as usize) & 63];
+    position.wrapping_mul(step.into()) & (1u64 << bits).wrapping_sub(1)
 }
 
 /// The slot whose turn it is.
@@ -75,21 +144,26 @@ pub fn turn<T: Tables + ?Sized>(tables: &T, service: u32, table: Table) -> u32 {
     if total == 0 {
         return table.base();
     }
+    let mut place = 0;
     for _ in 0..SKIPS {
-        if let Some(ticket) = ticket(tables.position(service), total) {
-            // No weight is 0, so as many tickets as slots are one for each.
-            let column = if total == table.len() { ticket } else { holder(tables, table, ticket) };
-            return table.base().wrapping_add(column);
+        place = ticket(tables.position(service), total);
+        if place < u64::from(total) {
+            break;
         }
     }
-    table.base()
+    // A round is less than twice the tickets.
+    let over = place.wrapping_sub(total.into());
+    let ticket = (if place < u64::from(total) { place } else { over } & 0xffff_ffff) as u32;
+    // No weight is 0, so as many tickets as slots are one for each.
+    let column = if total == table.len() { ticket } else { holder(tables, table, ticket) };
+    table.base().wrapping_add(column)
 }
 
 /// The column of the slot that has this ticket: the first whose tickets end after it.
 #[inline(always)]
 fn holder<T: Tables + ?Sized>(tables: &T, table: Table, ticket: u32) -> u32 {
     let (mut low, mut len) = (0u32, table.len());
-    for _ in 0..STEPS {
+    for _ in 0..SEARCH {
         if len == 0 {
             break;
         }
@@ -106,22 +180,32 @@ fn holder<T: Tables + ?Sized>(tables: &T, table: Table, ticket: u32) -> u32 {
 }
 
 /// Of the slot that was drawn and another one, that with fewer connections for its weight. One that is
-/// out is none to choose, if the other is not.
+/// out for this client is none to choose, if the other is not; one that is due for a try is tried when
+/// it is drawn first.
 #[inline(always)]
 pub fn lighter<T: Tables + ?Sized>(tables: &T, table: Table, first: u32) -> u32 {
     let second = draw(tables, table);
     let (Some(one), Some(other)) = (tables.slot(first), tables.slot(second)) else { return first };
-    let is_in = |slot: &Slot| tables.ejection(slot.backend).is_in();
-    let prefers = match (is_in(one), is_in(other)) {
-        (true, false) => false,
-        (false, true) => true,
-        _ => {
+    let prefers = match (standing(tables, first, one), standing(tables, second, other)) {
+        (Admission::In, Admission::In) => {
             let load =
                 |of: &Slot, by: &Slot| tables.active(of.backend).wrapping_mul(by.weight.into());
             load(other, one) < load(one, other)
         }
+        (Admission::Out, other) => other != Admission::Out,
+        _ => false,
     };
     if prefers { second } else { first }
+}
+
+/// What this connect may do with the backend of a slot; who connects is asked only if it is out for
+/// anybody.
+#[inline(always)]
+fn standing<T: Tables + ?Sized>(tables: &T, index: u32, slot: &Slot) -> Admission {
+    if tables.ejection(slot.backend).is_in() {
+        return Admission::In;
+    }
+    tables.admission(index, tables.client(), tables.now())
 }
 
 /// Fills `ends` with where each backend's tickets end, for weights whose sum is below 2^32: as many

@@ -103,7 +103,8 @@ const DRAINING: &str = "\
 While no other endpoint of the service is usable, one that drains goes on to be used. It
 lasts until `undrain`, until the endpoint is not defined any more, or until the agent
 ends; `drain: true` beside the endpoint in a service file lasts longer. When its ACTIVE
-in `mesh-agent backends` is 0, nothing is open there any more.
+in `mesh-agent backends` is 0, nothing is open there that began while this agent ran.
+Whether another endpoint is usable is what the health checks say.
 
 Examples:
   mesh-agent drain orders 10.0.0.1

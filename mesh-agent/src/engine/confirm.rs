@@ -154,7 +154,7 @@ impl Engine {
     }
 
     /// The table that is in force for a frontend.
-    fn table(&self, frontend: &FrontendKey) -> Table {
+    pub(super) fn table(&self, frontend: &FrontendKey) -> Table {
         let maps = self.reconciler.maps();
         let value = maps.frontend(frontend);
         let service = value.and_then(|value| maps.service(value.service));

@@ -25,12 +25,12 @@ pub(super) struct Drains(HashMap<ServiceName, BTreeMap<Place, SystemTime>>);
 type Place = (IpAddr, Option<u16>);
 
 /// Why an endpoint drains.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Cause {
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Cause {
     /// The service file says so.
-    File,
+    file: bool,
     /// Somebody did, then.
-    Command(SystemTime),
+    pub(super) command: Option<SystemTime>,
 }
 
 // === impl Drains ===
@@ -61,13 +61,14 @@ impl Drains {
 
     /// Which endpoints of a service drain, and why.
     pub(super) fn causes(&self, name: &ServiceName, entry: &Entry) -> HashMap<SocketAddr, Cause> {
-        let mut causes: HashMap<_, _> =
-            by_file(entry).map(|target| (target, Cause::File)).collect();
+        let filed = |target| (target, Cause { file: true, command: None });
+        let mut causes: HashMap<_, _> = by_file(entry).map(filed).collect();
         let Some(drained) = self.0.get(name) else { return causes };
         for target in targets(entry) {
             let keys = [None, Some(target.port())].map(|port| (target.ip(), port));
-            let since = keys.iter().filter_map(|key| drained.get(key)).min();
-            causes.extend(since.map(|since| (target, Cause::Command(*since))));
+            if let Some(since) = keys.iter().filter_map(|key| drained.get(key)).min() {
+                causes.entry(target).or_default().command = Some(*since);
+            }
         }
         causes
     }
@@ -76,9 +77,10 @@ impl Drains {
 impl Cause {
     /// For people.
     pub(super) const fn reason(self) -> &'static str {
-        match self {
-            Self::File => "drained by its file",
-            Self::Command(_) => "drained by command",
+        match (self.file, self.command.is_some()) {
+            (true, true) => "drained by its file and by command",
+            (true, false) => "drained by its file",
+            (false, _) => "drained by command",
         }
     }
 }
@@ -106,17 +108,19 @@ impl Engine {
             let drained = self.drains.0.entry(name.clone()).or_default();
             drained.entry(place).or_insert_with(SystemTime::now);
         } else {
-            if by_file(entry).any(|target| meant.contains(&target)) {
-                return Err(ViewError::BadRequest(format!(
-                    "{shown} of service {service} is drained by its file ({}): remove `drain` there",
-                    entry.origin.item
-                )));
-            }
+            let by_file = by_file(entry).any(|target| meant.contains(&target));
             if !self.drains.end(&name, entry, &meant) {
-                return Err(ViewError::BadRequest(format!(
-                    "{shown} of service {service} is not drained: `mesh-agent backends {service}` \
-                     shows what is"
-                )));
+                return Err(ViewError::BadRequest(match by_file {
+                    true => format!(
+                        "{shown} of service {service} is drained by its file ({}): remove `drain` \
+                         there",
+                        entry.origin.item
+                    ),
+                    false => format!(
+                        "{shown} of service {service} is not drained: `mesh-agent backends \
+                         {service}` shows what is"
+                    ),
+                }));
             }
         }
         for target in &meant {

@@ -8,11 +8,13 @@ use std::time::{Duration, SystemTime};
 
 use mesh_common::ejection::ticks;
 use mesh_common::layout::counter;
-use mesh_common::{Backend, Client, Ejection, FrontendKey, Policy, Protocol, Reason, State};
+use mesh_common::{
+    Algorithm, Backend, Client, Ejection, FrontendKey, Policy, Protocol, Reason, State, Table,
+};
 use tokio::sync::{mpsc, oneshot};
 
 use super::out::{self, Standing};
-use super::{Engine, Known, Question, drains, few};
+use super::{Engine, Known, Question, few};
 use crate::api::server::{DrainQuery, ExplainQuery, View, ViewError};
 use crate::api::types;
 use crate::audit::Report;
@@ -179,8 +181,7 @@ impl Engine {
         types::Service {
             name: name.to_string(),
             source: entry.map_or_else(String::new, |entry| entry.origin.item.to_string()),
-            balance: entry
-                .map_or_else(String::new, |entry| entry.service.algorithm.name().to_owned()),
+            balance: self.algorithm(entry, &frontends).name().to_owned(),
             frontends: frontends.iter().map(frontend).collect(),
             backends: types::BackendCounts { total: ids.len(), healthy: healthy.count() },
             active: counts.iter().map(|counts| counts.active).sum(),
@@ -209,10 +210,8 @@ impl Engine {
                 let mut standing = self.standing(id, &backend, known, counts.ejection, policy);
                 if let Some(cause) = drained.get(&key.address) {
                     standing.reason = format!("{}; {}", cause.reason(), standing.reason);
-                    if let drains::Cause::Command(since) = cause
-                        && standing.state == State::Draining
-                    {
-                        standing.since = Some(*since);
+                    if standing.state == State::Draining {
+                        standing.since = cause.command;
                     }
                 }
                 let (ip, port) = (key.address.ip(), key.address.port());
@@ -237,6 +236,13 @@ impl Engine {
                 })
             })
             .collect()
+    }
+
+    /// How the kernel chooses now; of a service whose tables have no slots, how it would.
+    fn algorithm(&self, entry: Option<&Entry>, frontends: &[FrontendKey]) -> Algorithm {
+        let mut tables = frontends.iter().map(|key| self.table(key));
+        let in_force = tables.find(|table| !table.is_empty()).map(Table::algorithm);
+        in_force.or(entry.map(|entry| entry.service.algorithm)).unwrap_or_default()
     }
 
     fn standing(
@@ -425,8 +431,7 @@ impl Names for Engine {
             })
             .collect();
         backends.sort_by_key(|backend| backend.address);
-        let algorithm = entry.map(|entry| entry.service.algorithm).unwrap_or_default();
-        let algorithm = algorithm.name().to_owned();
+        let algorithm = self.algorithm(entry, std::slice::from_ref(key)).name().to_owned();
         Some(FrontendInfo { service: name.to_string(), algorithm, backends })
     }
 }

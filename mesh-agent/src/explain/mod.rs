@@ -171,27 +171,32 @@ impl<'a, T: Tables> Traced<'a, T> {
 
 impl<T: Tables> Traced<'_, T> {
     /// From the probabilities of a draw those of the better one of two: a slot is chosen when it is
-    /// drawn first and the second is no better, or second and better than the first.
+    /// drawn first and the second is no better, or second and better than the first. When both are
+    /// out for this client, it is drawn again, by weight.
     fn choose_of_two(&self, shares: &mut [(Slot, f64)]) {
-        let load = |slot: &Slot| {
-            let is_out = !self.tables.ejection(slot.backend).is_in();
-            let active = self.tables.active(slot.backend) as f64;
-            (is_out, active / f64::from(slot.weight.max(1)))
-        };
-        let mut order: Vec<_> = (0..shares.len()).collect();
+        let is_out = |slot: &Slot| self.tables.ejection(slot.backend).is_out_for(self.client);
+        let load =
+            |slot: &Slot| self.tables.active(slot.backend) as f64 / f64::from(slot.weight.max(1));
         let loads: Vec<_> = shares.iter().map(|(slot, _)| load(slot)).collect();
-        let compare = |a: &usize, b: &usize| {
-            let ((out, load), (other_out, other)) = (loads[*a], loads[*b]);
-            out.cmp(&other_out).then(load.total_cmp(&other))
+        let (mut order, out): (Vec<usize>, Vec<usize>) =
+            (0..shares.len()).partition(|&index| !is_out(&shares[index].0));
+        if order.is_empty() {
+            return;
+        }
+        let total = |indices: &[usize], shares: &[(Slot, f64)]| -> f64 {
+            indices.iter().map(|&index| shares[index].1).sum()
         };
+        let (inside, outside) = (total(&order, shares), total(&out, shares));
+        let again = outside * outside / inside;
+        let compare = |a: &usize, b: &usize| loads[*a].total_cmp(&loads[*b]);
         order.sort_by(compare);
-        // What is drawn at all that is heavier than what is looked at.
-        let mut heavier: f64 = shares.iter().map(|(_, share)| share).sum();
+        // What is drawn at all that is heavier than what is looked at, or out.
+        let mut heavier = inside + outside;
         for equal in order.chunk_by(|a, b| compare(a, b).is_eq()) {
-            let same: f64 = equal.iter().map(|&index| shares[index].1).sum();
+            let same = total(equal, shares);
             heavier -= same;
             for &index in equal {
-                shares[index].1 *= same + 2.0 * heavier;
+                shares[index].1 *= same + 2.0 * heavier + again;
             }
         }
     }

@@ -17,6 +17,8 @@ struct Memory {
     random: Cell<u32>,
     /// By backend, which is the slot's number here.
     ejections: HashMap<u32, Ejection>,
+    /// Open connections, likewise.
+    active: HashMap<u32, u64>,
 }
 
 /// In ticks.
@@ -78,8 +80,8 @@ impl Tables for Memory {
     fn ejection(&self, backend: u32) -> Ejection {
         self.ejections.get(&backend).copied().unwrap_or_default()
     }
-    fn active(&self, _: u32) -> u64 {
-        0
+    fn active(&self, backend: u32) -> u64 {
+        self.active.get(&backend).copied().unwrap_or_default()
     }
 
     fn position(&self, _: u32) -> u64 {
@@ -242,4 +244,34 @@ fn a_client_outside_is_not_balanced() {
 
     client.inside = true;
     assert!(explain(query(ORDERS), Some(&client), &tables, &names).answer.is_some());
+}
+
+/// Of two draws the lighter one: the probabilities that the kernel's choice has.
+#[test]
+fn the_lighter_of_two() {
+    let addresses = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"];
+    let names = Known(addresses.map(|address| backend(address, State::Healthy, 1)).into());
+    let policy = Policy::new(1, 100, 100, 100);
+    let out = [1, 2].iter().fold(Ejection::NONE, |known, client| {
+        known.fail(policy, Client::of_cgroup(*client), Token::NONE, NOW).expect("a change")
+    });
+    for (active, ejected, expected) in [
+        ([0, 0, 0], None, [1.0 / 3.0; 3]),
+        ([0, 1, 2], None, [5.0 / 9.0, 3.0 / 9.0, 1.0 / 9.0]),
+        ([2, 2, 0], None, [2.0 / 9.0, 2.0 / 9.0, 5.0 / 9.0]),
+        // When both draws are out, it is drawn again by weight.
+        ([0, 5, 0], Some(2), [11.0 / 18.0, 7.0 / 18.0, 0.0]),
+    ] {
+        let mut tables = Memory::default();
+        tables.serve(key_of(ORDERS), &addresses.map(|address| (address, 1)), Reason::NoEndpoint);
+        let word = &tables.services[0].table;
+        word.store(Table(word.load()).by(Algorithm::LeastConnections).0);
+        tables.active = (0..).zip(active).collect();
+        tables.ejections = ejected.into_iter().map(|backend| (backend, out)).collect();
+        let explanation = explain(query(ORDERS), None, &tables, &names);
+        let scores: Vec<_> = explanation.candidates.iter().map(|c| c.score).collect();
+        let near = scores.iter().zip(expected).all(|(have, due)| (have - due).abs() < 1e-9);
+        assert!(scores.len() == 3 && near, "{active:?} {ejected:?}: {scores:?}");
+        assert!(detail(&explanation, "choice").is_some_and(|text| text.contains("of two")));
+    }
 }

@@ -134,7 +134,7 @@ fn run_with(options: &Options, seed: u64) -> Result<String> {
     ensure!(tally.unexpected.is_empty(), "not as it must: {:#?}", tally.unexpected);
     exact(&node, &tally, &withheld).context("while connections are held")?;
     let held = tally.total().held;
-    let audit = audited(&node, held, &withheld)?;
+    let audit = audited(&node, &tally, &withheld)?;
 
     client.tell("close")?;
     client.answer()?;
@@ -142,7 +142,7 @@ fn run_with(options: &Options, seed: u64) -> Result<String> {
         counts.held = 0;
     }
     exact(&node, &tally, &withheld).context("after all is closed")?;
-    audited(&node, 0, &withheld)?;
+    audited(&node, &tally, &withheld)?;
     client.finish()?;
     let status = healthy(&node)?;
     let seconds = took.as_secs_f64();
@@ -250,7 +250,7 @@ fn exact(node: &Node, tally: &Tally, withheld: &Withheld) -> Result<()> {
         (last, off) = differences(&accounts(node)?, tally);
         Ok(last.is_empty().then_some(()))
     });
-    let allowed = withheld.count()?;
+    let allowed = withheld.allowance(tally.total().opened)?;
     match waited {
         Err(_) if off > 0 && off <= allowed => {
             eprintln!("{allowed} events were withheld: {last:#?}");
@@ -314,9 +314,10 @@ fn differences(accounts: &[Account], tally: &Tally) -> (Vec<String>, u64) {
 
 /// The audit finds a socket for each record, and a record for each of the `held` connections; it has
 /// never had to release one but those whose end was withheld.
-fn audited(node: &Node, held: u64, withheld: &Withheld) -> Result<Value> {
+fn audited(node: &Node, tally: &Tally, withheld: &Withheld) -> Result<Value> {
+    let Counts { held, opened, .. } = tally.total();
     let audit: Value = node.agent.json(&["audit"])?;
-    let allowed = withheld.count()?;
+    let allowed = withheld.allowance(opened)?;
     let is_within = |name: &str, least: u64| {
         let figure = audit[name].as_u64().unwrap_or(u64::MAX);
         ensure!((least..=least + allowed).contains(&figure), "{name}: {held} are held: {audit:#}");
