@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use mesh_tests::process::{LIMIT, until};
+use mesh_tests::server::Kind;
 use mesh_tests::{Later, Node, Service, check};
 
 const FOUR: &str = "10.96.0.10:80";
@@ -144,6 +145,31 @@ fn the_lighter_of_two() -> Result<()> {
     .with_context(|| format!("{:?}", explained(&node)))?;
     ensure!(explained(&node)?["algorithm"] == "least-connections", "{:?}", explained(&node));
     check::balanced(&mut node, &NAMES, |node| check::who(node, FOUR))
+}
+
+/// A backend that has failed is left out by each algorithm, and tried and used again once it is back:
+/// within a second or two of connects, however the backends are chosen.
+#[test]
+fn what_failed_comes_back() -> Result<()> {
+    for balance in ["round-robin", "least-connections"] {
+        let mut node = node(balance, [1, 1, 1, 1])?;
+        let all = check::histogram(&node, FOUR, 200)?;
+        ensure!(all.keys().eq(&NAMES), "{balance}: {all:?}");
+        node.kill_server("a")?;
+        let seen = check::histogram(&node, FOUR, 200)?;
+        let failed = seen.get("connect: ECONNREFUSED").copied().unwrap_or_default();
+        // The first, those that were under way when it was seen, and a try or two.
+        ensure!((1..=5).contains(&failed) && !seen.contains_key("a"), "{balance}: {seen:?}");
+        node.start_server(Kind::Plain, "a", &place(true, 0))?;
+        until("the backend that came back to be used", LIMIT, || {
+            let seen = check::histogram(&node, FOUR, 100)?;
+            sleep(Duration::from_millis(50));
+            Ok((seen.get("a").is_some_and(|count| *count >= 10)).then_some(()))
+        })
+        .with_context(|| balance.to_owned())?;
+        check::balanced(&mut node, &NAMES, |node| check::who(node, FOUR))?;
+    }
+    Ok(())
 }
 
 /// From each algorithm to each other, while clients connect without pause: no connect fails.
