@@ -15,9 +15,11 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
-use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, unlinkat};
+use rustix::fs::{Mode, OFlags, mkdirat, openat};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
@@ -28,6 +30,14 @@ const EVENTS: [&str; 4] = [
     "tcp/tcp_receive_reset",
     "tcp/tcp_retransmit_skb",
 ];
+
+/// Removes the buffer `$1` when the test's process ends, however it does. Its standard output is the
+/// root of tracefs.
+const JANITOR: &str = r#"
+trap '' INT TERM HUP
+read -r _
+exec rmdir "/proc/self/fd/1/$1"
+"#;
 
 /// Counts events in the context of init's threads, in a trace buffer of its own. Dropped, it leaves
 /// nothing behind.
@@ -43,6 +53,8 @@ struct Buffer {
     root: OwnedFd,
     /// The directory of the buffer in it.
     place: String,
+    /// Waits for the end of its input, as that of `crate::cgroup` does.
+    janitor: Child,
 }
 
 // === impl Withheld ===
@@ -59,8 +71,19 @@ impl Withheld {
             other => other.context("tracefs")?,
         };
         let place = format!("instances/mesh-test-{}-{}", std::process::id(), fastrand::u32(..));
-        mkdirat(&root, &place, Mode::RWXU).with_context(|| place.clone())?;
-        let buffer = Buffer { root, place };
+        // The janitor first: from here on nothing can be left behind.
+        let janitor = Command::new("/bin/sh")
+            .args(["-c", JANITOR, "mesh-test-janitor", &place])
+            .stdin(Stdio::piped())
+            .stdout(root.try_clone()?)
+            // It has nothing to complain about but that the buffer was never made.
+            .stderr(Stdio::null())
+            // Out of the reach of a Ctrl-C at the terminal.
+            .process_group(0)
+            .spawn()
+            .context("cannot start /bin/sh, which cleans up after a test")?;
+        let buffer = Buffer { root, place, janitor };
+        mkdirat(&buffer.root, &buffer.place, Mode::RWXU).with_context(|| buffer.place.clone())?;
         buffer.add_threads()?;
         for event in EVENTS {
             buffer.write(&format!("events/{event}/enable"), "1")?;
@@ -131,8 +154,10 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Err(error) = unlinkat(&self.root, &self.place, AtFlags::REMOVEDIR) {
-            eprintln!("tracefs: {} is left behind: {error}", self.place);
+        drop(self.janitor.stdin.take());
+        match self.janitor.wait() {
+            Ok(status) if status.success() => {}
+            outcome => eprintln!("tracefs: {} is left behind (janitor: {outcome:?})", self.place),
         }
     }
 }
