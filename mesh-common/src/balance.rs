@@ -55,75 +55,52 @@ pub const SKIPS: u32 = 4;
 /// The greatest number of bits of an index: a search ends after as many steps.
 const SEARCH: u32 = 25;
 
-/// By the number of bits of a round: the odd number near its golden section whose continued fraction
-/// has the smallest quotients (2 or 3), so that multiples of it lie as evenly as multiples can. No round
-/// has more than 32 bits; there are 64 entries so that six bits are an index, whatever they are.
-const STEPS: [u32; 64] = [
-    1,
-    1,
-    3,
-    5,
-    9,
-    23,
-    37,
-    79,
-    157,
-    323,
-    741,
-    1257,
-    2539,
-    5759,
-    10155,
-    20225,
-    40521,
-    81305,
-    162_009,
-    323_369,
-    648_053,
-    1_296_751,
-    2_591_793,
-    5_184_487,
-    10_366_883,
-    20_737_303,
-    41_475_431,
-    82_951_775,
-    165_904_945,
-    331_808_403,
-    663_608_853,
-    1_327_220_129,
-    2_654_435_521,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-];
+/// By the number of bits of a round: how far from one position's ticket that of the next is. No round has
+/// more than 32 bits; there are 64 entries so that six bits are an index, whatever they are.
+const STEPS: [u32; 64] = {
+    let mut steps = [1; 64];
+    let mut bits = 2;
+    while bits <= 32 {
+        steps[bits] = step(1 << bits);
+        bits += 1;
+    }
+    steps
+};
+
+/// The odd number near the golden section of a round whose multiples lie most evenly in it: whose
+/// continued fraction has the smallest quotients. Of the golden section itself all are 1, of a number
+/// beside it one can be large, and then its multiples fall into heaps.
+const fn step(round: u64) -> u32 {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    const NEAR: u64 = 32;
+    let middle = ((round as u128 * GOLDEN as u128) >> 64) as u64 | 1;
+    let (mut best, mut least) = (middle, u64::MAX);
+    let mut away = 0;
+    while away < NEAR {
+        let above = middle + 2 * away;
+        let below = middle.saturating_sub(2 * away);
+        if above < round && greatest_quotient(round, above) < least {
+            (best, least) = (above, greatest_quotient(round, above));
+        }
+        if below > 0 && greatest_quotient(round, below) < least {
+            (best, least) = (below, greatest_quotient(round, below));
+        }
+        away += 1;
+    }
+    (best & 0xffff_ffff) as u32
+}
+
+/// The greatest of the quotients of the continued fraction of `a / b`.
+const fn greatest_quotient(mut a: u64, mut b: u64) -> u64 {
+    let mut greatest = 0;
+    while b != 0 {
+        if a / b > greatest {
+            greatest = a / b;
+        }
+        (a, b) = (b, a % b);
+    }
+    greatest
+}
 
 /// Which of `total` tickets a position names: each once in a round, which has as many positions as the
 /// next power of two, and far from the one before it. What is not below `total` is no ticket.

@@ -153,6 +153,14 @@ fn tickets_are_the_reduced_weights() {
     }
 }
 
+#[test]
+fn steps_are_even() {
+    for (bits, step) in (0u32..).zip(STEPS).take(33).skip(2) {
+        let quotient = greatest_quotient(1 << bits, step.into());
+        assert!(step % 2 == 1 && quotient <= 5, "{bits} bits: {step} has a quotient of {quotient}");
+    }
+}
+
 /// What a person expects of three backends, and of weights 5, 1, 1.
 #[test]
 fn turns_are_spread() {
