@@ -38,5 +38,5 @@ pub use layout::{
 };
 pub use limits::Limits;
 pub use stats::{BackendStats, Failure, ServiceStats};
-pub use translate::{Choice, Tables, Verdict, translate};
+pub use translate::{Caller, Choice, Tables, Verdict, translate};
 pub use word::Word;

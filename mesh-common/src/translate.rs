@@ -28,7 +28,7 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<&Slot>;
     /// Whether the address is inside `virtual-ips`.
     fn is_virtual(&self, addr: &Addr) -> bool;
-    /// A random number, even over its 32 bits.
+    /// A random number, even over its 32 bits, for what is drawn after the first.
     fn random(&self) -> u32;
     /// What is known of failures of a backend that a slot names.
     fn ejection(&self, backend: u32) -> Ejection;
@@ -45,10 +45,6 @@ pub trait Tables {
     fn lighter(&self, table: Table, first: u32) -> u32 {
         balance::lighter(self, table, first)
     }
-    /// Asks for entry to a backend that is out, or was: takes the token of its try, or notes that
-    /// the last one was answered. `None` when somebody else was faster; otherwise the token, if this
-    /// connect holds one now.
-    fn enter(&self, backend: u32, policy: Policy) -> Option<Token>;
     /// What a connect may do with the backend of this slot. The kernel has this, and
     /// [`Tables::around`], in functions of their own, which its verifier looks at once.
     fn admission(&self, slot: u32, client: Client, now: u64) -> Admission {
@@ -75,6 +71,16 @@ pub trait Tables {
     fn retried(&self) {}
     /// Called when all that was looked at is ejected, and is used all the same.
     fn all_ejected(&self) {}
+}
+
+/// Who connects: what no other reader of the tables has, or may do.
+pub trait Caller {
+    /// A random number for the first draw, even over its 32 bits.
+    fn chance(&self) -> u32;
+    /// Asks for entry to a backend that is out, or was: takes the token of its try, or notes that
+    /// the last one was answered. `None` when somebody else was faster; otherwise the token, if this
+    /// connect holds one now.
+    fn enter(&self, backend: u32, policy: Policy) -> Option<Token>;
 }
 
 /// A backend was chosen.
@@ -114,7 +120,11 @@ pub enum Verdict<'t> {
 ///   are used again only after a grace period that waits for every running program.
 /// * Another connect takes the token of the same try: it looks again, and finds the backend out.
 #[inline(always)]
-pub fn translate<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t> {
+pub fn translate<'t, T: Tables>(
+    tables: &'t T,
+    caller: &impl Caller,
+    key: &FrontendKey,
+) -> Verdict<'t> {
     for _ in 0..ATTEMPTS {
         let Some(value) = tables.frontend(key) else {
             return match tables.unknown(key) {
@@ -125,7 +135,7 @@ pub fn translate<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t>
         // An index out of range can only come from a torn value.
         if let Some(service) = tables.service(value.service) {
             let table = service.table();
-            let drawn = choose(tables, value.service, table);
+            let drawn = choose(tables, caller, value.service, table);
             if service.generation() == value.generation
                 && service.key == *key
                 && service.table() == table
@@ -137,7 +147,7 @@ pub fn translate<'t, T: Tables>(tables: &'t T, key: &FrontendKey) -> Verdict<'t>
                     let token = Token::NONE;
                     return Verdict::Balance(Choice { slot, service: value.service, token });
                 }
-                if let Some(token) = tables.enter(slot.backend, service.policy()) {
+                if let Some(token) = caller.enter(slot.backend, service.policy()) {
                     return Verdict::Balance(Choice { slot, service: value.service, token });
                 }
             }
@@ -154,19 +164,24 @@ struct Drawn<'t> {
     slot: Option<&'t Slot>,
     /// Why there is no slot.
     reason: Reason,
-    /// [`Tables::enter`] has to be asked.
+    /// [`Caller::enter`] has to be asked.
     asks: bool,
 }
 
 #[inline(always)]
-fn choose<T: Tables>(tables: &T, service: u32, table: Table) -> Drawn<'_> {
+fn choose<'t, T: Tables>(
+    tables: &'t T,
+    caller: &impl Caller,
+    service: u32,
+    table: Table,
+) -> Drawn<'t> {
     if table.is_empty() {
         return Drawn { slot: None, reason: table.reason(), asks: false };
     }
     let index = match table.algorithm() {
-        Algorithm::Random => draw(tables, table),
+        Algorithm::Random => drawn(tables, table, caller.chance()),
         Algorithm::RoundRobin => tables.turn(service, table),
-        Algorithm::LeastConnections => tables.lighter(table, draw(tables, table)),
+        Algorithm::LeastConnections => tables.lighter(table, drawn(tables, table, caller.chance())),
     };
     let slot = tables.slot(index);
     if let Some(first) = slot
@@ -181,7 +196,13 @@ fn choose<T: Tables>(tables: &T, service: u32, table: Table) -> Drawn<'_> {
 /// Draws by weight: the index of a slot.
 #[inline(always)]
 pub(crate) fn draw<T: Tables + ?Sized>(tables: &T, table: Table) -> u32 {
-    let (column, position) = alias::column(tables.random(), table.len());
+    drawn(tables, table, tables.random())
+}
+
+/// The index of the slot that a random number draws.
+#[inline(always)]
+fn drawn<T: Tables + ?Sized>(tables: &T, table: Table, random: u32) -> u32 {
+    let (column, position) = alias::column(random, table.len());
     let index = table.base().wrapping_add(column);
     match tables.slot(index) {
         Some(own) if position >= own.threshold && own.alias != column => {
@@ -196,7 +217,7 @@ pub(crate) fn draw<T: Tables + ?Sized>(tables: &T, table: Table) -> u32 {
 pub struct Detour {
     /// Index of the slot.
     pub index: u32,
-    /// Its backend may be used only if [`Tables::enter`] says so.
+    /// Its backend may be used only if [`Caller::enter`] says so.
     pub asks: bool,
 }
 

@@ -11,16 +11,13 @@ use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
 use mesh_common::flow::peer_hash;
 use mesh_common::stats::change;
-use mesh_common::translate::Detour;
 use mesh_common::{
-    Addr, Choice, Client, Ejection, FrontendKey, FrontendValue, Given, Held, Policy, Protocol,
-    Reason, Service, Slot, Table, Tables, Token, Verdict, translate,
+    Caller, Choice, FrontendKey, Given, Held, Policy, Protocol, Reason, Tables as _, Token,
+    Verdict, translate,
 };
 
 use crate::context::{Family, V4, V6, port, protocol, set_port};
-use crate::maps::{
-    BACKEND_STATS, Maps, OUT, SERVICES, SLOTS, cgroup, chance, count, count_refused, enter, octets,
-};
+use crate::maps::{BACKEND_STATS, Maps, OUT, cgroup, chance, count, count_refused, enter, octets};
 use crate::{events, records, sock};
 
 /// The kernel goes on with the connect.
@@ -55,7 +52,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     let key =
         FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: Protocol::Tcp as u8, pad: 0 };
     let connecting = Connecting { ctx, key: &key, cookie: Cell::new(0) };
-    match translate(&connecting, &key) {
+    match translate(&Maps, &connecting, &key) {
         Verdict::Pass => {
             forget(ctx);
             PROCEED
@@ -65,7 +62,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     }
 }
 
-/// The tables, as a connect sees them.
+/// A connect.
 struct Connecting<'c> {
     ctx: &'c SockAddrContext,
     /// What is dialled.
@@ -86,55 +83,10 @@ impl Connecting<'_> {
     }
 }
 
-impl Tables for Connecting<'_> {
+impl Caller for Connecting<'_> {
     #[inline(always)]
-    fn random(&self) -> u32 {
+    fn chance(&self) -> u32 {
         chance(self.cookie())
-    }
-
-    #[inline(always)]
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
-        Maps.frontend(key)
-    }
-
-    #[inline(always)]
-    fn service(&self, index: u32) -> Option<&Service> {
-        SERVICES.get(index)
-    }
-
-    #[inline(always)]
-    fn slot(&self, index: u32) -> Option<&Slot> {
-        SLOTS.get(index)
-    }
-
-    #[inline(always)]
-    fn is_virtual(&self, addr: &Addr) -> bool {
-        Maps.is_virtual(addr)
-    }
-
-    #[inline(always)]
-    fn ejection(&self, backend: u32) -> Ejection {
-        Maps.ejection(backend)
-    }
-
-    #[inline(always)]
-    fn active(&self, backend: u32) -> u64 {
-        Maps.active(backend)
-    }
-
-    #[inline(always)]
-    fn position(&self, service: u32) -> u64 {
-        Maps.position(service)
-    }
-
-    #[inline(always)]
-    fn turn(&self, service: u32, table: Table) -> u32 {
-        Maps.turn(service, table)
-    }
-
-    #[inline(always)]
-    fn lighter(&self, table: Table, first: u32) -> u32 {
-        Maps.lighter(table, first)
     }
 
     #[inline(always)]
@@ -143,31 +95,6 @@ impl Tables for Connecting<'_> {
             OUT => None,
             token => Some(Token(token)),
         }
-    }
-
-    #[inline(always)]
-    fn client(&self) -> Client {
-        Maps.client()
-    }
-
-    #[inline(always)]
-    fn now(&self) -> u64 {
-        Maps.now()
-    }
-
-    #[inline(always)]
-    fn unknown(&self, key: &FrontendKey) -> Option<Reason> {
-        Maps.unknown(key)
-    }
-
-    #[inline(always)]
-    fn around(&self, table: Table, first: u32) -> Detour {
-        Maps.around(table, first)
-    }
-
-    #[inline(always)]
-    fn retried(&self) {
-        Maps.retried();
     }
 }
 

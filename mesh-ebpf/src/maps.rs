@@ -15,7 +15,7 @@ use mesh_common::translate::{self, Detour};
 use mesh_common::{
     ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Event, Flow, FrontendKey,
     FrontendValue, Limits, Policy, Reason, Service, ServiceStats, Settings, Slot, Table, Tables,
-    Token, Word, balance, chance,
+    Word, balance, chance,
 };
 
 use crate::events;
@@ -143,13 +143,6 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
-        // Only a connect enters, which says who it is.
-        let _ = (backend, policy);
-        None
-    }
-
-    #[inline(always)]
     fn admission(&self, slot: u32, client: Client, now: u64) -> Admission {
         match mesh_admission(slot.into(), client.tag().into(), now) {
             0 => Admission::In,
@@ -207,7 +200,7 @@ impl Tables for Maps {
 /// What [`enter`] gives for [`None`].
 pub const OUT: u64 = u64::MAX;
 
-/// [`Tables::enter`], apart from the way of the connects to backends that nothing is wrong with. It
+/// [`mesh_common::Caller::enter`], apart from the way of the connects to backends that nothing is wrong with. It
 /// gives [`OUT`] or a token.
 #[inline(never)]
 pub fn enter(backend: u32, policy: u64, frontend: &FrontendKey) -> u64 {

@@ -15,7 +15,22 @@ use mesh_agent::dataplane::load::{self, Loaded, Options};
 use mesh_agent::dataplane::maps::Maps;
 use mesh_agent::dataplane::reconcile::{Reconciler, Usage};
 use mesh_agent::model::ServiceName;
-use mesh_common::{Algorithm, Choice, FrontendKey, Policy, Protocol, State, Verdict, translate};
+use mesh_common::{
+    Algorithm, Caller, Choice, FrontendKey, Policy, Protocol, State, Token, Verdict, translate,
+};
+
+/// Somebody who asks and does not connect.
+struct Asking;
+
+impl Caller for Asking {
+    fn chance(&self) -> u32 {
+        fastrand::u32(..)
+    }
+
+    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
+        Some(Token::NONE)
+    }
+}
 
 /// Frontends by service; each has one owner.
 type Wanted = BTreeMap<u8, (BTreeSet<u8>, BTreeSet<u8>)>;
@@ -107,7 +122,7 @@ fn the_kernels_maps_survive_faults() -> Result<()> {
         let owner = wanted.values().find(|(frontends, _)| frontends.contains(&n));
         let mut seen = BTreeSet::new();
         for _ in 0..20_000 {
-            match translate(&reconciler.maps().maps, &frontend(n)) {
+            match translate(&reconciler.maps().maps, &Asking, &frontend(n)) {
                 Verdict::Balance(Choice { slot, .. }) => {
                     seen.insert(SocketAddr::new(slot.addr.ip(), u16::from_be(slot.port)));
                 }

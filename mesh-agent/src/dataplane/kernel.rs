@@ -10,7 +10,7 @@ use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::{
     Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Policy, Service,
-    ServiceStats, Settings, Slot, Table, Tables, Token, Word,
+    ServiceStats, Settings, Slot, Table, Tables, Word,
 };
 
 use super::clock;
@@ -334,11 +334,6 @@ impl Tables for KernelMaps {
     /// Whoever only asks takes no turn.
     fn position(&self, service: u32) -> u64 {
         self.services.get(service).map_or(0, |service| service.position.load())
-    }
-
-    /// Whoever only asks takes nothing.
-    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
-        Some(Token::NONE)
     }
 
     /// Somebody for whom nothing is out that is not out for all.

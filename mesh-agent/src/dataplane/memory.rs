@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::io;
 
 use mesh_common::{
-    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Policy, Service,
-    Slot, Table, Tables, Token, Word,
+    Addr, Backend, BackendStats, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy,
+    Service, Slot, Table, Tables, Token, Word,
 };
 
 use super::maps::{Capacity, Counts, MapError, Maps, Refused};
@@ -266,15 +266,21 @@ impl Tables for Memory {
         self.services.get(service as usize).map_or(0, |service| service.position.next())
     }
 
-    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
-        Some(Token::NONE)
-    }
-
     fn client(&self) -> Client {
         Client::NOBODY
     }
 
     fn now(&self) -> u64 {
         0
+    }
+}
+
+impl Caller for Memory {
+    fn chance(&self) -> u32 {
+        self.random()
+    }
+
+    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
+        Some(Token::NONE)
     }
 }

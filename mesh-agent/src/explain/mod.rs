@@ -10,8 +10,8 @@ use std::cell::Cell;
 use std::net::SocketAddr;
 
 use mesh_common::{
-    Algorithm, Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service, Slot,
-    State, Table, Tables, Token, Verdict, translate,
+    Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service,
+    Slot, State, Table, Tables, Token, Verdict, translate,
 };
 
 use crate::api::types;
@@ -80,7 +80,7 @@ pub fn explain(
     }
     let id = client.and_then(|client| client.id).map_or(Client::NOBODY, Client::of_cgroup);
     let traced = Traced::new(tables, id);
-    let verdict = translate(&traced, &key);
+    let verdict = translate(&traced, &traced, &key);
     story.looked_up(&traced.seen());
     match verdict {
         Verdict::Pass => story.passed(),
@@ -100,8 +100,6 @@ struct Seen {
     frontend: Option<FrontendValue>,
     /// Whether the address is virtual, if that was asked.
     is_virtual: Option<bool>,
-    /// The random number that was drawn.
-    random: Option<u32>,
     /// Attempts that found the tables changed.
     retries: u32,
     /// How many turns were looked at.
@@ -229,9 +227,7 @@ impl<T: Tables> Tables for Traced<'_, T> {
     }
 
     fn random(&self) -> u32 {
-        let random = self.tables.random();
-        self.note(|seen| seen.random = Some(random));
-        random
+        self.tables.random()
     }
 
     fn ejection(&self, backend: u32) -> Ejection {
@@ -249,10 +245,6 @@ impl<T: Tables> Tables for Traced<'_, T> {
         self.tables.position(service).wrapping_add(tried)
     }
 
-    fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
-        self.tables.enter(backend, policy)
-    }
-
     fn client(&self) -> Client {
         self.client
     }
@@ -264,6 +256,17 @@ impl<T: Tables> Tables for Traced<'_, T> {
     fn retried(&self) {
         self.note(|seen| seen.retries += 1);
         self.tables.retried();
+    }
+}
+
+impl<T: Tables> Caller for Traced<'_, T> {
+    fn chance(&self) -> u32 {
+        self.tables.random()
+    }
+
+    /// Whoever only asks takes nothing.
+    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
+        Some(Token::NONE)
     }
 }
 

@@ -88,14 +88,21 @@ impl Tables for Memory {
         0
     }
 
-    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
-        Some(Token::NONE)
-    }
     fn client(&self) -> Client {
         Client::NOBODY
     }
     fn now(&self) -> u64 {
         NOW
+    }
+}
+
+impl Caller for Memory {
+    fn chance(&self) -> u32 {
+        self.random()
+    }
+
+    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
+        Some(Token::NONE)
     }
 }
 
@@ -157,7 +164,8 @@ fn probabilities_are_the_weights_and_the_answer_is_the_draw() {
             Some("10.0.0.4:80: unhealthy (3 checks failed); 10.0.0.5:80: weight 0")
         );
         assert_eq!(detail(&explanation, "panic"), None);
-        let Verdict::Balance(Choice { slot, .. }) = translate(&tables, &key_of(ORDERS)) else {
+        let Verdict::Balance(Choice { slot, .. }) = translate(&tables, &tables, &key_of(ORDERS))
+        else {
             panic!("the kernel's decision is a backend");
         };
         let expected = SocketAddr::new(slot.addr.ip(), 80).to_string();

@@ -114,10 +114,6 @@ impl Tables for Memory {
         self.position.replace(self.position.get() + 1)
     }
 
-    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
-        None
-    }
-
     fn client(&self) -> Client {
         Client::of_cgroup(self.client)
     }
@@ -307,9 +303,6 @@ fn without_a_ticket() {
         }
         fn active(&self, _: u32) -> u64 {
             0
-        }
-        fn enter(&self, _: u32, _: Policy) -> Option<Token> {
-            None
         }
         fn client(&self) -> Client {
             Client::NOBODY

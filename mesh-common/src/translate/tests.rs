@@ -180,18 +180,6 @@ impl Tables for Racing {
         0
     }
 
-    fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
-        // What happens to the tables from here on comes too late for this connect.
-        if matches!(self.event, Event::Enter) {
-            self.tick();
-        }
-        assert_eq!(policy, POLICY);
-        let ejection = &self.ejections[backend as usize];
-        let (next, token) = enters(ejection.get(), self.client())?;
-        ejection.set(next);
-        Some(token)
-    }
-
     fn client(&self) -> Client {
         client(1)
     }
@@ -202,6 +190,24 @@ impl Tables for Racing {
 
     fn all_ejected(&self) {
         self.all_ejected.set(self.all_ejected.get() + 1);
+    }
+}
+
+impl Caller for Racing {
+    fn chance(&self) -> u32 {
+        self.random()
+    }
+
+    fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
+        // What happens to the tables from here on comes too late for this connect.
+        if matches!(self.event, Event::Enter) {
+            self.tick();
+        }
+        assert_eq!(policy, POLICY);
+        let ejection = &self.ejections[backend as usize];
+        let (next, token) = enters(ejection.get(), self.client())?;
+        ejection.set(next);
+        Some(token)
     }
 }
 
@@ -226,7 +232,7 @@ fn every_interleaving() {
         let mut late = 0;
         for before in 0..8 {
             let racing = Racing::new(event, before);
-            let answer = backend(translate(&racing, &key(1)));
+            let answer = backend(translate(&racing, &racing, &key(1)));
             if racing.reads.get() > before {
                 assert_eq!(answer, after, "{event:?} before read {before}");
             } else {
@@ -255,7 +261,7 @@ fn every_interleaving_of_a_try() {
             for before in 0..16 {
                 let racing = Racing::new(event, before);
                 racing.ejections.iter().for_each(|ejection| ejection.set(known));
-                let verdict = translate(&racing, &key(1));
+                let verdict = translate(&racing, &racing, &key(1));
                 let token = match verdict {
                     Verdict::Balance(choice) => choice.token,
                     _ => Token::NONE,
@@ -286,7 +292,7 @@ fn every_interleaving_of_a_try() {
 fn gives_up_in_bounded_time() {
     let racing = Racing::new(Event::Remove, u32::MAX);
     racing.services[0].generation.store(0);
-    assert_eq!(translate(&racing, &key(1)), Verdict::Refuse(Reason::Contended, u32::MAX));
+    assert_eq!(translate(&racing, &racing, &key(1)), Verdict::Refuse(Reason::Contended, u32::MAX));
 }
 
 proptest! {
@@ -296,6 +302,6 @@ proptest! {
     fn a_reused_element_never_misleads(service in 0u32..5, generation in 0u64..12) {
         let racing = Racing::new(Event::Remove, u32::MAX);
         racing.glitch.set(Some(value(service, generation)));
-        prop_assert!(matches!(backend(translate(&racing, &key(1))), Some(1 | 2)));
+        prop_assert!(matches!(backend(translate(&racing, &racing, &key(1))), Some(1 | 2)));
     }
 }

@@ -379,10 +379,6 @@ impl Tables for Node {
         0
     }
 
-    fn enter(&self, _: u32, _: Policy) -> Option<Token> {
-        None
-    }
-
     fn client(&self) -> Client {
         Client::NOBODY
     }

@@ -61,7 +61,7 @@ fn algorithm<'e>(endpoints: impl IntoIterator<Item = &'e u8>) -> Algorithm {
 fn answers(memory: &Memory, key: &FrontendKey) -> Result<BTreeSet<SocketAddr>, Option<Reason>> {
     let mut seen = BTreeSet::new();
     for _ in 0..64 {
-        match translate(memory, key) {
+        match translate(memory, memory, key) {
             Verdict::Pass => return Err(None),
             Verdict::Refuse(reason, _) => return Err(Some(reason)),
             Verdict::Balance(Choice { slot, .. }) => {

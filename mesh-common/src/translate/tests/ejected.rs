@@ -59,7 +59,7 @@ impl OneService {
     }
 
     fn connect(&self) -> (u32, Token) {
-        match translate(self, &key(1)) {
+        match translate(self, self, &key(1)) {
             Verdict::Balance(choice) => (choice.slot.backend, choice.token),
             other => panic!("{other:?}"),
         }
@@ -121,16 +121,6 @@ impl Tables for OneService {
         0
     }
 
-    fn enter(&self, backend: u32, _: Policy) -> Option<Token> {
-        if self.rival.take() {
-            self.rivals_backend.set(Some(self.connect()));
-        }
-        let word = &mut self.ejections.borrow_mut()[backend as usize];
-        let (next, token) = enters(*word, self.client())?;
-        *word = next;
-        Some(token)
-    }
-
     fn client(&self) -> Client {
         client(ME)
     }
@@ -141,6 +131,22 @@ impl Tables for OneService {
 
     fn all_ejected(&self) {
         self.all_ejected.set(self.all_ejected.get() + 1);
+    }
+}
+
+impl Caller for OneService {
+    fn chance(&self) -> u32 {
+        self.random()
+    }
+
+    fn enter(&self, backend: u32, _: Policy) -> Option<Token> {
+        if self.rival.take() {
+            self.rivals_backend.set(Some(self.connect()));
+        }
+        let word = &mut self.ejections.borrow_mut()[backend as usize];
+        let (next, token) = enters(*word, self.client())?;
+        *word = next;
+        Some(token)
     }
 }
 
