@@ -86,6 +86,9 @@ fn by_command_under_a_storm() -> Result<()> {
         Ok((shown(&node, "10.0.0.2:8080")?["active"] == 0).then_some(()))
     })?;
 
+    // Twice is once.
+    node.agent.json::<Value>(&["drain", "app", "10.0.0.2"])?;
+
     // With nothing else usable, what drains is used.
     node.agent.json::<Value>(&["drain", "app", "10.0.0.1:8080"])?;
     ensure_names(&node, &["c"])?;

@@ -35,6 +35,7 @@ impl View for Fixed {
             active: 0,
             opened: 0,
             failed: 0,
+            failures: types::Failures::default(),
             refused: Vec::new(),
             problems: Vec::new(),
         }])

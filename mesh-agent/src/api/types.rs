@@ -22,9 +22,12 @@ pub struct Service {
     /// Connections given to its present backends.
     #[serde(default)]
     pub opened: u64,
-    /// How many of those failed.
+    /// How many of those failed: the sum of `failures`.
     #[serde(default)]
     pub failed: u64,
+    /// The same by reason.
+    #[serde(default)]
+    pub failures: Failures,
     /// Connects to its frontends that were refused, by reason; reasons that did not occur are left
     /// out.
     #[serde(default)]

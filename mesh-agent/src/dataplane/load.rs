@@ -75,7 +75,11 @@ pub enum LoadError {
         found: Option<u32>,
     },
     /// The maps cannot be made, or the object cannot be read.
-    #[error("creating the maps: {}; `mesh-agent check` says what this kernel or container lacks", chain(.0))]
+    #[error(
+        "creating the maps: {}; `mesh-agent check` says what this kernel or container lacks, and \
+         smaller `limits` in the agent file take less memory",
+        chain(.0)
+    )]
     Maps(#[source] Box<EbpfError>),
     /// A map is not what it should be.
     #[error(transparent)]

@@ -106,7 +106,11 @@ impl Engine {
         }
         if *drain {
             let drained = self.drains.0.entry(name.clone()).or_default();
+            let before = drained.len();
             drained.entry(place).or_insert_with(SystemTime::now);
+            if drained.len() == before {
+                return Ok(self.shown(&name, &meant));
+            }
         } else {
             let by_file = by_file(entry).any(|target| meant.contains(&target));
             if !self.drains.end(&name, entry, &meant) {
@@ -134,11 +138,16 @@ impl Engine {
             });
         }
         self.update(BTreeSet::from([name.clone()]));
-        let entry = self.catalog.get(service).ok_or_else(|| ViewError::no_service(service))?;
-        let mut backends = self.backends(&name, entry);
+        Ok(self.shown(&name, &meant))
+    }
+
+    /// These backends of a service, as they are now.
+    fn shown(&self, name: &ServiceName, meant: &BTreeSet<SocketAddr>) -> Vec<types::Backend> {
+        let Some(entry) = self.catalog.get(name.as_str()) else { return Vec::new() };
         let meant: BTreeSet<String> = meant.iter().map(ToString::to_string).collect();
+        let mut backends = self.backends(name, entry);
         backends.retain(|backend| meant.contains(&backend.address));
-        Ok(backends)
+        backends
     }
 }
 

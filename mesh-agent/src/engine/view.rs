@@ -171,6 +171,10 @@ impl Engine {
             let state = maps.backend(id).map(|backend| State::from_number(backend.state));
             state == Some(State::Healthy) && !out::is_out(counts.ejection, Client::NOBODY)
         });
+        let failed = counts.iter().fold([0; 4], |mut sum, counts| {
+            sum.iter_mut().zip(counts.failed).for_each(|(sum, one)| *sum += one);
+            sum
+        });
         let refused = frontends.iter().map(|key| self.reconciler.refused(key));
         let refused = refused.fold(maps::Refused::default(), |mut sum, one| {
             sum.iter_mut().zip(one).for_each(|(sum, one)| *sum += one);
@@ -186,7 +190,8 @@ impl Engine {
             backends: types::BackendCounts { total: ids.len(), healthy: healthy.count() },
             active: counts.iter().map(|counts| counts.active).sum(),
             opened: counts.iter().map(|counts| counts.opened).sum(),
-            failed: counts.iter().flat_map(|counts| counts.failed).sum(),
+            failed: failed.iter().sum(),
+            failures: failures(failed),
             refused: by_reason(refused).filter(|refused| refused.count > 0).collect(),
             problems: problems.chain(notes).cloned().collect(),
         }

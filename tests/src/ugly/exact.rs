@@ -144,6 +144,7 @@ fn run_with(options: &Options, seed: u64) -> Result<String> {
     exact(&node, &tally, &withheld).context("after all is closed")?;
     audited(&node, &tally, &withheld)?;
     client.finish()?;
+    summed(&node)?;
     let status = healthy(&node)?;
     let seconds = took.as_secs_f64();
     let mut text = report(&tally, &status, &audit, &misses(&node)?);
@@ -332,6 +333,33 @@ fn audited(node: &Node, tally: &Tally, withheld: &Withheld) -> Result<Value> {
         ensure!(audit[name] == 0, "{name}: {audit:#}");
     }
     Ok(audit)
+}
+
+/// What is told of a service is the sum of what is told of its backends.
+fn summed(node: &Node) -> Result<()> {
+    let services: Vec<Value> = node.agent.json(&["services"])?;
+    let accounts = accounts(node)?;
+    for service in services {
+        let mut sum = Counts::default();
+        for account in accounts.iter().filter(|account| service["name"] == account.service) {
+            let Failures { refused, timeout, unreachable, reset } = account.failures;
+            let Account { opened, active: held, .. } = *account;
+            sum.add(&Counts { opened, refused, timeout, unreachable, reset, held });
+        }
+        let told = &service["failures"];
+        let is_sum = [
+            (&service["opened"], sum.opened),
+            (&service["active"], sum.held),
+            (&service["failed"], sum.failed()),
+            (&told["refused"], sum.refused),
+            (&told["timeout"], sum.timeout),
+            (&told["unreachable"], sum.unreachable),
+            (&told["reset"], sum.reset),
+        ];
+        let is_other = service["name"].as_str().is_some_and(|name| name.starts_with("other-"));
+        ensure!(is_other || is_sum.iter().all(|(told, sum)| *told == sum), "{sum:?}: {service:#}");
+    }
+    Ok(())
 }
 
 /// Nothing went past the records, and nothing was refused.

@@ -70,7 +70,8 @@ impl Tally {
 // === impl Counts ===
 
 impl Counts {
-    fn add(&mut self, other: &Self) {
+    /// Adds another account to this one.
+    pub fn add(&mut self, other: &Self) {
         self.opened += other.opened;
         self.refused += other.refused;
         self.timeout += other.timeout;

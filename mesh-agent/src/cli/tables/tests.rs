@@ -35,6 +35,7 @@ fn service(name: &str, frontends: &[&str]) -> Service {
         active: 0,
         opened: 0,
         failed: 0,
+        failures: Failures::default(),
         refused: Vec::new(),
         problems: Vec::new(),
     }
