@@ -12,6 +12,7 @@ pub mod check;
 pub mod cli;
 pub mod compile;
 pub mod config;
+pub mod connections;
 pub mod dataplane;
 pub mod discovery;
 pub mod engine;

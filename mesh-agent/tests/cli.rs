@@ -100,7 +100,7 @@ async fn each_way_a_command_can_end() {
         (&["explain", "192.0.2.1:80"], 1, "not touched", "192.0.2.1:80 is no service"),
         (&["explain", "192.0.2.1"], 2, "", "the port is missing"),
         (&["cleanup"], 1, "", "an agent already answers"),
-        (&["explain", ORDERS, "--protocol", "udp"], 1, "", "this version balances TCP only"),
+        (&["explain", ORDERS, "--protocol", "udp"], 1, "", "is no service"),
         (&["register", "orders", "10.0.0.1"], 2, "", "`register` is not in this version"),
         (&["darin"], 2, "", "unrecognized subcommand"),
     ] {

@@ -96,7 +96,7 @@ impl Client {
 /// The token of a try, which one connect holds: when the try counts as answered, in ticks. So it is
 /// another one for each try.
 #[repr(transparent)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Token(pub u64);
 
 impl Token {

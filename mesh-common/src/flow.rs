@@ -12,7 +12,9 @@
 //! | connect program | the socket goes elsewhere, or is refused | [`release`] |
 //! | `tcp_retransmit_skb` | a try's SYN is sent again | [`settle`]: the token is used up |
 //! | `inet_sk_error_report` | refused, timed out, reset, disconnected | [`release`] |
+//! | `inet_sk_error_report` | a datagram was not taken | [`tell`]: the socket goes on |
 //! | `tcp_destroy_sock` | the socket ends, whatever it was | [`release`] |
+//! | `sock_release` of the cgroup | a datagram socket ends | [`release`] |
 //! | agent's audit | no such socket exists | [`release_seen`] |
 //!
 //! All of them may run at the same time, besides those that the socket lock orders.
@@ -26,12 +28,12 @@ use crate::{Addr, Word};
 /// What a record has reserved, and for which socket: one word; 0 is a free record.
 ///
 /// ```text
-/// 63            26   25     24   23       0
-/// [ cookie >> 16 ][ token ][ 1 ][ backend ]
+/// 63            27   26    25     24   23       0
+/// [ cookie >> 16 ][ told ][ token ][ 1 ][ backend ]
 /// ```
 ///
-/// The lower bits of the cookie are the record's place, so records are at least 2^16. The 38 bits
-/// kept here last for 2^54 sockets.
+/// The lower bits of the cookie are the record's place, so records are at least 2^16. The 37 bits
+/// kept here last for 2^53 sockets.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Held(pub u64);
@@ -39,7 +41,9 @@ pub struct Held(pub u64);
 impl Held {
     const USED: u64 = 1 << 24;
     const TOKEN: u64 = 1 << 25;
-    const COOKIE_SHIFT: u32 = 26;
+    /// A failure was counted, and the socket goes on.
+    const TOLD: u64 = 1 << 26;
+    const COOKIE_SHIFT: u32 = 27;
     /// A record that is being filled in. No program is interrupted in this for good, so no record
     /// stays like that.
     const CLAIMED: u64 = 1;
@@ -93,6 +97,13 @@ impl Held {
     pub const fn has_token(self) -> bool {
         self.0 & Self::TOKEN != 0
     }
+
+    /// Whether a failure was counted already.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_told(self) -> bool {
+        self.0 & Self::TOLD != 0
+    }
 }
 
 /// A record of `FLOWS`.
@@ -112,38 +123,173 @@ pub struct Flow {
 
 /// What a socket was given.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Given {
     /// What the application dialled.
     pub frontend: FrontendKey,
     /// [`peer_hash`] of the backend.
     pub peer: u32,
-    /// Cookie of the network namespace.
-    pub netns: u64,
+    /// Where and when.
+    pub origin: Origin,
     /// Id of the cgroup of the task that connected.
     pub client: u64,
-    /// Index into `SERVICES`.
-    pub service: u32,
+    /// By which service, and what else the socket has.
+    pub role: Role,
     /// The backend's generation when it was chosen.
     pub generation: u32,
     /// The token of the try that this connect is, if [`Held::has_token`].
     pub token: Token,
 }
 
-/// Which of a record's words holds [`Given::netns`], for whoever reads records word by word.
-pub const NETNS_WORD: usize = (offset_of!(Flow, given) + offset_of!(Given, netns)) / 8;
+impl Given {
+    /// From the words of a record behind its first, for whoever reads records word by word. They may be
+    /// of two claims; who acts on them looks again whether the record is the same.
+    #[must_use]
+    pub const fn from_words(words: [u64; size_of::<Given>() / 8]) -> Self {
+        let [first, second, third, origin, client, role, token] = words;
+        let (a, b) = halves(first);
+        let (c, d) = halves(second);
+        let (dialled, peer) = halves(third);
+        let [port_low, port_high, protocol, pad] = dialled.to_ne_bytes();
+        let port = u16::from_ne_bytes([port_low, port_high]);
+        let frontend = FrontendKey { addr: Addr::from_words([a, b, c, d]), port, protocol, pad };
+        let (role, generation) = halves(role);
+        Self {
+            frontend,
+            peer,
+            origin: Origin(origin),
+            client,
+            role: Role(role),
+            generation,
+            token: Token(token),
+        }
+    }
+}
 
-/// Which of them holds [`Given::token`].
-pub const TOKEN_WORD: usize = (offset_of!(Flow, given) + offset_of!(Given, token)) / 8;
+/// The two halves of a word, in the order of memory.
+const fn halves(word: u64) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
+}
 
-/// Which of them holds [`Given::service`] and [`Given::generation`].
-const GENERATION_WORD: usize = (offset_of!(Flow, given) + offset_of!(Given, service)) / 8;
+/// In which network namespace a socket was given a backend, and when: one word.
+///
+/// ```text
+/// 63                36 35          0
+/// [ jiffies >> 8, cut ][ its cookie ]
+/// ```
+///
+/// Cookies of namespaces count up from 1. The time goes round after 2 years and more, by the kernel's
+/// `HZ`. For a datagram socket that is not connected it is when it was last used, written by the
+/// programs that run for the socket, one after the other (its lock), in one store.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Origin(pub u64);
 
-/// [`Given::generation`] of a record read word by word.
-#[must_use]
-pub const fn generation_of(words: &[u64; size_of::<Flow>() / 8]) -> u32 {
-    let [_, _, _, _, a, b, c, d] = words[GENERATION_WORD].to_ne_bytes();
-    u32::from_ne_bytes([a, b, c, d])
+impl Origin {
+    const NETNS_BITS: u32 = 36;
+    /// Its unit of time: 2 to this power jiffies.
+    pub const TIME_SHIFT: u32 = 8;
+
+    /// Of a namespace's cookie and `jiffies_64`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(netns: u64, jiffies: u64) -> Self {
+        let netns = netns & ((1 << Self::NETNS_BITS) - 1);
+        Self(jiffies >> Self::TIME_SHIFT << Self::NETNS_BITS | netns)
+    }
+
+    /// The namespace's cookie.
+    #[inline(always)]
+    #[must_use]
+    pub const fn netns(self) -> u64 {
+        self.0 & ((1 << Self::NETNS_BITS) - 1)
+    }
+
+    /// How long before `jiffies` it was, in units of 2^[`Origin::TIME_SHIFT`] of them, rounded either
+    /// way.
+    #[inline(always)]
+    #[must_use]
+    pub const fn age(self, jiffies: u64) -> u64 {
+        let now = jiffies >> Self::TIME_SHIFT;
+        now.wrapping_sub(self.0 >> Self::NETNS_BITS) << Self::NETNS_BITS >> Self::NETNS_BITS
+    }
+}
+
+/// By which service a socket was given a backend, and what else it has: one word.
+///
+/// ```text
+/// 31         30 .. 27          26 .. 23       22      0
+/// [ connected ][ further records ][ last used ][ service ]
+/// ```
+///
+/// Written like [`Origin`].
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Role(pub u32);
+
+impl Role {
+    const CONNECTED: u32 = 1 << 31;
+    const MORE_SHIFT: u32 = 27;
+    const LAST_SHIFT: u32 = 23;
+    const COUNT: u32 = 0xf;
+    /// How many further records a datagram socket has at the most: one for each service that it sends
+    /// to without being connected.
+    pub const MOST: u32 = 8;
+
+    /// Of a socket that is connected, or is a datagram socket that only sends; by the service at this
+    /// index of `SERVICES`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(service: u32, connected: bool) -> Self {
+        let connected = if connected { Self::CONNECTED } else { 0 };
+        Self(connected | service & ((1 << Self::LAST_SHIFT) - 1))
+    }
+
+    /// The same, with so many further records.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_more(self, more: u32) -> Self {
+        let more = if more > Self::MOST { Self::MOST } else { more };
+        Self(self.0 & !(Self::COUNT << Self::MORE_SHIFT) | more << Self::MORE_SHIFT)
+    }
+
+    /// The same, when the socket has last sent by its further record at this index, or by its own: 0.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_last(self, index: u32) -> Self {
+        let index = index & Self::COUNT;
+        Self(self.0 & !(Self::COUNT << Self::LAST_SHIFT) | index << Self::LAST_SHIFT)
+    }
+
+    /// Index into `SERVICES`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn service(self) -> u32 {
+        self.0 & ((1 << Self::LAST_SHIFT) - 1)
+    }
+
+    /// Whether the socket is connected: what it has a backend for is then its only peer.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_connected(self) -> bool {
+        self.0 & Self::CONNECTED != 0
+    }
+
+    /// How many further records the socket has.
+    #[inline(always)]
+    #[must_use]
+    pub const fn more(self) -> u32 {
+        self.0 >> Self::MORE_SHIFT & Self::COUNT
+    }
+
+    /// By which of its records the socket has last sent. Two services may have the same backend, and what
+    /// comes from there then comes from the one that was asked last.
+    #[inline(always)]
+    #[must_use]
+    pub const fn last(self) -> u32 {
+        self.0 >> Self::LAST_SHIFT & Self::COUNT
+    }
 }
 
 /// What [`claim`] found.
@@ -200,8 +346,9 @@ pub fn release_seen(held: &Word, seen: Held) -> Option<Held> {
     if !seen.is_used() {
         return None;
     }
-    // A token is used up, and never comes back to the same reservation.
-    let candidates = [seen, Held(seen.0 & !Held::TOKEN)];
+    // A token is used up and a failure told, neither of which is ever taken back.
+    let settled = seen.0 & !Held::TOKEN;
+    let candidates = [seen, Held(settled), Held(settled | Held::TOLD)];
     candidates.into_iter().find(|candidate| held.replace(candidate.0, 0))
 }
 
@@ -213,6 +360,19 @@ pub fn settle(held: &Word, cookie: u64) -> bool {
     let now = Held(held.load());
     // Only a release can come in between, which gives the token back itself.
     now.is_of(cookie) && now.has_token() && held.replace(now.0, now.0 & !Held::TOKEN)
+}
+
+/// Notes that a failure of a socket that goes on was counted, and uses up its token: whoever gets an
+/// answer accounts for the failure, once; what is there now is what was, and whether it had the token.
+#[inline(always)]
+#[must_use]
+pub fn tell(held: &Word, cookie: u64) -> Option<Held> {
+    let now = Held(held.load());
+    if !now.is_of(cookie) || now.is_told() {
+        return None;
+    }
+    // Only a release can come in between.
+    held.replace(now.0, now.0 & !Held::TOKEN | Held::TOLD).then_some(now)
 }
 
 /// A hash of where a socket is connected to, for comparing its present peer with its record. The
@@ -230,8 +390,8 @@ pub const fn peer_hash(addr: Addr, port: u16) -> u32 {
 const _: () = {
     assert!(Held::MAX_BACKENDS - 1 == 0xff_ffff);
     assert!(size_of::<Given>() == 56);
-    assert!(offset_of!(Given, netns) % 8 == 0);
-    assert!(offset_of!(Given, generation) == offset_of!(Given, service) + 4);
+    assert!(offset_of!(Given, origin) % 8 == 0);
+    assert!(crate::Limits::MOST.frontends < 1 << Role::LAST_SHIFT);
     #[cfg(not(loom))]
     assert!(size_of::<Flow>() == 64);
 };

@@ -9,7 +9,7 @@ use crate::{Addr, Algorithm, Policy, Word};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -293,7 +293,9 @@ impl State {
     }
 }
 
-/// A record of `BACKENDS`. Writer: the agent. The connect programs do not read it.
+/// A record of `BACKENDS`. Writer: the agent. The programs for datagrams read it, of ids that a record of
+/// theirs names and whose generation is still the same: then only `state` and `weight` can change, and
+/// what is written over the rest is what is there.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Backend {
@@ -311,6 +313,16 @@ pub struct Backend {
     pub weight: u32,
     /// Zero.
     pub pad: u32,
+}
+
+/// The key of `OVERFLOW`: records that do not lie at the place that their socket's cookie names.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Elsewhere {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// 0 is the socket's record, whose place was taken; from 1 to [`crate::Role::MOST`] are further records.
+    pub index: u64,
 }
 
 /// The only record of `SETTINGS`. Writer: the agent.
@@ -428,6 +440,11 @@ pub mod counter {
     pub const ALL_EJECTED: u32 = 22;
     /// Backends that were not ejected because as many as may be are.
     pub const SHARE_REACHED: u32 = 23;
+    /// Further records of datagram sockets in `OVERFLOW` now.
+    pub const FURTHER: u32 = 24;
+    /// Records of datagram sockets that gave way to another one of the same socket, which sends to more
+    /// services than it can have records.
+    pub const GAVE_WAY: u32 = 25;
     /// Number of counters.
     pub const COUNT: u32 = 32;
 }
@@ -436,6 +453,7 @@ const _: () = {
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<FrontendValue>() == 16);
+    assert!(size_of::<Elsewhere>() == 16);
     #[cfg(not(loom))]
     assert!(size_of::<Service>() == 64);
     assert!(size_of::<Slot>() == 40);
@@ -448,7 +466,7 @@ const _: () = {
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya::Pod is an unsafe trait; these layouts are its purpose")]
 mod pod {
-    use super::{Backend, FrontendKey, FrontendValue, Slot};
+    use super::{Backend, Elsewhere, FrontendKey, FrontendValue, Slot};
 
     // SAFETY: `repr(C)`, no padding (sizes asserted above), and every bit pattern is a value.
     unsafe impl aya::Pod for FrontendKey {}
@@ -456,6 +474,8 @@ mod pod {
     unsafe impl aya::Pod for FrontendValue {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Slot {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Elsewhere {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Backend {}
 }

@@ -17,6 +17,7 @@ pub mod addr;
 pub mod alias;
 pub mod balance;
 pub mod chance;
+pub mod datagram;
 pub mod ejection;
 pub mod event;
 pub mod flow;
@@ -31,10 +32,10 @@ pub use addr::Addr;
 pub use balance::Algorithm;
 pub use ejection::{Client, Ejection, Policy, Token};
 pub use event::Event;
-pub use flow::{Flow, Given, Held};
+pub use flow::{Flow, Given, Held, Origin, Role};
 pub use layout::{
-    ABI_VERSION, Backend, FrontendKey, FrontendValue, Protocol, Reason, Service, Settings, Slot,
-    State, Table,
+    ABI_VERSION, Backend, Elsewhere, FrontendKey, FrontendValue, Protocol, Reason, Service,
+    Settings, Slot, State, Table,
 };
 pub use limits::Limits;
 pub use stats::{BackendStats, Failure, ServiceStats};

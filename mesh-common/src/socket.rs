@@ -78,6 +78,19 @@ pub mod errno {
     pub const EHOSTUNREACH: i32 = 113;
 }
 
+/// Judges an error that a connected datagram socket reports: what came back was an ICMP message for a
+/// datagram of this very socket (`__udp4_lib_err`). Who asks for the error does so after it was reported,
+/// but not always after it is looked at here: what was fetched is not counted.
+#[inline(always)]
+#[must_use]
+pub const fn judge_datagram(error: i32) -> Option<Failure> {
+    match error {
+        errno::ECONNREFUSED => Some(Failure::Refused),
+        errno::EHOSTUNREACH => Some(Failure::Unreachable),
+        _ => None,
+    }
+}
+
 /// What is seen of a TCP socket that reports an error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Seen {

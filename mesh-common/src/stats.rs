@@ -66,7 +66,7 @@ pub struct BackendStats {
     pub closed: Word,
     /// An [`Ejection`].
     pub ejection: Word,
-    /// How many of those that ended failed, by [`Failure`].
+    /// How many of those failed, by [`Failure`]. They have ended, but for those of datagram sockets.
     pub failed: [Word; 4],
 }
 
@@ -181,6 +181,21 @@ impl BackendStats {
         may_go: impl Fn(Ejection, bool) -> bool,
     ) -> Option<Change> {
         self.closed.increment();
+        self.fail_open(failure, token, policy, client, now, may_go)
+    }
+
+    /// [`BackendStats::fail`] for what goes on to be open: a datagram socket whose peer said that nobody
+    /// takes its datagrams.
+    #[inline(always)]
+    pub fn fail_open(
+        &self,
+        failure: Failure,
+        token: Token,
+        policy: Policy,
+        client: Client,
+        now: u64,
+        may_go: impl Fn(Ejection, bool) -> bool,
+    ) -> Option<Change> {
         if let Some(failed) = self.failed.get(failure as usize) {
             failed.increment();
         }

@@ -1,6 +1,6 @@
 //! `connect4` and `connect6`: the balancing. They run in the context of the task that connects,
 //! with the socket locked (`__inet_stream_connect` → `tcp_v4_pre_connect`, `tcp_v6_pre_connect`),
-//! also for TCP fast open and io_uring.
+//! also for TCP fast open and io_uring; of datagram sockets `udp_pre_connect` and its like.
 
 use core::cell::Cell;
 
@@ -12,21 +12,26 @@ use aya_log_ebpf::debug;
 use mesh_common::flow::peer_hash;
 use mesh_common::stats::change;
 use mesh_common::{
-    Caller, Choice, FrontendKey, Given, Held, Policy, Protocol, Reason, Tables as _, Token,
-    Verdict, translate,
+    Caller, Choice, Flow, FrontendKey, Given, Held, Origin, Policy, Protocol, Reason, Role,
+    Tables as _, Token, Verdict, Word, translate,
 };
 
 use crate::context::{Family, V4, V6, port, protocol, set_port};
-use crate::maps::{BACKEND_STATS, Maps, OUT, cgroup, chance, count, count_refused, enter, octets};
-use crate::{events, records, sock};
+use crate::maps::{
+    BACKEND_STATS, Maps, OUT, cgroup, chance, count, count_refused, enter, jiffies, octets,
+};
+use crate::{datagram, events, records, sock};
 
 /// The kernel goes on with the connect.
-const PROCEED: i32 = 1;
+pub const PROCEED: i32 = 1;
 /// The kernel fails the connect, with the error that `bpf_set_retval` was given.
 const REJECT: i32 = 0;
 
 /// `ECONNREFUSED`, the same on every architecture that Linux runs BPF on but MIPS and Alpha.
 const ECONNREFUSED: i32 = 111;
+
+const TCP: u32 = Protocol::Tcp as u32;
+pub const UDP: u32 = Protocol::Udp as u32;
 
 /// `IPPROTO_MPTCP`: not an IANA number; its subflows are TCP.
 const IPPROTO_MPTCP: u32 = 262;
@@ -45,36 +50,36 @@ pub fn mesh_connect6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
-    let protocol = protocol(ctx);
-    if protocol != Protocol::Tcp as u32 && protocol != IPPROTO_MPTCP {
-        return PROCEED;
-    }
-    let key =
-        FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: Protocol::Tcp as u8, pad: 0 };
+    let protocol = match protocol(ctx) {
+        TCP | IPPROTO_MPTCP => Protocol::Tcp,
+        UDP => Protocol::Udp,
+        _ => return PROCEED,
+    };
+    let key = FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: protocol as u8, pad: 0 };
     let connecting = Connecting { ctx, key: &key, cookie: Cell::new(0) };
     match translate(&Maps, &connecting, &key) {
         Verdict::Pass => {
             forget(ctx);
             PROCEED
         }
-        Verdict::Balance(choice) => balance::<F>(&connecting, &key, choice),
-        Verdict::Refuse(reason, service) => refuse(ctx, &key, reason as u32, service),
+        Verdict::Balance(choice) => balance::<F>(&connecting, choice),
+        Verdict::Refuse(reason, service) => refuse_connect(ctx, &key, reason as u32, service),
     }
 }
 
-/// A connect.
-struct Connecting<'c> {
-    ctx: &'c SockAddrContext,
+/// A connect, or a datagram that is sent.
+pub struct Connecting<'c> {
+    pub ctx: &'c SockAddrContext,
     /// What is dialled.
-    key: &'c FrontendKey,
+    pub key: &'c FrontendKey,
     /// The socket's cookie, once it was asked for; no socket has 0.
-    cookie: Cell<u64>,
+    pub cookie: Cell<u64>,
 }
 
 impl Connecting<'_> {
     /// Gives the socket a cookie if it has none.
     #[inline(always)]
-    fn cookie(&self) -> u64 {
+    pub fn cookie(&self) -> u64 {
         if self.cookie.get() == 0 {
             // SAFETY: the context is valid.
             self.cookie.set(unsafe { bpf_get_socket_cookie(self.ctx.as_ptr()) });
@@ -102,6 +107,9 @@ impl Caller for Connecting<'_> {
 /// before anything was sent leaves its record behind. A socket without a cookie never had one.
 #[inline(always)]
 fn forget(ctx: &SockAddrContext) {
+    if protocol(ctx) == UDP {
+        return datagram::forget(ctx);
+    }
     let cookie = sock::cookie_of(ctx);
     if cookie != 0 {
         records::end(cookie);
@@ -109,43 +117,58 @@ fn forget(ctx: &SockAddrContext) {
 }
 
 #[inline(always)]
-fn balance<F: Family>(
+fn balance<F: Family>(connecting: &Connecting<'_>, choice: Choice<'_>) -> i32 {
+    let (ctx, key, service) = (connecting.ctx, connecting.key, choice.service);
+    let Some(flow) = steer::<F>(connecting, choice, true) else {
+        return refuse_connect(ctx, key, Reason::Corrupt as u32, service);
+    };
+    let cookie = connecting.cookie();
+    if key.protocol != Protocol::Tcp as u8 {
+        datagram::end_all(cookie);
+    }
+    if !records::record(cookie, &flow) {
+        end_unrecorded(Held(flow.held.load()).backend(), flow.given.token);
+    }
+    PROCEED
+}
+
+/// Leads what is dialled to the backend that was chosen, and counts it. The caller records it, or
+/// accounts for its end. Nothing, when the backend is of another family.
+#[inline(always)]
+pub fn steer<F: Family>(
     connecting: &Connecting<'_>,
-    frontend: &FrontendKey,
     choice: Choice<'_>,
-) -> i32 {
+    connected: bool,
+) -> Option<Flow> {
     let (ctx, Choice { slot, service, token }) = (connecting.ctx, choice);
     if !F::set_addr(ctx, slot.addr) {
         give_back(slot.backend, token);
-        return refuse(ctx, frontend, Reason::Corrupt as u32, service);
+        return None;
     }
     set_port(ctx, slot.port);
     let cookie = connecting.cookie();
     // SAFETY: the context is valid.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let given = Given {
-        frontend: *frontend,
+        frontend: *connecting.key,
         peer: peer_hash(slot.addr, slot.port),
-        netns,
+        origin: Origin::new(netns, jiffies()),
         client: cgroup(),
-        service,
+        role: Role::new(service, connected),
         generation: slot.generation,
         token,
     };
-    let mine = Held::new(cookie, slot.backend, token.is_some());
     // Opened before it can end.
     if let Some(stats) = BACKEND_STATS.get(slot.backend) {
         stats.opened.increment();
     }
-    if !records::record(cookie, mine, &given) {
-        end_unrecorded(slot.backend, token);
-    }
-    PROCEED
+    let held = Held::new(cookie, slot.backend, token.is_some());
+    Some(Flow { held: Word::new(held.0), given })
 }
 
 /// A connection that nobody will see end.
 #[inline(never)]
-fn end_unrecorded(backend: u32, token: Token) {
+pub fn end_unrecorded(backend: u32, token: Token) {
     if let Some(stats) = BACKEND_STATS.get(backend) {
         stats.end(token, || Maps.now());
     }
@@ -162,8 +185,14 @@ fn give_back(backend: u32, token: Token) {
 
 /// Apart from the way of the connects that are balanced. `reason` is a [`Reason`].
 #[inline(never)]
-fn refuse(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
+fn refuse_connect(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
     forget(ctx);
+    refuse(ctx, key, reason, service)
+}
+
+/// Fails the call. `reason` is a [`Reason`].
+#[inline(always)]
+pub fn refuse(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
     let reason = Reason::from_number(reason as u8);
     count(reason as u32);
     count_refused(service, reason as u32);

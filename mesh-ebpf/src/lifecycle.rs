@@ -1,5 +1,5 @@
-//! What becomes of a connection. These programs run for every TCP socket of the machine, and do
-//! nothing for those without a record of ours.
+//! What becomes of a connection. These programs run for every TCP socket of the machine, that for errors
+//! also for those of other protocols, and do nothing for those without a record of ours.
 //!
 //! A connection that succeeds meets one of them, when its socket ends.
 //!
@@ -12,9 +12,11 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use mesh_common::ejection::Phase;
 use mesh_common::layout::counter;
-use mesh_common::socket::{Outcome, Seen, judge, judge_end, judge_reset};
+use mesh_common::socket::{Outcome, Seen, judge, judge_datagram, judge_end, judge_reset};
 use mesh_common::stats::Change;
-use mesh_common::{Client, Ejection, Failure, Flow, Given, Held, Policy, Table, Tables as _, flow};
+use mesh_common::{
+    Client, Ejection, Failure, Flow, Given, Held, Policy, Table, Tables as _, Token, flow,
+};
 
 use crate::events;
 use crate::maps::{BACKEND_STATS, Maps, SERVICES, count, mesh_share_allows};
@@ -90,20 +92,57 @@ fn reset(ctx: &BtfTracePointContext) -> i32 {
 #[inline(always)]
 fn error(ctx: &BtfTracePointContext) -> i32 {
     let sock = Sock::new(ctx.arg(0));
-    if let Some((cookie, flow)) = ours(sock)
-        && let Some(tcp) = sock.tcp()
-    {
-        let seen = seen(sock, tcp);
-        match judge(seen) {
-            Outcome::Nothing => {}
-            Outcome::Over => {
-                let was_answered = seen.disconnected && seen.error != 0 && tcp.was_answered();
-                ended(cookie, flow, seen.connected || was_answered);
-            }
-            Outcome::Failed(failure) => failed(cookie, flow, failure),
+    let Some((cookie, flow)) = ours(sock) else { return 0 };
+    let Some(tcp) = sock.tcp() else {
+        if let Some(failure) = judge_datagram(sock.error()) {
+            not_taken(cookie, flow, failure);
         }
+        return 0;
+    };
+    let seen = seen(sock, tcp);
+    match judge(seen) {
+        Outcome::Nothing => {}
+        Outcome::Over => {
+            let was_answered = seen.disconnected && seen.error != 0 && tcp.was_answered();
+            ended(cookie, flow, seen.connected || was_answered);
+        }
+        Outcome::Failed(failure) => failed(cookie, flow, failure),
     }
     0
+}
+
+/// A datagram was not taken, as somebody says (ICMP). The socket goes on, so it is counted once. Only of
+/// a connected socket is it known who did not take it.
+#[inline(always)]
+fn not_taken(cookie: u64, flow: *mut Flow, failure: Failure) {
+    let given = records::given(flow);
+    if !given.role.is_connected() {
+        return;
+    }
+    let Some(held) = flow::tell(records::held(flow), cookie) else { return };
+    let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|s| s.is_life(given.generation))
+    else {
+        return;
+    };
+    let token = if held.has_token() { given.token } else { Token::NONE };
+    let (policy, table) = rules(&given);
+    let client = Client::of_cgroup(given.client);
+    let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
+    let change = stats.fail_open(failure, token, policy, client, Maps.now(), may_go);
+    tell(held, &given, failure, policy, change);
+}
+
+/// Whether one more backend of a table may go out for a client; counted for it also when the backend
+/// would go out for all: what is out for all is out for it too, beside what it alone has out. Another
+/// client may have more out for a moment then, until the agent takes some of what it alone suspects back.
+#[inline(always)]
+fn may_go(table: Table, policy: Policy, client: Client, is_out: bool) -> bool {
+    let packed = u64::from(client.tag()) | u64::from(is_out) << 16;
+    let allowed = mesh_share_allows(table.0, policy.0, packed) != 0;
+    if !allowed {
+        count(counter::SHARE_REACHED);
+    }
+    allowed
 }
 
 #[inline(always)]
@@ -182,17 +221,7 @@ fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
     let Some(Released { held, stats, token }) = records::release(flow, cookie) else { return };
     let (policy, table) = rules(&given);
     let client = Client::of_cgroup(given.client);
-    // Counted for this client also when it would go out for all: what is out for all is out for it
-    // too, beside what it alone has out. Another client may have more out for a moment then, until
-    // the agent takes some of what it alone suspects back.
-    let may_go = |_: Ejection, is_out: bool| {
-        let packed = u64::from(client.tag()) | u64::from(is_out) << 16;
-        let allowed = mesh_share_allows(table.0, policy.0, packed) != 0;
-        if !allowed {
-            count(counter::SHARE_REACHED);
-        }
-        allowed
-    };
+    let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
     let change = stats.fail(failure, token, policy, client, Maps.now(), may_go);
     tell(held, &given, failure, policy, change);
 }
@@ -244,7 +273,7 @@ fn tell_change(held: Held, given: &Given, detail: u8, after: Ejection) {
 /// it is gone.
 #[inline(always)]
 fn rules(given: &Given) -> (Policy, Table) {
-    match SERVICES.get(given.service) {
+    match SERVICES.get(given.role.service()) {
         Some(service) if service.key == given.frontend => (service.policy(), service.table()),
         _ => (Policy::OFF, Table(0)),
     }

@@ -13,9 +13,9 @@ use mesh_common::ejection::{Admission, ticks};
 use mesh_common::layout::counter;
 use mesh_common::translate::{self, Detour};
 use mesh_common::{
-    ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Event, Flow, FrontendKey,
-    FrontendValue, Limits, Policy, Reason, Service, ServiceStats, Settings, Slot, Table, Tables,
-    Word, balance, chance,
+    ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Elsewhere, Event, Flow,
+    FrontendKey, FrontendValue, Limits, Policy, Reason, Service, ServiceStats, Settings, Slot,
+    Table, Tables, Word, balance, chance,
 };
 
 use crate::events;
@@ -46,9 +46,9 @@ static SERVICE_STATS: Array<ServiceStats, { LIMITS.frontends as usize }, FLAT> =
 #[btf_map]
 pub static SLOTS: Array<Slot, { LIMITS.slots() as usize }, FLAT> = Array::new();
 
-/// No program reads this one: it is for inspection.
+/// For inspection, and for the programs of datagrams.
 #[btf_map]
-static BACKENDS: Array<Backend, { LIMITS.backends as usize }, FLAT> = Array::new();
+pub static BACKENDS: Array<Backend, { LIMITS.backends as usize }, FLAT> = Array::new();
 
 #[btf_map]
 pub static BACKEND_STATS: Array<BackendStats, { LIMITS.backends as usize }, FLAT> = Array::new();
@@ -65,9 +65,9 @@ static COUNTERS: Array<Word, { counter::COUNT as usize }, FLAT> = Array::new();
 #[btf_map]
 pub static FLOWS: Array<Flow, { LIMITS.records as usize }, FLAT> = Array::new();
 
-/// Records whose place in `FLOWS` was taken, by cookie.
+/// Records whose place in `FLOWS` was taken, and further ones of datagram sockets.
 #[btf_map]
-pub static OVERFLOW: HashMap<u64, Flow, { LIMITS.records as usize }, SPARSE> = HashMap::new();
+pub static OVERFLOW: HashMap<Elsewhere, Flow, { LIMITS.records as usize }, SPARSE> = HashMap::new();
 
 #[btf_map]
 pub static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
@@ -237,8 +237,14 @@ pub fn chance(cookie: u64) -> u32 {
     // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
     // it has here.
     let salt = unsafe { (&raw const SALT).read_volatile() };
+    chance::mix(cookie, jiffies(), salt)
+}
+
+/// `jiffies_64`.
+#[inline(always)]
+pub fn jiffies() -> u64 {
     // SAFETY: the helper takes nothing and cannot fail.
-    chance::mix(cookie, unsafe { bpf_jiffies64() }, salt)
+    unsafe { bpf_jiffies64() }
 }
 
 /// [`translate::admission`], as a global function; see [`mesh_around`]. Index of a slot, a

@@ -1,10 +1,13 @@
 //! `getpeername4` and `getpeername6`: the application sees the address that it dialled.
 
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::flow::peer_hash;
 
-use crate::context::{Family, V4, V6, port, set_port};
+use crate::connect::UDP;
+use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::{records, sock};
 
 /// These hooks cannot fail the call.
@@ -26,7 +29,11 @@ pub fn mesh_peername6(ctx: SockAddrContext) -> i32 {
 /// has been connected elsewhere since has another peer, or no record.
 #[inline(always)]
 fn peer<F: Family>(ctx: &SockAddrContext) -> i32 {
-    let cookie = sock::cookie_of(ctx);
+    // SAFETY: the context is valid.
+    let cookie = match protocol(ctx) {
+        UDP => unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
+        _ => sock::cookie_of(ctx),
+    };
     if cookie != 0
         && let Some(flow) = records::find(cookie)
     {

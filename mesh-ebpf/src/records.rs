@@ -3,7 +3,9 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use mesh_common::layout::counter;
-use mesh_common::{BackendStats, Flow, Given, Held, Tables as _, Token, Word, flow};
+use mesh_common::{
+    BackendStats, Elsewhere, Flow, Given, Held, Origin, Role, Tables as _, Token, Word, flow,
+};
 
 use crate::maps::{self, BACKEND_STATS, FLOWS, Maps, OVERFLOW, count, counter};
 
@@ -13,7 +15,13 @@ fn place(cookie: u64) -> Option<*mut Flow> {
     FLOWS.get_ptr_mut(maps::place(cookie))
 }
 
-/// Whether any record is in `OVERFLOW`. A socket's own entry is counted before it can be asked
+/// The key of a record whose place was taken.
+#[inline(always)]
+const fn elsewhere(cookie: u64) -> Elsewhere {
+    Elsewhere { cookie, index: 0 }
+}
+
+/// Whether any such record is in `OVERFLOW`. A socket's own entry is counted before it can be asked
 /// for.
 #[inline(always)]
 fn overflowed() -> bool {
@@ -35,16 +43,38 @@ pub fn given(flow: *mut Flow) -> Given {
     unsafe { (&raw const (*flow).given).read_volatile() }
 }
 
+/// What a record says besides; see [`given`].
+#[inline(always)]
+pub fn role(flow: *mut Flow) -> Role {
+    // SAFETY: as in `given`.
+    unsafe { (&raw const (*flow).given.role).read_volatile() }
+}
+
+/// Notes that a datagram socket has used its record now. The socket's lock keeps other writers away, and
+/// whoever reads it otherwise reads the whole word.
+#[inline(always)]
+pub fn set_origin(flow: *mut Flow, origin: Origin) {
+    // SAFETY: as in `given`.
+    unsafe { (&raw mut (*flow).given.origin).write_volatile(origin) }
+}
+
+/// Notes how many further records a datagram socket has; likewise.
+#[inline(always)]
+pub fn set_role(flow: *mut Flow, role: Role) {
+    // SAFETY: as in `given`.
+    unsafe { (&raw mut (*flow).given.role).write_volatile(role) }
+}
+
 /// The generation in a record; see [`given`].
 #[inline(always)]
-fn generation(flow: *mut Flow) -> u32 {
+pub fn generation(flow: *mut Flow) -> u32 {
     // SAFETY: as in `given`.
     unsafe { (&raw const (*flow).given.generation).read_volatile() }
 }
 
 /// The token in a record; see [`given`].
 #[inline(always)]
-fn token(flow: *mut Flow) -> Token {
+pub fn token(flow: *mut Flow) -> Token {
     // SAFETY: as in `given`.
     unsafe { (&raw const (*flow).given.token).read_volatile() }
 }
@@ -59,12 +89,12 @@ pub fn find(cookie: u64) -> Option<*mut Flow> {
     if !overflowed() {
         return None;
     }
-    OVERFLOW.get_ptr_mut(cookie).filter(|flow| Held(held(*flow).load()).is_of(cookie))
+    OVERFLOW.get_ptr_mut(elsewhere(cookie)).filter(|flow| Held(held(*flow).load()).is_of(cookie))
 }
 
 /// Records what a socket was given, in place of what it held before. `false` when there is no room.
 #[inline(always)]
-pub fn record(cookie: u64, mine: Held, given: &Given) -> bool {
+pub fn record(cookie: u64, mine: &Flow) -> bool {
     let Some(flow) = place(cookie) else { return false };
     // A socket's first connect finds its place free, and no record elsewhere.
     if held(flow).load() != 0 || overflowed() {
@@ -73,11 +103,11 @@ pub fn record(cookie: u64, mine: Held, given: &Given) -> bool {
     if flow::claim(held(flow)) == flow::Claim::Taken {
         // SAFETY: as in `held`; the record is this socket's since the line above, and the socket's
         // lock keeps others away from the rest of it.
-        unsafe { core::ptr::copy_nonoverlapping(given, &raw mut (*flow).given, 1) };
-        flow::publish(held(flow), mine);
+        unsafe { core::ptr::copy_nonoverlapping(&mine.given, &raw mut (*flow).given, 1) };
+        flow::publish(held(flow), Held(mine.held.load()));
         return true;
     }
-    record_elsewhere(cookie, mine.0, given)
+    record_elsewhere(cookie, mine)
 }
 
 /// [`end`], apart from the way of first connects.
@@ -88,13 +118,12 @@ fn end_before(cookie: u64) {
 
 /// Records it in `OVERFLOW`.
 #[inline(never)]
-fn record_elsewhere(cookie: u64, mine: u64, given: &Given) -> bool {
+fn record_elsewhere(cookie: u64, mine: &Flow) -> bool {
     // Before the entry is there, so that whoever needs it looks.
     if let Some(records) = counter(counter::OVERFLOWED) {
         records.increment();
     }
-    let flow = Flow { held: Word::new(mine), given: *given };
-    if OVERFLOW.insert(cookie, &flow, u64::from(BPF_NOEXIST)).is_ok() {
+    if OVERFLOW.insert(elsewhere(cookie), mine, u64::from(BPF_NOEXIST)).is_ok() {
         count(counter::COLLISIONS);
         return true;
     }
@@ -137,7 +166,7 @@ pub fn release(flow: *mut Flow, cookie: u64) -> Option<Released> {
 /// Removes an entry of `OVERFLOW`; `false` when somebody else has.
 #[inline(always)]
 fn remove_elsewhere(cookie: u64) -> bool {
-    let removed = OVERFLOW.remove(cookie).is_ok();
+    let removed = OVERFLOW.remove(elsewhere(cookie)).is_ok();
     if removed && let Some(records) = counter(counter::OVERFLOWED) {
         records.decrement();
     }

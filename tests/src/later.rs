@@ -29,6 +29,12 @@ impl Later {
         Ok(later)
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     /// Lets it connect, after it has gone to this cgroup, if any. It is connected until this is
     /// dropped.
     ///

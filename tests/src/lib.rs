@@ -14,6 +14,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod check;
 pub mod client;
+pub mod datagram;
 pub mod later;
 pub mod mortal;
 pub mod node;
@@ -26,6 +27,7 @@ pub mod ugly;
 pub mod withheld;
 
 pub use agent::Agent;
+pub use datagram::Datagrams;
 pub use later::Later;
 pub use node::{Builder, Node};
 pub use service::Service;

@@ -22,6 +22,12 @@ pub enum Kind {
     Python,
     /// redis-server: the key `who` is the name.
     Redis,
+    /// dnsmasq: the text record of `who.test` is the name.
+    Dnsmasq,
+    /// iperf3, which does not tell its name.
+    Iperf,
+    /// A server of QUIC, of this crate: what it sends is the name.
+    Quic,
 }
 
 /// Starts a backend in the node's namespace, outside its cgroup, and waits until it serves. Its
@@ -60,6 +66,24 @@ pub(crate) fn start(node: &Node, kind: Kind, name: &str, place: SocketAddr) -> R
             let mut command = node.outside("redis-server");
             command.args(["--bind", &ip, "--port", &port, "--save", "", "--appendonly", "no"]);
             command.args(["--daemonize", "no", "--protected-mode", "no", "--dir"]).arg(&directory);
+            command
+        }
+        Kind::Dnsmasq => {
+            let mut command = node.outside("dnsmasq");
+            command.args(["--no-daemon", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]);
+            command.args(["--user=root", "--bind-interfaces", &format!("--listen-address={ip}")]);
+            command.args([format!("--port={port}"), format!("--txt-record=who.test,{name}")]);
+            command.arg(format!("--pid-file={}", directory.join("dnsmasq.pid").display()));
+            command
+        }
+        Kind::Iperf => {
+            let mut command = node.outside("iperf3");
+            command.args(["--server", "--bind", &ip, "--port", &port, "--forceflush"]);
+            command
+        }
+        Kind::Quic => {
+            let mut command = node.outside(process::binary("mesh-quic")?);
+            command.args(["serve", name, &place.to_string()]);
             command
         }
     };

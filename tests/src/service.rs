@@ -8,7 +8,8 @@ use std::net::{IpAddr, SocketAddr};
 pub struct Service {
     name: String,
     addresses: Vec<String>,
-    ports: Vec<(u16, u16)>,
+    /// What clients dial, where endpoints listen, and the protocol.
+    ports: Vec<(u16, u16, &'static str)>,
     extra: Vec<String>,
     /// Each with its other keys, as `, key: value`.
     endpoints: Vec<(String, String)>,
@@ -31,7 +32,14 @@ impl Service {
     /// A port, and where endpoints listen that name no port themselves.
     #[must_use]
     pub fn port(mut self, port: u16, target: u16) -> Self {
-        self.ports.push((port, target));
+        self.ports.push((port, target, "tcp"));
+        self
+    }
+
+    /// The same for datagrams.
+    #[must_use]
+    pub fn udp(mut self, port: u16, target: u16) -> Self {
+        self.ports.push((port, target, "udp"));
         self
     }
 
@@ -95,8 +103,9 @@ impl Service {
             more => writeln!(out, "  addresses: [{}]", more.join(", ")),
         };
         out.push_str("  ports:\n");
-        for (port, target) in &self.ports {
-            let _ = writeln!(out, "  - {{port: {port}, target: {target}}}");
+        for (port, target, protocol) in &self.ports {
+            let more = if *protocol == "tcp" { "" } else { ", protocol: udp" };
+            let _ = writeln!(out, "  - {{port: {port}, target: {target}{more}}}");
         }
         for line in &self.extra {
             let _ = writeln!(out, "  {line}");

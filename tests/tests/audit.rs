@@ -1,7 +1,7 @@
 //! Which sockets the kernel lists, namespace by namespace, and what the audit makes of it. The
 //! sockets are this test's own, in namespaces of its own.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use mesh_agent::audit::sockets::End;
 use mesh_agent::audit::{Audit, Place, Record, Report, namespaces, sockets};
+use mesh_common::{FrontendKey, Given, Origin};
 use mesh_tests::sys::netns;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -62,13 +63,20 @@ impl Drop for Inhabitant {
 fn list(netns: &OwnedFd) -> Result<HashMap<u64, u8>> {
     let mut all = HashMap::new();
     let dump = || {
-        sockets::dump(|socket| {
+        sockets::dump(&BTreeSet::from([6]), |socket| {
             all.insert(socket.cookie, socket.state);
         })
     };
     let end = netns::inside(netns, dump)??;
     ensure!(end == End::Complete, "{end:?}");
     Ok(all)
+}
+
+/// A record of a TCP socket.
+fn record_in(place: Place, cookie: u64, netns: u64) -> Record {
+    let frontend = FrontendKey { protocol: 6, ..FrontendKey::default() };
+    let given = Given { frontend, origin: Origin::new(netns, 0), ..Given::default() };
+    Record { place, cookie, word: 1, given }
 }
 
 /// Waits until the kernel lists the socket in this state, or not at all.
@@ -303,7 +311,7 @@ fn records_of_sockets_that_ended_are_found() -> Result<()> {
     let (client, _server) = netns::inside(&netns, || connection(&listener, &local))??;
     let (ended, _other) = netns::inside(&netns, || connection(&listener, &local))??;
     let record = |cookie, netns: &OwnedFd| -> Result<Record> {
-        Ok(Record { place: Place::Overflow, cookie, netns: cookie_of(netns)?, word: 1 })
+        Ok(record_in(Place::Elsewhere(0), cookie, cookie_of(netns)?))
     };
     let gone = record(ended.cookie()?, &netns)?;
     let records = [record(client.cookie()?, &netns)?, gone, record(client.cookie()?, &hidden)?];
@@ -335,7 +343,7 @@ fn a_pass_goes_slowly_and_leaves_its_caller_where_it_is() -> Result<()> {
     let all = (0..NAMESPACES).map(|_| namespace()).collect::<Result<Vec<_>>>()?;
     let _inhabitants = all.iter().map(Inhabitant::of).collect::<Result<Vec<_>>>()?;
     let cookies = all.iter().map(cookie_of).collect::<Result<Vec<_>>>()?;
-    let record = |netns: &u64| Record { place: Place::Array(0), cookie: 1, netns: *netns, word: 1 };
+    let record = |netns: &u64| record_in(Place::Array(0), 1, *netns);
     let records: Vec<_> = cookies.iter().map(record).collect();
     let begin = Instant::now();
     let (report, _) = pass(&mut Audit::default(), &records)?;

@@ -5,9 +5,14 @@ use anyhow::{Context, Result, bail};
 use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 
 /// The programs: function, and the section that says what kind of program it is.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 16] = [
     ("mesh_connect4", "cgroup/connect4"),
     ("mesh_connect6", "cgroup/connect6"),
+    ("mesh_sendmsg4", "cgroup/sendmsg4"),
+    ("mesh_sendmsg6", "cgroup/sendmsg6"),
+    ("mesh_recvmsg4", "cgroup/recvmsg4"),
+    ("mesh_recvmsg6", "cgroup/recvmsg6"),
+    ("mesh_release", "cgroup/sock_release"),
     ("mesh_peername4", "cgroup/getpeername4"),
     ("mesh_peername6", "cgroup/getpeername6"),
     ("mesh_destroy", "tp_btf/tcp_destroy_sock"),

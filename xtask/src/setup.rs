@@ -96,11 +96,15 @@ const LINKER: [Need; 4] = [
 ];
 
 /// Everything else.
-const NEEDS: [Need; 10] = [
+const NEEDS: [Need; 14] = [
     need(Group::Show, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
     need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-cli"), "redis-tools", "a client of the tests"),
+    need(Group::Test, Probe::Program("dnsmasq"), "dnsmasq-base", "a server of the tests"),
+    need(Group::Test, Probe::Program("dig"), "bind9-dnsutils", "a client of the tests"),
+    need(Group::Test, Probe::Program("iperf3"), "iperf3", "a client and server of the tests"),
+    need(Group::Test, Probe::Program("logger"), "bsdutils", "a client of the tests"),
     need(Group::Show, Probe::Program("python3"), "python3", "clients of the tests, demo servers"),
     need(Group::Show, Probe::Program("ip"), "iproute2", "the tests look at network namespaces"),
     need(Group::Test, Probe::Program("nft"), "nftables", "firewalls in the tests' own namespaces"),

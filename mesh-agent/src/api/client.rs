@@ -132,6 +132,18 @@ impl Client {
         self.get("/v1/backends", &[("service", service)]).await
     }
 
+    /// The open connections of one service, or of all.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn connections(
+        &self,
+        service: Option<&str>,
+    ) -> Result<Vec<types::Connection>, ClientError> {
+        self.get("/v1/connections", &[("service", service)]).await
+    }
+
     /// The state of the agent.
     ///
     /// # Errors

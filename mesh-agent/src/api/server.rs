@@ -36,6 +36,15 @@ pub trait View: Clone + Send + Sync + 'static {
         service: Option<String>,
     ) -> impl Future<Output = Result<Vec<types::Backend>, ViewError>> + Send;
 
+    /// The open connections of one service, or of all. An unknown service is [`ViewError::NotFound`].
+    fn connections(
+        &self,
+        service: Option<String>,
+    ) -> impl Future<Output = Result<Vec<types::Connection>, ViewError>> + Send {
+        let _ = service;
+        async { Err(ViewError::Unavailable("there are no records of connections".to_owned())) }
+    }
+
     /// The state of the agent.
     fn status(&self) -> impl Future<Output = Result<types::Status, ViewError>> + Send;
 
@@ -170,13 +179,14 @@ fn router<V: View>(view: V, happenings: Happenings<V>) -> Router {
         .route("/v1/services", get(services::<V>))
         .route("/v1/services/{name}", get(service::<V>))
         .route("/v1/backends", get(backends::<V>))
+        .route("/v1/connections", get(connections::<V>))
         .route("/v1/explain", get(explain::<V>))
         .route("/v1/drain", post(async |view, query| drain::<V>(view, query, true).await))
         .route("/v1/undrain", post(async |view, query| drain::<V>(view, query, false).await))
         .fallback(async || {
             ViewError::NotFound(
                 "no such path: there are /v1/services, /v1/services/NAME, /v1/backends, \
-                 /v1/status, /v1/audit, /v1/events, /v1/explain and /v1/version, and to POST to \
+                 /v1/connections, /v1/status, /v1/audit, /v1/events, /v1/explain and /v1/version, and to POST to \
                  /v1/drain and /v1/undrain"
                     .into(),
             )
@@ -264,6 +274,14 @@ async fn backends<V: View>(
 ) -> Answer<Vec<types::Backend>> {
     let [service] = parameters(query.as_deref(), ["service"])?;
     view.backends(service).await.map(Json)
+}
+
+async fn connections<V: View>(
+    State(view): State<V>,
+    RawQuery(query): RawQuery,
+) -> Answer<Vec<types::Connection>> {
+    let [service] = parameters(query.as_deref(), ["service"])?;
+    view.connections(service).await.map(Json)
 }
 
 async fn explain<V: View>(

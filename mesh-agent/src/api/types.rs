@@ -103,6 +103,31 @@ pub struct Failures {
     pub reset: u64,
 }
 
+/// `GET /v1/connections`, an element.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Debug)]
+pub struct Connection {
+    /// Service name; empty when its service is gone.
+    pub service: String,
+    /// What was dialled, `ip:port` or `[ip]:port`.
+    pub frontend: String,
+    /// Where it went; empty when that backend is gone.
+    pub backend: String,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Who holds the socket now; of several processes, the oldest. Nothing when none does any more, or
+    /// its network namespace is out of reach.
+    pub pid: Option<u32>,
+    /// Its name.
+    pub command: Option<String>,
+    /// The cgroup of the process that connected.
+    pub cgroup: String,
+    /// Seconds since it connected; of a datagram socket that is not connected, since it last sent there.
+    pub age: u64,
+    /// State of the socket, as ss(8) names it; of a datagram socket `connected` or `unconnected`;
+    /// `closed` when its connection has ended and the application still holds it.
+    pub state: String,
+}
+
 /// `GET /v1/status`.
 #[derive(Clone, PartialEq, Serialize, Deserialize, Debug)]
 pub struct Status {
@@ -227,6 +252,9 @@ pub struct Counters {
     /// Times a backend was not ejected because as many as may be were.
     #[serde(default)]
     pub share_reached: u64,
+    /// Records of datagram sockets that gave way to another one of the same socket.
+    #[serde(default)]
+    pub gave_way: u64,
     /// Events that were left out.
     #[serde(default)]
     pub events_lost: u64,

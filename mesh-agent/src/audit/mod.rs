@@ -15,10 +15,11 @@ pub mod namespaces;
 pub mod sockets;
 pub mod task;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 use std::{io, thread};
 
+use mesh_common::{Given, Protocol};
 use namespaces::Namespace;
 use sockets::{End, Socket};
 use tokio::sync::oneshot;
@@ -31,8 +32,9 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub enum Place {
     /// In the array, at this index.
     Array(u32),
-    /// In the map of those that found their place taken; its key is the cookie.
-    Overflow,
+    /// In the map of those that do not lie at the place that their cookie names, at this index of the
+    /// socket's ([`mesh_common::Elsewhere`]).
+    Elsewhere(u64),
 }
 
 /// A record that was in use when it was read.
@@ -42,19 +44,32 @@ pub struct Record {
     pub place: Place,
     /// Cookie of the socket; with MPTCP, of the subflow.
     pub cookie: u64,
-    /// Cookie of the network namespace. May be wrong while the record is being written: then it is
-    /// another one in the next pass, and the record is not the very same.
-    pub netns: u64,
     /// The word that says whose the record is, and what is reserved.
     pub word: u64,
+    /// The rest. May be wrong while the record is being written: then it is another one in the next
+    /// pass, and the record is not the very same.
+    pub given: Given,
+}
+
+impl Record {
+    /// Cookie of the network namespace.
+    #[must_use]
+    pub const fn netns(&self) -> u64 {
+        self.given.origin.netns()
+    }
+
+    /// Whether it is of a datagram socket.
+    #[must_use]
+    pub const fn is_datagram(&self) -> bool {
+        self.given.frontend.protocol == Protocol::Udp as u8
+    }
 }
 
 /// What was found in one network namespace.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Found {
-    /// The sockets that exist, by cookie, with the number of their state
-    /// (`include/net/tcp_states.h`). Those that nobody asked for may be left out.
-    pub sockets: HashMap<u64, u8>,
+    /// The sockets that exist, by cookie. Those that nobody asked for may be left out.
+    pub sockets: HashMap<u64, Socket>,
     /// Why there may be more.
     pub incomplete: Option<String>,
 }
@@ -105,16 +120,7 @@ impl Audit {
         records: Vec<Record>,
         still: impl Fn(&Record) -> bool,
     ) -> io::Result<(Report, Vec<Record>)> {
-        let wanted = by_namespace(&records);
-        let (answer, answered) = oneshot::channel();
-        // A thread of its own, which ends: it goes from one namespace to the other.
-        thread::Builder::new().name("mesh-audit".to_owned()).spawn(move || {
-            let found = list(wanted, || answer.is_closed());
-            // Nobody waits any more if the pass was given up.
-            answer.send(found).ok();
-        })?;
-        let found =
-            answered.await.map_err(|_| io::Error::other("the audit's thread panicked"))??;
+        let found = find(&records).await?;
         Ok(self.compare(&records, &found, still))
     }
 
@@ -133,7 +139,7 @@ impl Audit {
         let mut report = Report { records: records.len(), ..Report::default() };
         let mut unseen = HashSet::new();
         for record in records {
-            match found.get(&record.netns) {
+            match found.get(&record.netns()) {
                 Some(found) if found.sockets.contains_key(&record.cookie) => report.seen += 1,
                 _ if !still(record) => report.ended += 1,
                 None => report.in_unknown_namespaces += 1,
@@ -153,11 +159,39 @@ impl Audit {
     }
 }
 
-/// The cookies of sockets, by the cookie of their namespace.
-fn by_namespace(records: &[Record]) -> HashMap<u64, HashSet<u64>> {
-    let mut wanted = HashMap::<u64, HashSet<u64>>::new();
+/// Lists the sockets of these records, as far as they exist, in each namespace that is found, by its
+/// cookie.
+///
+/// # Errors
+///
+/// No thread can be started, or there is no `/proc`.
+pub async fn find(records: &[Record]) -> io::Result<HashMap<u64, Found>> {
+    let wanted = by_namespace(records);
+    let (answer, answered) = oneshot::channel();
+    // A thread of its own, which ends: it goes from one namespace to the other.
+    thread::Builder::new().name("mesh-audit".to_owned()).spawn(move || {
+        let found = list(wanted, || answer.is_closed());
+        // Nobody waits any more if the pass was given up.
+        answer.send(found).ok();
+    })?;
+    answered.await.map_err(|_| io::Error::other("the audit's thread panicked"))?
+}
+
+/// Which sockets of a namespace are looked for.
+#[derive(Debug, Default)]
+struct Wanted {
+    cookies: HashSet<u64>,
+    /// IANA numbers. Lists of other protocols are not asked for: a kernel may be without.
+    protocols: BTreeSet<u8>,
+}
+
+/// What is looked for, by the cookie of the namespace.
+fn by_namespace(records: &[Record]) -> HashMap<u64, Wanted> {
+    let mut wanted = HashMap::<u64, Wanted>::new();
     for record in records {
-        wanted.entry(record.netns).or_default().insert(record.cookie);
+        let of = wanted.entry(record.netns()).or_default();
+        of.cookies.insert(record.cookie);
+        of.protocols.insert(record.given.frontend.protocol);
     }
     wanted
 }
@@ -165,17 +199,17 @@ fn by_namespace(records: &[Record]) -> HashMap<u64, HashSet<u64>> {
 /// Lists the sockets that are `wanted`, as far as their namespaces are found. The calling thread is
 /// in some other namespace afterwards. Ends early, with less, when nobody waits for it any more.
 fn list(
-    wanted: HashMap<u64, HashSet<u64>>,
+    wanted: HashMap<u64, Wanted>,
     given_up: impl Fn() -> bool,
 ) -> io::Result<HashMap<u64, Found>> {
     let mut namespaces = namespaces::find(&wanted.keys().copied().collect())?;
     let mut all = HashMap::new();
-    for (netns, cookies) in wanted {
+    for (netns, wanted) in wanted {
         let Some(namespace) = namespaces.remove(&netns) else { continue };
         if given_up() {
             break;
         }
-        all.insert(netns, list_one(&namespace, &cookies));
+        all.insert(netns, list_one(&namespace, &wanted));
         // The namespace ends now, if nobody else holds it.
         drop(namespace);
         thread::sleep(PAUSE);
@@ -185,12 +219,12 @@ fn list(
 
 /// Lists those of these sockets that exist. No more are remembered than were asked for, however
 /// many there are.
-fn list_one(namespace: &Namespace, cookies: &HashSet<u64>) -> Found {
+fn list_one(namespace: &Namespace, wanted: &Wanted) -> Found {
     let mut sockets = HashMap::new();
     let end = namespace.enter().and_then(|()| {
-        sockets::dump(|Socket { cookie, state }| {
-            if cookies.contains(&cookie) {
-                sockets.insert(cookie, state);
+        sockets::dump(&wanted.protocols, |socket| {
+            if wanted.cookies.contains(&socket.cookie) {
+                sockets.insert(socket.cookie, socket);
             }
         })
     });

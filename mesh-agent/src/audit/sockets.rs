@@ -1,9 +1,9 @@
-//! Which TCP sockets a network namespace has: a dump of `NETLINK_SOCK_DIAG` (sock_diag(7)).
+//! Which TCP and UDP sockets a network namespace has: a dump of `NETLINK_SOCK_DIAG` (sock_diag(7)).
 //!
 //! The kernel looks through its tables of sockets that have a port or a peer. **A socket in neither
 //! is not found**, though an application may hold it: one that never had a port, one whose connect
-//! has failed at once, and one whose connection has ended on both sides. None of these has a
-//! connection.
+//! has failed at once, one whose connection has ended on both sides, and a datagram socket that was
+//! disconnected (`AF_UNSPEC`). None of these has a connection.
 //!
 //! Nor is a dump a snapshot: it goes on from a position in a table that changes meanwhile
 //! (`inet_diag_dump_icsk`), so it can, rarely, leave out a socket that is there. Who acts on what
@@ -13,6 +13,7 @@
 //! messages would refuse one because of an attribute that it finds malformed, and nothing here
 //! needs attributes.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -20,9 +21,7 @@ use netlink_packet_core::{
     DecodeError, DoneBuffer, ErrorBuffer, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
     NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkMessage, Parseable as _,
 };
-use netlink_packet_sock_diag::constants::{
-    AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY, TCP_SYN_RECV,
-};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, SOCK_DIAG_BY_FAMILY, TCP_SYN_RECV};
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer,
 };
@@ -48,13 +47,22 @@ const LONGEST_READ: Duration = Duration::from_secs(2);
 /// an older kernel ignores it).
 const BOUND_INACTIVE: u32 = 1 << 13;
 
-/// A TCP socket that exists.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+/// A socket that exists.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Socket {
     /// What `SO_COOKIE` and `bpf_get_socket_cookie` give. Never used again.
     pub cookie: u64,
-    /// Number of the state in `include/net/tcp_states.h`.
+    /// Its protocol, an IANA number.
+    pub protocol: u8,
+    /// Number of the state in `include/net/tcp_states.h`; of a UDP socket 1 when it is connected,
+    /// otherwise 7.
     pub state: u8,
+    /// The inode by which processes hold it; 0 when none does any more.
+    pub inode: u32,
+    /// Its family, `AF_INET` or `AF_INET6`.
+    pub family: u8,
+    /// Its addresses and ports.
+    pub id: SocketId,
 }
 
 /// How a dump has ended.
@@ -66,20 +74,22 @@ pub enum End {
     Incomplete,
 }
 
-/// Calls `each` for every TCP socket of the calling thread's network namespace, of IPv4 and IPv6:
+/// Calls `each` for every socket of these protocols (IANA numbers) in the calling thread's network
+/// namespace, of IPv4 and IPv6:
 /// those with a `struct sock` of their own, so not for `TIME_WAIT` and not for a connection that a
 /// listening socket is still being asked for. A subflow of MPTCP is a TCP socket, with a cookie of
 /// its own. When a dump is repeated, sockets are named again.
 ///
 /// # Errors
 ///
-/// Those of netlink(7), and what the kernel answers: `ENOENT` when it has no `tcp_diag`;
+/// Those of netlink(7), and what the kernel answers: `ENOENT` when it has no `tcp_diag` or `udp_diag`;
 /// `InvalidData` when it is not understood.
-pub fn dump(mut each: impl FnMut(Socket)) -> io::Result<End> {
+pub fn dump(protocols: &BTreeSet<u8>, mut each: impl FnMut(Socket)) -> io::Result<End> {
     let deadline = Instant::now() + LONGEST;
-    for family in [AF_INET, AF_INET6] {
+    let kinds = protocols.iter().flat_map(|&protocol| [(AF_INET, protocol), (AF_INET6, protocol)]);
+    for kind in kinds {
         let mut attempts = ATTEMPTS;
-        while attempt(family, deadline, &mut each)? == End::Incomplete {
+        while attempt(kind, deadline, &mut each)? == End::Incomplete {
             attempts -= 1;
             if attempts == 0 || Instant::now() >= deadline {
                 return Ok(End::Incomplete);
@@ -89,13 +99,14 @@ pub fn dump(mut each: impl FnMut(Socket)) -> io::Result<End> {
     Ok(End::Complete)
 }
 
-fn attempt(family: u8, deadline: Instant, each: &mut impl FnMut(Socket)) -> io::Result<End> {
+/// Of a family and a protocol.
+fn attempt(kind: (u8, u8), deadline: Instant, each: &mut impl FnMut(Socket)) -> io::Result<End> {
     // A new one each time: nothing is left in it of a dump that was given up.
     let netlink = Netlink::new(NETLINK_SOCK_DIAG)?;
     set_socket_timeout(&netlink, Timeout::Recv, Some(LONGEST_READ))?;
     // From now on only the kernel can send to it.
     netlink.connect(&SocketAddr::new(0, 0))?;
-    netlink.send(&request(family), 0)?;
+    netlink.send(&request(kind), 0)?;
     let mut datagram = Vec::with_capacity(BUFFER);
     let mut end = End::Complete;
     while Instant::now() < deadline {
@@ -111,7 +122,7 @@ fn attempt(family: u8, deadline: Instant, each: &mut impl FnMut(Socket)) -> io::
         if length > datagram.len() {
             return Ok(End::Incomplete);
         }
-        let part = parse(&datagram, each)?;
+        let part = parse(&datagram, kind.1, each)?;
         if part.interrupted {
             end = End::Incomplete;
         }
@@ -122,12 +133,12 @@ fn attempt(family: u8, deadline: Instant, each: &mut impl FnMut(Socket)) -> io::
     Ok(End::Incomplete)
 }
 
-fn request(family: u8) -> Vec<u8> {
+fn request((family, protocol): (u8, u8)) -> Vec<u8> {
     let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
     let states = StateFlags::all().difference(StateFlags::TIME_WAIT).bits() | BOUND_INACTIVE;
     let mut message = NetlinkMessage::from(SockDiagMessage::InetRequest(InetRequest {
         family,
-        protocol: IPPROTO_TCP,
+        protocol,
         extensions: ExtensionFlags::empty(),
         states: StateFlags::from_bits_retain(states),
         socket_id,
@@ -148,7 +159,7 @@ struct Part {
     last: bool,
 }
 
-fn parse(datagram: &[u8], each: &mut impl FnMut(Socket)) -> io::Result<Part> {
+fn parse(datagram: &[u8], protocol: u8, each: &mut impl FnMut(Socket)) -> io::Result<Part> {
     let mut part = Part::default();
     let mut rest = datagram;
     while !rest.is_empty() && !part.last {
@@ -159,7 +170,14 @@ fn parse(datagram: &[u8], each: &mut impl FnMut(Socket)) -> io::Result<Part> {
                 let header =
                     InetResponseHeader::parse(message.payload()).map_err(not_understood)?;
                 if is_whole(&header) {
-                    each(Socket { cookie: cookie(header.socket_id.cookie), state: header.state });
+                    each(Socket {
+                        cookie: cookie(header.socket_id.cookie),
+                        protocol,
+                        state: header.state,
+                        inode: header.inode,
+                        family: header.family,
+                        id: header.socket_id,
+                    });
                 }
             }
             NLMSG_ERROR => {
@@ -213,6 +231,8 @@ fn not_understood(error: DecodeError) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_sock_diag::constants::IPPROTO_TCP;
+
     use super::*;
 
     /// A message as the kernel makes it, padded.
@@ -239,13 +259,13 @@ mod tests {
 
     fn parsed(datagram: &[u8]) -> io::Result<(Part, Vec<Socket>)> {
         let mut sockets = Vec::new();
-        let part = parse(datagram, &mut |socket| sockets.push(socket))?;
+        let part = parse(datagram, IPPROTO_TCP, &mut |socket| sockets.push(socket))?;
         Ok((part, sockets))
     }
 
     #[test]
     fn every_state_but_one_is_asked_for() {
-        let bytes = request(AF_INET6);
+        let bytes = request((AF_INET6, IPPROTO_TCP));
         let message = NetlinkBuffer::new_checked(&bytes).expect("a message");
         assert_eq!(message.flags(), NLM_F_REQUEST | NLM_F_DUMP);
         // `struct inet_diag_req_v2`.
@@ -260,7 +280,8 @@ mod tests {
         let datagram = [socket(1, 0, 5, [2, 1], &[]), message(NLMSG_DONE, 0, &[0; 4])].concat();
         let (part, sockets) = parsed(&datagram).expect("understood");
         assert_eq!(part, Part { interrupted: false, last: true });
-        assert_eq!(sockets, [Socket { cookie: 0x1_0000_0002, state: 1 }]);
+        let found: Vec<_> = sockets.iter().map(|s| (s.cookie, s.state, s.inode)).collect();
+        assert_eq!(found, [(0x1_0000_0002, 1, 5)]);
         let bare = message(NLMSG_DONE, 0, &[]);
         assert!(parsed(&bare).expect("understood").0.last, "an end without a code");
         assert_eq!(parsed(&[]).expect("understood"), (Part::default(), vec![]));

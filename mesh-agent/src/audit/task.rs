@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::{Audit, Report};
+use super::{Audit, Record, Report};
 use crate::dataplane::records::Records;
 
 /// How often it is made by itself.
@@ -65,6 +65,18 @@ impl Auditor {
     #[must_use]
     pub fn last(&self) -> Option<Audited> {
         self.last.borrow().clone()
+    }
+
+    /// Every record in use now, in no order.
+    #[must_use]
+    pub fn records(&self) -> Vec<Record> {
+        lock(&self.records).snapshot()
+    }
+
+    /// Whether this very reservation is still there.
+    #[must_use]
+    pub fn still(&self, record: &Record) -> bool {
+        lock(&self.records).still(record)
     }
 
     /// How many records are in use in each of the two tables, and how many each holds.

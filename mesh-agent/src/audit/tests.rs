@@ -1,16 +1,28 @@
 //! The comparison, pass by pass, without a kernel.
 
+use mesh_common::Origin;
+
 use super::*;
 
 const NETNS: u64 = 7;
 
 fn record(cookie: u64) -> Record {
-    Record { place: Place::Array(9), cookie, netns: NETNS, word: cookie << 26 | 1 << 24 }
+    in_namespace(cookie, NETNS)
+}
+
+fn in_namespace(cookie: u64, netns: u64) -> Record {
+    let given = Given { origin: Origin::new(netns, 0), ..Given::default() };
+    Record { place: Place::Array(9), cookie, word: cookie << 27 | 1 << 24, given }
+}
+
+fn socket(cookie: u64) -> Socket {
+    let id = netlink_packet_sock_diag::inet::SocketId::new_v4();
+    Socket { cookie, protocol: 6, state: 1, inode: 5, family: 2, id }
 }
 
 /// All sockets of the namespace.
 fn exist(cookies: &[u64]) -> HashMap<u64, Found> {
-    let sockets = cookies.iter().map(|cookie| (*cookie, 1)).collect();
+    let sockets = cookies.iter().map(|&cookie| (cookie, socket(cookie))).collect();
     HashMap::from([(NETNS, Found { sockets, incomplete: None })])
 }
 
@@ -83,7 +95,7 @@ fn only_the_very_same_record_is_gone() {
     let changed = [
         other(|record| record.word |= 1 << 25),
         other(|record| record.cookie += 1 << 16),
-        other(|record| record.place = Place::Overflow),
+        other(|record| record.place = Place::Elsewhere(0)),
     ];
     for now in changed {
         let mut audit = Audit::default();
@@ -97,7 +109,7 @@ fn only_the_very_same_record_is_gone() {
 fn a_namespace_that_was_read_half_written() {
     let (mut audit, mut found) = (Audit::default(), exist(&[]));
     found.insert(NETNS + 1, Found { sockets: HashMap::new(), incomplete: None });
-    let stale = Record { netns: NETNS + 1, ..record(1) };
+    let stale = in_namespace(1, NETNS + 1);
     assert_eq!(audit.compare(&[stale], &found, yes).0.unseen, 1);
     let (report, gone) = audit.compare(&[record(1)], &found, yes);
     assert_eq!((report.unseen, gone), (1, vec![]), "the word is the same, the namespace is not");
@@ -106,7 +118,7 @@ fn a_namespace_that_was_read_half_written() {
 #[test]
 fn an_unknown_namespace_says_nothing() {
     let mut audit = Audit::default();
-    let elsewhere = Record { netns: NETNS + 1, ..record(1) };
+    let elsewhere = in_namespace(1, NETNS + 1);
     for _ in 0..3 {
         let (report, gone) = audit.compare(&[elsewhere], &exist(&[]), yes);
         assert_eq!(report, Report { records: 1, in_unknown_namespaces: 1, ..Report::default() });

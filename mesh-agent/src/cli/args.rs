@@ -76,6 +76,12 @@ released when two audits in a row find it so.")]
         /// Only those of this service
         service: Option<String>,
     },
+    /// List open connections: who holds them, where they go, for how long
+    #[command(after_help = CONNECTIONS)]
+    Connections {
+        /// Only those of this service
+        service: Option<String>,
+    },
     /// Give an endpoint no new connections; those that are open go on
     #[command(after_help = DRAINING)]
     Drain(DrainArgs),
@@ -98,6 +104,18 @@ released when two audits in a row find it so.")]
         shell: clap_complete::Shell,
     },
 }
+
+const CONNECTIONS: &str = "\
+Every balanced connection has a record in the kernel; its socket and the process that
+holds it are looked up while you wait. CGROUP (-o wide) is that of the process that
+connected, PID is who holds the socket now. A datagram socket that sends without
+being connected is listed once for each service that it sends to, and its AGE is the
+time since it last did.
+
+Examples:
+  mesh-agent connections orders
+  mesh-agent connections -o wide
+  mesh-agent connections -o json | jq -r '.[] | select(.age > 3600) | .pid'";
 
 const DRAINING: &str = "\
 While no other endpoint of the service is usable, one that drains goes on to be used. It
@@ -249,7 +267,7 @@ impl From<Protocol> for mesh_common::Protocol {
 }
 
 /// Commands that are documented, and come with a later version.
-const LATER: [&str; 5] = ["connections", "top", "register", "deregister", "heartbeat"];
+const LATER: [&str; 4] = ["top", "register", "deregister", "heartbeat"];
 
 /// The command of a later version that somebody typed, if that is the error.
 pub(super) fn later(error: &clap::Error) -> Option<&str> {

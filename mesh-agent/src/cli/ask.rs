@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use mesh_common::{ABI_VERSION, Protocol, Reason};
+use mesh_common::{ABI_VERSION, Reason};
 use serde::Serialize;
 
 use super::args::{DrainArgs, ExplainArgs};
@@ -79,6 +79,19 @@ pub(super) fn backends(
     output.print(&backends, |backends, style| tables::backends(backends, style, SystemTime::now()))
 }
 
+pub(super) fn connections(
+    named: Option<PathBuf>,
+    service: Option<&str>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let connections = ask(named, async |client: &Client| client.connections(service).await)?;
+    if connections.is_empty() && output.is_for_people() {
+        output::complain("no open connections");
+        return Ok(());
+    }
+    output.print(&connections, |connections, style| tables::connections(connections, style))
+}
+
 pub(super) fn drain(
     named: Option<PathBuf>,
     args: DrainArgs,
@@ -106,10 +119,6 @@ pub(super) fn explain(
         return Ok(());
     }
     Err(Failure::failed(match explanation.service {
-        _ if query.protocol != Protocol::Tcp => format!(
-            "{} would not be balanced: this version balances TCP only",
-            explanation.frontend
-        ),
         Some(service) => format!(
             "{} of service {service} would not be balanced: the steps say why",
             explanation.frontend

@@ -80,6 +80,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Audit => ask::audit(socket, &output),
         Command::Services { name } => ask::services(socket, name.as_deref(), &output),
         Command::Backends { service } => ask::backends(socket, service.as_deref(), &output),
+        Command::Connections { service } => ask::connections(socket, service.as_deref(), &output),
         Command::Drain(args) => ask::drain(socket, args, true, &output),
         Command::Undrain(args) => ask::drain(socket, args, false, &output),
         Command::Events(args) => events::events(socket, &args, &output),

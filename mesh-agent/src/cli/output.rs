@@ -198,12 +198,16 @@ pub(super) fn clean(text: &str) -> String {
 pub(super) fn age(since: &str, now: SystemTime) -> String {
     let Ok(since) = humantime::parse_rfc3339(since) else { return "-".into() };
     // A clock that was set back makes the future of now.
-    let seconds = now.duration_since(since).unwrap_or(Duration::ZERO).as_secs();
-    match seconds {
-        0..120 => format!("{seconds}s"),
-        120..7_200 => format!("{}m", seconds / 60),
-        7_200..172_800 => format!("{}h", seconds / 3_600),
-        _ => format!("{}d", seconds / 86_400),
+    brief(now.duration_since(since).unwrap_or(Duration::ZERO))
+}
+
+/// A duration in one number.
+pub(super) fn brief(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds @ 0..120 => format!("{seconds}s"),
+        seconds @ 120..7_200 => format!("{}m", seconds / 60),
+        seconds @ 7_200..172_800 => format!("{}h", seconds / 3_600),
+        seconds => format!("{}d", seconds / 86_400),
     }
 }
 

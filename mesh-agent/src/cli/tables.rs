@@ -1,10 +1,12 @@
 //! What people see of each answer.
 
 use std::fmt::Write as _;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use super::output::{Style, age, clean, coloured, lines, number, text};
-use crate::api::types::{Answer, Audit, Backend, Explanation, Frontend, Service, Status};
+use super::output::{Style, age, brief, clean, coloured, lines, number, text};
+use crate::api::types::{
+    Answer, Audit, Backend, Connection, Explanation, Frontend, Service, Status,
+};
 use crate::check::Check;
 
 /// How many frontends of a service are shown before `-o wide` is needed.
@@ -94,6 +96,33 @@ pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> S
     list.finish()
 }
 
+/// `connections`.
+pub(super) fn connections(connections: &[Connection], style: Style) -> String {
+    let mut header = vec!["SERVICE", "FRONTEND", "BACKEND", "STATE", "AGE", "PID", "COMMAND"];
+    if style.wide {
+        header.push("CGROUP");
+    }
+    let mut list = style.list(&header);
+    for connection in connections {
+        let or_none = |name: &str| if name.is_empty() { "-" } else { name }.to_owned();
+        let pid = connection.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+        let mut row = vec![
+            text(or_none(&connection.service)),
+            text(format!("{}/{}", connection.frontend, connection.protocol)),
+            text(or_none(&connection.backend)),
+            text(&connection.state),
+            number(brief(Duration::from_secs(connection.age))),
+            number(pid),
+            text(connection.command.as_deref().unwrap_or("-")),
+        ];
+        if style.wide {
+            row.push(text(&connection.cgroup));
+        }
+        list.row(row);
+    }
+    list.finish()
+}
+
 /// `audit`.
 pub(super) fn audit(audit: &Audit, style: Style) -> String {
     let mut list = style.list(&["RECORDS", "COUNT"]);
@@ -165,6 +194,7 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
         ("collisions", status.counters.collisions),
         ("all ejected", status.counters.all_ejected),
         ("spared by the share", status.counters.share_reached),
+        ("datagram records given up", status.counters.gave_way),
         ("events lost", status.counters.events_lost),
     ] {
         counters.row([text(name), number(count)]);

@@ -266,14 +266,12 @@ fn ports(node: &Node, problems: &mut Problems) -> Option<Vec<ServicePort>> {
 fn port(node: &Node, problems: &mut Problems) -> Option<ServicePort> {
     let fields = fields(node, &PORT, problems)?;
     let protocol = fields.get("protocol").map_or(Some(Protocol::Tcp), |node| {
-        match text(node, "tcp", problems)? {
+        match text(node, "tcp or udp", problems)? {
             "tcp" => Some(Protocol::Tcp),
-            "udp" => {
-                problems.add(node.at, "protocol: udp is not supported yet; expected tcp");
-                None
-            }
+            "udp" => Some(Protocol::Udp),
             other => {
-                problems.add(node.at, format!("unknown protocol {}; expected tcp", excerpt(other)));
+                let found = excerpt(other);
+                problems.add(node.at, format!("unknown protocol {found}; expected tcp or udp"));
                 None
             }
         }

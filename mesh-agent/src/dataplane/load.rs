@@ -5,13 +5,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{MapData, RingBuf};
+use aya::programs::cgroup_sock::CgroupSockLinkId;
 use aya::programs::cgroup_sock_addr::CgroupSockAddrLinkId;
-use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSockAddr, ProgramError};
+use aya::programs::{
+    BtfTracePoint, CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError,
+};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
-use mesh_common::{ABI_VERSION, Limits};
+use mesh_common::datagram::IDLE_SECONDS;
+use mesh_common::{ABI_VERSION, Limits, Origin};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::btf::{self, BtfError};
+use super::clock;
 use super::kernel::{Grace, KernelMaps, OpenError, typed};
 use super::records::Records;
 use super::sys::attached::{Hook, program_ids};
@@ -21,11 +26,16 @@ use crate::text::chain;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 
 /// The programs that are attached to the cgroup, and their hooks.
-pub const PROGRAMS: [(&str, Hook); 4] = [
+pub const PROGRAMS: [(&str, Hook); 9] = [
     ("mesh_connect4", Hook::Connect4),
     ("mesh_connect6", Hook::Connect6),
+    ("mesh_sendmsg4", Hook::SendMsg4),
+    ("mesh_sendmsg6", Hook::SendMsg6),
     ("mesh_peername4", Hook::GetPeerName4),
     ("mesh_peername6", Hook::GetPeerName6),
+    ("mesh_recvmsg4", Hook::RecvMsg4),
+    ("mesh_recvmsg6", Hook::RecvMsg6),
+    ("mesh_release", Hook::SockRelease),
 ];
 
 /// What the programs that see the end of a connection hang on. They run for all sockets of the
@@ -155,9 +165,15 @@ pub struct Options {
 /// The loaded programs. Dropping it detaches them.
 pub struct Programs {
     ebpf: Ebpf,
-    links: Vec<(&'static str, CgroupSockAddrLinkId)>,
+    links: Vec<(&'static str, Link)>,
     /// Program ids of the attached tracers; they stay attached.
     tracers: Vec<(&'static str, Tracer, u32)>,
+}
+
+/// What keeps a program attached to a cgroup.
+enum Link {
+    Addr(CgroupSockAddrLinkId),
+    Sock(CgroupSockLinkId),
 }
 
 /// A program, as the kernel knows it.
@@ -206,6 +222,7 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     // Level 0 lets the verifier prune every log statement.
     let salt = fastrand::u64(..);
     let level: u8 = if options.log { aya_log::Level::Debug as u8 } else { 0 };
+    let idle = (IDLE_SECONDS * (1_000_000_000 / clock::tick())) >> Origin::TIME_SHIFT;
     let limits = options.limits;
     let mut loader = EbpfLoader::new();
     for (map, entries) in [
@@ -225,12 +242,12 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global(aya_log::LEVEL, &level, false)
         .override_global("SALT", &salt, true)
+        .override_global("DATAGRAM_IDLE", &idle, true)
         .override_global("SOCKET_FIELDS", &places[..], true)
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
-    for (program, _) in PROGRAMS {
-        hook(&mut ebpf, program)
-            .and_then(CgroupSockAddr::load)
+    for (program, hook) in PROGRAMS {
+        load_hooked(&mut ebpf, program, hook)
             .map_err(|source| LoadError::Program { program, source: Box::new(source) })?;
     }
     let btf = Btf::from_sys_fs().map_err(LoadError::Btf)?;
@@ -246,19 +263,30 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     Ok(Loaded { programs, maps, grace, records, events })
 }
 
-fn load_tracer(ebpf: &mut Ebpf, name: &str, tracer: Tracer, btf: &Btf) -> Result<(), ProgramError> {
-    tracing(ebpf, name)?.load(tracer.0, btf)
+fn load_hooked(ebpf: &mut Ebpf, name: &str, hook: Hook) -> Result<(), ProgramError> {
+    match hook {
+        Hook::SockRelease => of_kind::<CgroupSock>(ebpf, name)?.load(),
+        _ => of_kind::<CgroupSockAddr>(ebpf, name)?.load(),
+    }
 }
 
-fn tracing<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, ProgramError> {
+/// A program of this kind.
+fn of_kind<'e, P>(ebpf: &'e mut Ebpf, name: &str) -> Result<&'e mut P, ProgramError>
+where
+    &'e mut P: TryFrom<&'e mut Program, Error = ProgramError>,
+{
     ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+fn load_tracer(ebpf: &mut Ebpf, name: &str, tracer: Tracer, btf: &Btf) -> Result<(), ProgramError> {
+    of_kind::<BtfTracePoint>(ebpf, name)?.load(tracer.0, btf)
 }
 
 impl Programs {
     /// Attaches all programs to a cgroup: sockets that are created below it from then on are
     /// balanced. What was attached before is detached. After an error none is attached to it.
     ///
-    /// Whatever ends records comes before what makes them, and `getpeername` before connect, so that
+    /// Whatever ends records comes before what makes them, and what shows the peer before that, so that
     /// no balanced socket shows its backend.
     ///
     /// # Errors
@@ -271,7 +299,7 @@ impl Programs {
         self.trace()?;
         let mut ids = Vec::new();
         for (program, place) in PROGRAMS.into_iter().rev() {
-            match self.attach_one(program, &opened) {
+            match self.attach_one(program, place, &opened) {
                 Ok(id) => ids.push((program, place, id)),
                 Err(source) => {
                     self.detach();
@@ -298,18 +326,34 @@ impl Programs {
         Ok(())
     }
 
-    fn attach_one(&mut self, name: &'static str, cgroup: &File) -> Result<u32, ProgramError> {
-        let program = hook(&mut self.ebpf, name)?;
-        let id = program.info()?.id();
+    fn attach_one(
+        &mut self,
+        name: &'static str,
+        hook: Hook,
+        cgroup: &File,
+    ) -> Result<u32, ProgramError> {
         // A link is always one of many; aya's flag for that is refused for links.
-        self.links.push((name, program.attach(cgroup, CgroupAttachMode::Single)?));
+        const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+        let (id, link) = if hook == Hook::SockRelease {
+            let program = of_kind::<CgroupSock>(&mut self.ebpf, name)?;
+            (program.info()?.id(), Link::Sock(program.attach(cgroup, MODE)?))
+        } else {
+            let program = of_kind::<CgroupSockAddr>(&mut self.ebpf, name)?;
+            (program.info()?.id(), Link::Addr(program.attach(cgroup, MODE)?))
+        };
+        self.links.push((name, link));
         Ok(id)
     }
 
     /// Detaches all that is attached to a cgroup.
     pub fn detach(&mut self) {
         for (program, link) in self.links.drain(..) {
-            let detached = hook(&mut self.ebpf, program).and_then(|hook| hook.detach(link));
+            let detached = match link {
+                Link::Addr(link) => of_kind::<CgroupSockAddr>(&mut self.ebpf, program)
+                    .and_then(|hook| hook.detach(link)),
+                Link::Sock(link) => of_kind::<CgroupSock>(&mut self.ebpf, program)
+                    .and_then(|hook| hook.detach(link)),
+            };
             if let Err(error) = detached {
                 tracing::warn!(program, %error, "could not detach");
             }
@@ -367,13 +411,9 @@ impl Attachment {
     }
 }
 
-fn hook<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, ProgramError> {
-    ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
-}
-
 /// Attaches a tracer, and gives the kernel's number for its program.
 fn attach_tracer(ebpf: &mut Ebpf, name: &str) -> Result<u32, ProgramError> {
-    let program = tracing(ebpf, name)?;
+    let program = of_kind::<BtfTracePoint>(ebpf, name)?;
     let id = program.info()?.id();
     program.attach()?;
     Ok(id)

@@ -4,9 +4,9 @@
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
 use mesh_common::ejection::ticks;
-use mesh_common::flow::{NETNS_WORD, TOKEN_WORD, generation_of, release_seen};
+use mesh_common::flow::release_seen;
 use mesh_common::layout::counter;
-use mesh_common::{BackendStats, Flow, Held, Token, Word};
+use mesh_common::{BackendStats, Elsewhere, Flow, Given, Held, Token, Word};
 
 use super::clock;
 use super::kernel::{OpenError, mapped, typed};
@@ -19,7 +19,7 @@ const WORDS: usize = size_of::<Flow>() / 8;
 /// All records.
 pub struct Records {
     flows: Mapped<[Word; WORDS]>,
-    overflow: HashMap<MapData, u64, [u64; WORDS]>,
+    overflow: HashMap<MapData, Elsewhere, [u64; WORDS]>,
     stats: Mapped<BackendStats>,
     counters: Mapped<Word>,
 }
@@ -51,25 +51,25 @@ impl Records {
     pub fn snapshot(&self) -> Vec<Record> {
         let mut records: Vec<Record> =
             (0..self.flows.capacity()).filter_map(|place| self.at(place)).collect();
-        if self.counters.get(counter::OVERFLOWED).is_some_and(|records| records.load() != 0) {
+        if self.elsewhere() != 0 {
             // An element that is deleted meanwhile makes the kernel begin again, or end early; what
             // was missed is seen the next time.
             let entries = self.overflow.iter().take(self.flows.capacity() as usize);
-            records.extend(entries.filter_map(Result::ok).map(|(cookie, words)| {
-                let [word, ..] = words;
-                Record { place: Place::Overflow, cookie, netns: words[NETNS_WORD], word }
-            }));
+            records.extend(
+                entries
+                    .filter_map(Result::ok)
+                    .map(|(key, words)| record(Place::Elsewhere(key.index), key.cookie, words)),
+            );
         }
         records
     }
 
     fn at(&self, place: u32) -> Option<Record> {
-        let record = self.flows.get(place)?;
-        let [held, ..] = record;
-        let word = held.load();
-        let (held, netns) = (Held(word), record[NETNS_WORD].load());
-        let cookie = held.cookie(place);
-        held.is_used().then_some(Record { place: Place::Array(place), cookie, netns, word })
+        let words = self.flows.get(place)?;
+        let [held, ..] = words;
+        let held = Held(held.load());
+        let words = held.is_used().then(|| words.each_ref().map(Word::load))?;
+        Some(record(Place::Array(place), held.cookie(place), words))
     }
 
     /// Whether this very reservation is still there.
@@ -81,7 +81,10 @@ impl Records {
     fn word(&self, record: &Record) -> Option<u64> {
         match record.place {
             Place::Array(place) => self.flows.get(place).map(|[held, ..]| held.load()),
-            Place::Overflow => self.overflow.get(&record.cookie, 0).ok().map(|[word, ..]| word),
+            Place::Elsewhere(index) => {
+                let key = Elsewhere { cookie: record.cookie, index };
+                self.overflow.get(&key, 0).ok().map(|[word, ..]| word)
+            }
         }
     }
 
@@ -93,7 +96,9 @@ impl Records {
             Place::Array(place) => {
                 self.flows.get(place).map(|words| words.each_ref().map(Word::load))
             }
-            Place::Overflow => self.overflow.get(&record.cookie, 0).ok(),
+            Place::Elsewhere(index) => {
+                self.overflow.get(&Elsewhere { cookie: record.cookie, index }, 0).ok()
+            }
         };
         let Some(words) = words else { return false };
         let seen = Held(record.word);
@@ -102,38 +107,55 @@ impl Records {
                 self.flows.get(place).and_then(|[held, ..]| release_seen(held, seen))
             }
             // As in the kernel programs: whoever removes the entry has released it.
-            Place::Overflow => {
-                let removed = words.first() == Some(&record.word) && self.remove(record.cookie);
-                removed.then_some(seen)
+            Place::Elsewhere(index) => {
+                let key = Elsewhere { cookie: record.cookie, index };
+                (words.first() == Some(&record.word) && self.remove(&key)).then_some(seen)
             }
         };
         let Some(held) = released else { return false };
+        let given = given(words);
         if let Some(stats) = self.stats.get(held.backend())
-            && stats.is_life(generation_of(&words))
+            && stats.is_life(given.generation)
         {
-            let token = if held.has_token() { Token(words[TOKEN_WORD]) } else { Token::NONE };
+            let token = if held.has_token() { given.token } else { Token::NONE };
             stats.end(token, || ticks(clock::monotonic()));
         }
         true
     }
 
-    fn remove(&mut self, cookie: u64) -> bool {
-        let removed = self.overflow.remove(&cookie).is_ok();
-        if removed && let Some(records) = self.counters.get(counter::OVERFLOWED) {
+    fn remove(&mut self, key: &Elsewhere) -> bool {
+        let removed = self.overflow.remove(key).is_ok();
+        let which = if key.index == 0 { counter::OVERFLOWED } else { counter::FURTHER };
+        if removed && let Some(records) = self.counters.get(which) {
             records.decrement();
         }
         removed
     }
 
+    /// How many records do not lie at the place that their socket's cookie names.
+    fn elsewhere(&self) -> u64 {
+        let counts = [counter::OVERFLOWED, counter::FURTHER];
+        counts.into_iter().filter_map(|index| self.counters.get(index)).map(Word::load).sum()
+    }
+
     /// How many records are in use in each table: the array, and the one for those that found their
-    /// place taken.
+    /// place taken and for further ones of datagram sockets.
     #[must_use]
     pub fn used(&self) -> (u32, u32) {
         let in_use = |&place: &u32| {
             self.flows.get(place).is_some_and(|[held, ..]| Held(held.load()).is_used())
         };
         let used = (0..self.flows.capacity()).filter(in_use).count();
-        let overflowed = self.counters.get(counter::OVERFLOWED).map_or(0, Word::load);
-        (u32::try_from(used).unwrap_or(u32::MAX), u32::try_from(overflowed).unwrap_or(u32::MAX))
+        let elsewhere = self.elsewhere();
+        (u32::try_from(used).unwrap_or(u32::MAX), u32::try_from(elsewhere).unwrap_or(u32::MAX))
     }
+}
+
+fn record(place: Place, cookie: u64, words: [u64; WORDS]) -> Record {
+    let [word, ..] = words;
+    Record { place, cookie, word, given: given(words) }
+}
+
+fn given([_, words @ ..]: [u64; WORDS]) -> Given {
+    Given::from_words(words)
 }

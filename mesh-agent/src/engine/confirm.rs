@@ -10,7 +10,7 @@ use mesh_common::ejection::{Phase, ticks};
 use mesh_common::event::Kind;
 use mesh_common::stats::change;
 use mesh_common::translate::share_allows;
-use mesh_common::{Client, FrontendKey, Service, Table, Tables as _};
+use mesh_common::{Client, FrontendKey, Protocol, Service, Table, Tables as _};
 use tokio::sync::mpsc;
 
 use super::observed::dialled;
@@ -82,6 +82,8 @@ impl Engine {
     pub(super) fn confirm(&mut self, observed: &Observed) {
         let event = &observed.event;
         if observed.kind == Kind::Suspected
+            // Nothing can be asked of a datagram service without knowing what it speaks.
+            && event.frontend.protocol == Protocol::Tcp as u8
             && let Some(address) = self.backend_at(observed)
         {
             self.opinions.ask(Suspicion {

@@ -6,6 +6,7 @@ mod confirm;
 mod drains;
 pub mod journal;
 mod observed;
+mod open;
 mod out;
 mod pause;
 mod view;

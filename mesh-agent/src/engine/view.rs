@@ -36,8 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct Handle {
     questions: mpsc::Sender<Question>,
-    config: Arc<Config>,
-    auditor: Auditor,
+    pub(super) config: Arc<Config>,
+    pub(super) auditor: Auditor,
 }
 
 impl Handle {
@@ -50,7 +50,7 @@ impl Handle {
     }
 
     /// Runs `question` in the engine's task, between two changes.
-    async fn ask<T: Send + 'static>(
+    pub(super) async fn ask<T: Send + 'static>(
         &self,
         question: impl FnOnce(&mut Engine) -> T + Send + 'static,
     ) -> Result<T, ViewError> {
@@ -116,6 +116,13 @@ impl View for Handle {
             }
         })
         .await?
+    }
+
+    async fn connections(
+        &self,
+        service: Option<String>,
+    ) -> Result<Vec<types::Connection>, ViewError> {
+        self.open_connections(service).await
     }
 
     async fn status(&self) -> Result<types::Status, ViewError> {
@@ -394,6 +401,7 @@ impl Engine {
             overflowed: maps.counter(counter::OVERFLOWED),
             all_ejected: maps.counter(counter::ALL_EJECTED),
             share_reached: maps.counter(counter::SHARE_REACHED),
+            gave_way: maps.counter(counter::GAVE_WAY),
             events_lost: maps.counter(counter::EVENTS_LOST),
             refused: by_reason(Reason::ALL.map(|reason| maps.counter(reason as u32))).collect(),
         }

@@ -75,9 +75,6 @@ pub fn explain(
     if !client.is_none_or(|client| client.inside) {
         return story.not_balanced();
     }
-    if query.protocol != Protocol::Tcp {
-        return story.not_tcp();
-    }
     let id = client.and_then(|client| client.id).map_or(Client::NOBODY, Client::of_cgroup);
     let traced = Traced::new(tables, id);
     let verdict = translate(&traced, &traced, &key);

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use mesh_common::{Algorithm, Client, Reason, Slot, State};
+use mesh_common::datagram::IDLE_SECONDS;
+use mesh_common::{Algorithm, Client, Protocol, Reason, Slot, State};
 
 use super::{BackendInfo, ClientView, FrontendInfo, Query, Seen};
 use crate::api::types::{Answer, Candidate, Explanation, Step};
@@ -16,6 +17,7 @@ const NAMED: usize = 8;
 pub(super) struct Story {
     explanation: Explanation,
     backends: Vec<BackendInfo>,
+    is_datagram: bool,
 }
 
 impl Story {
@@ -40,6 +42,7 @@ impl Story {
                 answer: None,
             },
             backends,
+            is_datagram: query.protocol == Protocol::Udp,
         };
         story.step(
             "client",
@@ -61,12 +64,6 @@ impl Story {
     /// The client is outside.
     pub(super) fn not_balanced(mut self) -> Explanation {
         self.step("answer", "not balanced: connects of this client are not touched");
-        self.explanation
-    }
-
-    /// The protocol is not balanced.
-    pub(super) fn not_tcp(mut self) -> Explanation {
-        self.step("answer", "passed: this version balances TCP only, so this is not touched");
         self.explanation
     }
 
@@ -150,6 +147,13 @@ impl Story {
             ),
         };
         self.step("choice", choice);
+        if self.is_datagram {
+            let kept = format!(
+                "a socket that sends without being connected keeps its backend until it has sent \
+                 nothing there for {IDLE_SECONDS} s, or the backend is gone, unhealthy or out"
+            );
+            self.step("kept", kept);
+        }
         self.step("answer", format!("the connect goes to {backend}"));
         self.explanation.answer = Some(Answer::Backend { backend });
         self.explanation

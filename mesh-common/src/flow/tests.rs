@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// Cookies that a word has room for.
-const COOKIES: u64 = 1 << 54;
+const COOKIES: u64 = 1 << 53;
 
 /// Whether a record could be had and says now whose it is.
 fn take(word: &Word, mine: Held) -> Claim {
@@ -106,6 +106,82 @@ proptest! {
         publish(&word, mine);
         prop_assert_eq!(release_seen(&word, filling), None);
         prop_assert_eq!(release(&word, cookie), Some(mine));
+    }
+}
+
+proptest! {
+    /// A failure of what goes on is told once, by whoever comes first; its token is used up with it, and
+    /// the record is released as before, by its socket or by the agent that saw it earlier.
+    #[test]
+    fn a_failure_is_told_once(cookie in 1..COOKIES, token: bool, by_agent: bool) {
+        let (word, mine) = (Word::new(0), Held::new(cookie, 5, token));
+        prop_assert_eq!(tell(&word, cookie), None);
+        prop_assert_eq!(take(&word, mine), Claim::Taken);
+        prop_assert_eq!(tell(&word, cookie), Some(mine));
+        prop_assert_eq!(tell(&word, cookie), None);
+        prop_assert!(!settle(&word, cookie));
+        let released = if by_agent { release_seen(&word, mine) } else { release(&word, cookie) };
+        let released = released.expect("it was held");
+        prop_assert!(released.is_told() && !released.has_token() && released.backend() == 5);
+        prop_assert_eq!(word.load(), 0);
+        prop_assert_eq!(tell(&word, cookie), None);
+    }
+
+    #[test]
+    fn origins_survive_packing(netns in 1u64..1 << 36, then: u64, later in 0u64..1 << 34) {
+        let origin = Origin::new(netns, then);
+        prop_assert_eq!(origin.netns(), netns);
+        prop_assert_eq!(origin.age(then), 0);
+        let age = origin.age(then.wrapping_add(later));
+        // It goes round with the counter itself, which takes longer than a machine runs.
+        if then.checked_add(later).is_some() {
+            prop_assert!(age.abs_diff(later >> Origin::TIME_SHIFT) <= 1, "{} for {}", age, later);
+        }
+    }
+
+    #[test]
+    fn roles_survive_packing(
+        service in 0..crate::Limits::MOST.frontends,
+        connected: bool,
+        more in 0..=Role::MOST,
+        last in 0..=Role::MOST,
+    ) {
+        let role = Role::new(service, connected).with_last(last).with_more(more);
+        prop_assert_eq!(role, Role::new(service, connected).with_more(more).with_last(last));
+        prop_assert_eq!((role.service(), role.is_connected()), (service, connected));
+        prop_assert_eq!((role.more(), role.last()), (more, last));
+    }
+
+    /// What the agent reads word by word is what the programs wrote.
+    #[test]
+    fn records_are_read_word_by_word(parts: [u32; 4], port: u16, protocol: u8, words: [u64; 5]) {
+        let [client, peer, origin, ids, token] = words;
+        let given = Given {
+            frontend: FrontendKey { addr: Addr::from_words(parts), port, protocol, pad: 0 },
+            peer: peer as u32,
+            origin: Origin(origin),
+            client,
+            role: Role(ids as u32),
+            generation: (ids >> 32) as u32,
+            token: Token(token),
+        };
+        let half = |low: u32, high: u32| {
+            let ([a, b, c, d], [e, f, g, h]) = (low.to_ne_bytes(), high.to_ne_bytes());
+            u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+        };
+        let [a, b, c, d] = parts;
+        let [port_low, port_high] = port.to_ne_bytes();
+        let dialled = u32::from_ne_bytes([port_low, port_high, protocol, 0]);
+        let read = Given::from_words([
+            half(a, b),
+            half(c, d),
+            half(dialled, given.peer),
+            origin,
+            client,
+            half(given.role.0, given.generation),
+            token,
+        ]);
+        prop_assert_eq!(read, given);
     }
 }
 

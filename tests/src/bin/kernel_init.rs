@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
@@ -37,6 +37,7 @@ const SERVICE_TEXT: &str = r#"services:
   addresses: [10.96.0.10, "fd00:96::10"]
   ports:
   - {port: 80, target: 8080}
+  - {port: 53, target: 8080, protocol: udp}
   endpoints:
   - {address: 127.0.0.11}
   - {address: 127.0.0.12}
@@ -102,6 +103,10 @@ fn run() -> Result<()> {
     expect_all("IPv6 is balanced", "[fd00:96::10]:80", &SERVERS_6.map(|(name, _)| name))?;
     expect_all("IPv4 from an IPv6 socket is balanced", "[::ffff:10.96.0.10]:80", &all)?;
 
+    expect_all("datagrams over IPv4 are", "udp/10.96.0.10:53", &all)?;
+    expect_all("and over IPv6", "udp/[fd00:96::10]:53", &SERVERS_6.map(|(name, _)| name))?;
+    expect_all("and over IPv4 from an IPv6 socket", "udp/[::ffff:10.96.0.10]:53", &all)?;
+
     let refused = libc::ECONNREFUSED;
     expect_error("a virtual IP without service is refused", CGROUP, "10.96.0.99:80", refused)?;
     expect_error("the same with IPv6", CGROUP, "[fd00:96::99]:80", refused)?;
@@ -156,6 +161,13 @@ fn serve(name: &'static str, address: &str) -> Result<()> {
             let _ = stream.write_all(name.as_bytes());
         }
     });
+    let datagrams = UdpSocket::bind(address).with_context(|| format!("datagrams on {address}"))?;
+    thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((_, from)) = datagrams.recv_from(&mut buffer) {
+            let _ = datagrams.send_to(name.as_bytes(), from);
+        }
+    });
     Ok(())
 }
 
@@ -193,7 +205,7 @@ fn wait_ready(agent: &mut Child) -> Result<()> {
 fn check_programs(status: &Value) -> Result<()> {
     let programs = status["programs"].as_array().context("status names no programs")?;
     let attached = programs.iter().filter(|program| program["attached"] == true).count();
-    ensure!(attached == 11 && programs.len() == 11, "programs attached: {}", status["programs"]);
+    ensure!(attached == 16 && programs.len() == 16, "programs attached: {}", status["programs"]);
     Ok(())
 }
 
@@ -219,7 +231,7 @@ fn expect_all(assertion: &str, address: &str, names: &[&str]) -> Result<()> {
     ensure!(lines.len() == CONNECTS, "{assertion}: {} of {CONNECTS} answers", lines.len());
     let mut seen = BTreeSet::new();
     for line in &lines {
-        let name = line.strip_prefix(&format!("{address} "));
+        let name = line.strip_prefix(&format!("{} ", address.trim_start_matches("udp/")));
         match name.filter(|name| names.contains(name)) {
             Some(name) => seen.insert(name),
             None => bail!("{assertion}: {address} gave `{line}`, expected `{address} NAME`"),
@@ -251,11 +263,15 @@ fn connect(cgroup: &str, address: &str, count: usize) -> Result<Vec<String>> {
 }
 
 /// Connects `count` times and prints a line for each: `PEER NAME`, or `errno NUMBER` when the
-/// connect fails. The cgroup that counts is the socket's at its creation, so the process enters it
+/// connect fails. With `udp/` before the address it sends a datagram instead, and PEER is where the
+/// answer came from. The cgroup that counts is the socket's at its creation, so the process enters it
 /// first.
 fn client(cgroup: &str, address: &str, count: &str) -> Result<()> {
     if cgroup != OUTSIDE {
         fs::write(Path::new(cgroup).join("cgroup.procs"), "0").context("entering the cgroup")?;
+    }
+    if let Some(address) = address.strip_prefix("udp/") {
+        return (0..count.parse()?).try_for_each(|_: u32| send(address.parse()?));
     }
     let address: SocketAddr = address.parse()?;
     for _ in 0..count.parse()? {
@@ -269,6 +285,18 @@ fn client(cgroup: &str, address: &str, count: &str) -> Result<()> {
             }
             Err(error) => println!("errno {}", error.raw_os_error().unwrap_or_default()),
         }
+    }
+    Ok(())
+}
+
+/// Sends a datagram, and prints who answers.
+fn send(address: SocketAddr) -> Result<()> {
+    let socket = UdpSocket::bind(if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut buffer = [0; 64];
+    match socket.send_to(b"who", address).and_then(|_| socket.recv_from(&mut buffer)) {
+        Ok((length, peer)) => println!("{peer} {}", String::from_utf8_lossy(&buffer[..length])),
+        Err(error) => println!("errno {}", error.raw_os_error().unwrap_or_default()),
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Clients for the tests: each prints what came of it as one line of JSON.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 use std::{fs, io};
@@ -9,7 +9,8 @@ use std::{fs, io};
 use anyhow::Result;
 use clap::Parser;
 use mesh_tests::client::{self, Way};
-use mesh_tests::storm;
+use mesh_tests::{datagram, storm};
+use rustix::process::{Resource, Rlimit};
 
 /// Connects, asks who answers, and prints what came of it as JSON.
 #[derive(Parser)]
@@ -36,6 +37,13 @@ enum Client {
         /// Where to.
         address: SocketAddr,
     },
+    /// So many connections, made and held until the input ends, of which it tells by a line.
+    Hold {
+        /// Where to.
+        address: SocketAddr,
+        /// How many.
+        count: usize,
+    },
     /// How often each backend answers, or each error comes.
     Histogram {
         /// Where to.
@@ -43,6 +51,8 @@ enum Client {
         /// How often.
         times: u32,
     },
+    /// A datagram socket that does what the lines of its input say.
+    Datagrams,
     /// Connects without pause until standard input ends.
     Storm {
         /// Where to.
@@ -67,6 +77,8 @@ fn main() -> Result<()> {
                 serde_json::to_string(&client::reconnect(first, second))
             }
             Client::Later { address } => return later(address),
+            Client::Hold { address, count } => return hold(address, count),
+            Client::Datagrams => return datagram::obey(io::stdin().lock()),
             Client::Histogram { address, times } => {
                 let mut histogram = BTreeMap::<_, u32>::new();
                 for _ in 0..times {
@@ -82,6 +94,18 @@ fn main() -> Result<()> {
             ),
         };
     println!("{}", text?);
+    Ok(())
+}
+
+fn hold(address: SocketAddr, count: usize) -> Result<()> {
+    // Beyond what a process has at first.
+    let files = Some(count as u64 + 100);
+    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: files, maximum: files })?;
+    let held: Vec<_> =
+        (0..count).map(|_| TcpStream::connect(address)).collect::<io::Result<_>>()?;
+    println!("held");
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    drop(held);
     Ok(())
 }
 

@@ -1,9 +1,9 @@
-//! A named server: whoever sends a line, or an HTTP request, gets its name.
+//! A named server: whoever sends a line, an HTTP request or a datagram gets its name.
 //!
 //! `mesh-server NAME ADDRESS:PORT…`
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
@@ -33,11 +33,14 @@ fn main() -> Result<()> {
         let listener = TcpListener::bind(address)
             .with_context(|| format!("{name} cannot listen on {address}"))?;
         allow_fast_open(&listener, 64)?;
-        Ok(listener)
+        let datagrams = UdpSocket::bind(address)
+            .with_context(|| format!("{name} cannot take datagrams on {address}"))?;
+        Ok((listener, datagrams))
     });
     let listeners = listeners.collect::<Result<Vec<_>>>()?;
     thread::scope(|scope| {
-        for listener in &listeners {
+        for (listener, datagrams) in &listeners {
+            scope.spawn(|| serve_datagrams(datagrams, &name));
             for _ in 0..THREADS {
                 scope.spawn(|| serve(listener, &name));
             }
@@ -50,6 +53,16 @@ fn serve(listener: &TcpListener, name: &str) {
     for stream in listener.incoming().flatten() {
         // A client that goes away, or a health check that says nothing, is its own affair.
         let _ = answer(stream, name);
+    }
+}
+
+fn serve_datagrams(socket: &UdpSocket, name: &str) {
+    let mut buffer = [0; 2048];
+    loop {
+        // An error is that of an answer that nobody took.
+        if let Ok((_, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(name.as_bytes(), from);
+        }
     }
 }
 

@@ -24,13 +24,15 @@ pub struct Attached {
 }
 
 /// The hooks that this project uses or may come to use.
-const HOOKS: [bpf_attach_type; 9] = [
+const HOOKS: [bpf_attach_type; 11] = [
     bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
     bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
     bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
     bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
     bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
     bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
+    bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
     bpf_attach_type::BPF_CGROUP_SOCK_OPS,
     bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
     bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,

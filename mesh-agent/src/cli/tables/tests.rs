@@ -169,15 +169,16 @@ files /etc/mesh/services.d  error  3         /etc/mesh/services.d/a.yaml:3:9: po
 MAP    USED  MAX   FULL
 SLOTS  512   1024  50%
 
-CONNECTS             COUNT
-balanced             10
-refused: no-port     2
-retries              0
-no flow record       0
-collisions           0
-all ejected          0
-spared by the share  0
-events lost          0
+CONNECTS                   COUNT
+balanced                   10
+refused: no-port           2
+retries                    0
+no flow record             0
+collisions                 0
+all ejected                0
+spared by the share        0
+datagram records given up  0
+events lost                0
 ",
     );
 }

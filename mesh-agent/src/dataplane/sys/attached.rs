@@ -7,7 +7,7 @@ use std::path::Path;
 
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd};
 
-/// A hook on socket addresses, at which two balancers can meet.
+/// A hook on sockets and their addresses, at which two balancers can meet.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Hook {
     /// `connect()` of an IPv4 socket.
@@ -26,11 +26,13 @@ pub enum Hook {
     RecvMsg4,
     /// `recvfrom()`, `recvmsg()` of an IPv6 datagram socket.
     RecvMsg6,
+    /// The last close of a socket.
+    SockRelease,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Connect4,
         Self::Connect6,
         Self::GetPeerName4,
@@ -39,6 +41,7 @@ impl Hook {
         Self::SendMsg6,
         Self::RecvMsg4,
         Self::RecvMsg6,
+        Self::SockRelease,
     ];
 
     /// The name in tables and messages.
@@ -53,6 +56,7 @@ impl Hook {
             Self::SendMsg6 => "sendmsg6",
             Self::RecvMsg4 => "recvmsg4",
             Self::RecvMsg6 => "recvmsg6",
+            Self::SockRelease => "sock_release",
         }
     }
 
@@ -66,6 +70,7 @@ impl Hook {
             Self::SendMsg6 => bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
             Self::RecvMsg4 => bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
             Self::RecvMsg6 => bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
+            Self::SockRelease => bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
         }
     }
 }

@@ -1,0 +1,344 @@
+//! Datagram sockets: `sendmsg4` and `sendmsg6` lead what is sent to a service to a backend, `recvmsg4`
+//! and `recvmsg6` show the service as the sender of what comes back, and `sock_release` ends the
+//! records. Connecting is in `connect`.
+//!
+//! All but the last run with the socket locked (`BPF_CGROUP_RUN_PROG_UDP4_SENDMSG_LOCK` and its like),
+//! and that one when nobody else has the socket: a socket's further records are its own, besides for
+//! the agent, which removes those of sockets that are gone.
+
+use core::cell::Cell;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::helpers::bpf_get_socket_cookie;
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{SockAddrContext, SockContext};
+use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps};
+use mesh_common::layout::counter;
+use mesh_common::{
+    Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, State, Tables as _,
+    Token, Verdict, translate,
+};
+
+use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, refuse, steer};
+use crate::context::{Family, V4, V6, port, protocol, set_port};
+use crate::maps::{BACKEND_STATS, BACKENDS, Maps, OVERFLOW, SERVICES, count, counter, jiffies};
+use crate::records;
+
+/// [`IDLE_SECONDS`] in the unit of [`Origin::age`]. Set by the agent, who knows the kernel's `HZ`; this
+/// is for 250.
+#[unsafe(no_mangle)]
+static DATAGRAM_IDLE: u64 = IDLE_SECONDS * 250 >> Origin::TIME_SHIFT;
+
+/// A datagram to an `AF_INET` address that the call names.
+#[cgroup_sock_addr(sendmsg4)]
+pub fn mesh_sendmsg4(ctx: SockAddrContext) -> i32 {
+    send::<V4>(&ctx)
+}
+
+/// A datagram to an `AF_INET6` address that the call names.
+#[cgroup_sock_addr(sendmsg6)]
+pub fn mesh_sendmsg6(ctx: SockAddrContext) -> i32 {
+    send::<V6>(&ctx)
+}
+
+/// The sender of a datagram, for an `AF_INET` socket that asks for it.
+#[cgroup_sock_addr(recvmsg4)]
+pub fn mesh_recvmsg4(ctx: SockAddrContext) -> i32 {
+    receive::<V4>(&ctx)
+}
+
+/// The sender of a datagram, for an `AF_INET6` socket that asks for it, also when it is v4-mapped.
+#[cgroup_sock_addr(recvmsg6)]
+pub fn mesh_recvmsg6(ctx: SockAddrContext) -> i32 {
+    receive::<V6>(&ctx)
+}
+
+/// A socket is closed by its last owner (`inet_release`).
+#[cgroup_sock(sock_release)]
+pub fn mesh_release(ctx: SockContext) -> i32 {
+    // SAFETY: the kernel passes a valid context; one volatile load of the field's own width.
+    let protocol = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() };
+    if protocol == UDP {
+        // SAFETY: the context is valid.
+        end_all(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
+    }
+    PROCEED
+}
+
+#[inline(always)]
+fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
+    if protocol(ctx) != UDP {
+        return PROCEED;
+    }
+    let key =
+        FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: Protocol::Udp as u8, pad: 0 };
+    let sending = Connecting { ctx, key: &key, cookie: Cell::new(0) };
+    let cookie = sending.cookie();
+    if let Some(own) = records::find(cookie)
+        && let Some((index, flow)) = found(own, cookie, &key)
+        && goes_on::<F>(ctx, flow)
+    {
+        let role = records::role(own);
+        if role.last() != index {
+            records::set_role(own, role.with_last(index));
+        }
+        return PROCEED;
+    }
+    match translate(&Maps, &sending, &key) {
+        Verdict::Pass => PROCEED,
+        Verdict::Refuse(reason, service) => refuse_datagram(ctx, &key, reason as u32, service),
+        Verdict::Balance(choice) => {
+            let service = choice.service;
+            let Some(mut flow) = steer::<F>(&sending, choice, false) else {
+                return refuse_datagram(ctx, &key, Reason::Corrupt as u32, service);
+            };
+            if !record(cookie, &mut flow) {
+                end_unrecorded(Held(flow.held.load()).backend(), flow.given.token);
+            }
+            PROCEED
+        }
+    }
+}
+
+/// [`refuse`], apart from the way of what is sent. What the socket has elsewhere stays.
+#[inline(never)]
+fn refuse_datagram(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
+    refuse(ctx, key, reason, service)
+}
+
+/// Leads a datagram to the backend that the socket has there already, if it may keep it.
+#[inline(always)]
+fn goes_on<F: Family>(ctx: &SockAddrContext, flow: *mut Flow) -> bool {
+    let given = records::given(flow);
+    let id = Held(records::held(flow).load()).backend();
+    let Some(stats) = BACKEND_STATS.get(id) else { return false };
+    let Some(backend) = BACKENDS.get(id) else { return false };
+    let Some(service) = SERVICES.get(given.role.service()) else { return false };
+    // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
+    // it has here.
+    let most = unsafe { (&raw const DATAGRAM_IDLE).read_volatile() };
+    let (now, origin) = (jiffies(), given.origin);
+    let standing = Standing {
+        is_there: stats.is_life(given.generation)
+            && service.generation() != 0
+            && service.key == given.frontend,
+        is_connected: given.role.is_connected(),
+        idle: (origin.age(now), most),
+        ejection: stats.ejection(),
+        state: State::from_number(backend.state),
+    };
+    if !keeps(standing, || Maps.client()) || !F::set_addr(ctx, backend.addr) {
+        return false;
+    }
+    set_port(ctx, backend.port);
+    if origin.age(now) != 0 && !given.role.is_connected() {
+        records::set_origin(flow, Origin::new(origin.netns(), now));
+    }
+    true
+}
+
+/// Shows the service that the sender was given for. What a backend sends that was removed since is its
+/// own.
+#[inline(always)]
+fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
+    if protocol(ctx) != UDP {
+        return PROCEED;
+    }
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if let Some(own) = records::find(cookie)
+        && let Some(flow) = sender(own, cookie, &F::addr(ctx), port(ctx))
+    {
+        let frontend = records::given(flow).frontend;
+        if F::set_addr(ctx, frontend.addr) {
+            set_port(ctx, frontend.port);
+        }
+    }
+    PROCEED
+}
+
+/// Whether this is where the backend of a record is, which is there still. The hash in the record would
+/// not do: anybody can find addresses that share one.
+#[inline(always)]
+fn is_from(flow: *mut Flow, addr: &Addr, port: u16) -> bool {
+    let id = Held(records::held(flow).load()).backend();
+    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
+        return false;
+    };
+    backend.port == port && backend.addr == *addr && stats.is_life(records::generation(flow))
+}
+
+// === records ===
+
+/// The record of the socket for what it sends to, and its index, where 0 is the socket's own.
+#[inline(always)]
+fn found(own: *mut Flow, cookie: u64, key: &FrontendKey) -> Option<(u32, *mut Flow)> {
+    if records::given(own).frontend == *key {
+        return Some((0, own));
+    }
+    match records::role(own).more() {
+        0 => None,
+        more => further(cookie, more, key).map(|(index, flow)| (index as u32, flow)),
+    }
+}
+
+/// The further record of the socket for a frontend, and its index.
+#[inline(always)]
+fn further(cookie: u64, more: u32, key: &FrontendKey) -> Option<(u64, *mut Flow)> {
+    for index in 1..=u64::from(Role::MOST) {
+        if index > more.into() {
+            break;
+        }
+        if let Some(flow) = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index })
+            && records::given(flow).frontend == *key
+        {
+            return Some((index, flow));
+        }
+    }
+    None
+}
+
+/// The record of the socket for a backend: the last that it sent by, if that is one, since others may be
+/// for the same backend.
+#[inline(always)]
+fn sender(own: *mut Flow, cookie: u64, addr: &Addr, port: u16) -> Option<*mut Flow> {
+    let role = records::role(own);
+    if role.last() != 0
+        && let Some(flow) = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index: role.last().into() })
+        && is_from(flow, addr, port)
+    {
+        return Some(flow);
+    }
+    if is_from(own, addr, port) {
+        return Some(own);
+    }
+    for index in 1..=u64::from(Role::MOST) {
+        if index > role.more().into() {
+            break;
+        }
+        if let Some(flow) = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index })
+            && is_from(flow, addr, port)
+        {
+            return Some(flow);
+        }
+    }
+    None
+}
+
+/// Records what a socket was given for a service: in its own record, if that is free or was for the same
+/// service, and otherwise in a further one. `false` when there is no room.
+#[inline(always)]
+fn record(cookie: u64, mine: &mut Flow) -> bool {
+    if let Some(own) = records::find(cookie) {
+        if records::given(own).frontend != mine.given.frontend {
+            return record_further(cookie, mine);
+        }
+        // What it was before ends, and the further ones stay.
+        let role = records::role(own);
+        let service = mine.given.role.service();
+        mine.given.role = Role::new(service, role.is_connected()).with_more(role.more());
+    }
+    let kept = record_own(cookie, mine);
+    if !kept {
+        end_further(cookie, mine.given.role.more());
+    }
+    kept
+}
+
+/// [`records::record`], apart from the way of what is sent.
+#[inline(never)]
+fn record_own(cookie: u64, mine: &Flow) -> bool {
+    records::record(cookie, mine)
+}
+
+/// Records it in `OVERFLOW`, in place of what was there for the same service, or at a free index, or in
+/// place of the one that was not used for the longest time.
+#[inline(never)]
+fn record_further(cookie: u64, mine: &Flow) -> bool {
+    let Some(flow) = records::find(cookie) else { return false };
+    let role = records::role(flow);
+    let index = match further(cookie, role.more(), &mine.given.frontend) {
+        Some((index, _)) => index,
+        None if role.more() < Role::MOST => u64::from(role.more()) + 1,
+        None => {
+            count(counter::GAVE_WAY);
+            idlest(cookie)
+        }
+    };
+    end_one(cookie, index);
+    if OVERFLOW.insert(Elsewhere { cookie, index }, mine, u64::from(BPF_NOEXIST)).is_err() {
+        count(counter::NO_FLOW_RECORD);
+        return false;
+    }
+    if let Some(records) = counter(counter::FURTHER) {
+        records.increment();
+    }
+    let more = if index > role.more().into() { index as u32 } else { role.more() };
+    records::set_role(flow, role.with_more(more).with_last(index as u32));
+    true
+}
+
+/// The index of the further record that was not used for the longest time.
+#[inline(never)]
+fn idlest(cookie: u64) -> u64 {
+    let (now, mut found, mut longest) = (jiffies(), 1, 0);
+    for index in 1..=u64::from(Role::MOST) {
+        let flow = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index });
+        let age = flow.map_or(u64::MAX, |flow| records::given(flow).origin.age(now));
+        if age >= longest {
+            (found, longest) = (index, age);
+        }
+    }
+    found
+}
+
+/// Ends a further record, if it is there.
+#[inline(always)]
+fn end_one(cookie: u64, index: u64) {
+    let key = Elsewhere { cookie, index };
+    let Some(flow) = OVERFLOW.get_ptr_mut(key) else { return };
+    let held = Held(records::held(flow).load());
+    let (generation, token) = (records::generation(flow), records::token(flow));
+    // Whoever removes it accounts for it.
+    if OVERFLOW.remove(key).is_err() {
+        return;
+    }
+    if let Some(records) = counter(counter::FURTHER) {
+        records.decrement();
+    }
+    let token = if held.has_token() { token } else { Token::NONE };
+    if let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|stats| stats.is_life(generation))
+    {
+        stats.end(token, || Maps.now());
+    }
+}
+
+/// Ends as many further records.
+#[inline(never)]
+fn end_further(cookie: u64, more: u32) {
+    for index in 1..=u64::from(Role::MOST) {
+        if index > more.into() {
+            break;
+        }
+        end_one(cookie, index);
+    }
+}
+
+/// Ends all that a datagram socket has.
+#[inline(never)]
+pub fn end_all(cookie: u64) {
+    let Some(flow) = records::find(cookie) else { return };
+    let more = records::role(flow).more();
+    if more > 0 {
+        end_further(cookie, more);
+    }
+    records::end(cookie);
+}
+
+/// The same, for the socket of a connect.
+#[inline(never)]
+pub fn forget(ctx: &SockAddrContext) {
+    // SAFETY: the context is valid.
+    end_all(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
+}
