@@ -215,6 +215,7 @@ mod tests {
             algorithm: Algorithm::default(),
             ejection: Some(EjectionPolicy::default()),
             when_all_unhealthy: WhenAllUnhealthy::UseAll,
+            drain_timeout: None,
             endpoints: endpoints
                 .iter()
                 .map(|&(address, weight)| Endpoint {

@@ -219,6 +219,7 @@ pub(crate) fn errno_name(error: &io::Error) -> String {
         Some(libc::EPERM) => "EPERM",
         Some(libc::EADDRNOTAVAIL) => "EADDRNOTAVAIL",
         Some(libc::EAGAIN) => "EAGAIN",
+        Some(libc::ECONNABORTED) => "ECONNABORTED",
         _ => return error.to_string(),
     };
     name.to_owned()

@@ -166,11 +166,23 @@ impl Audit {
 ///
 /// No thread can be started, or there is no `/proc`.
 pub async fn find(records: &[Record]) -> io::Result<HashMap<u64, Found>> {
+    visit(records, |_| {}).await
+}
+
+/// The same, and calls `inside` for what was found in each namespace, on a thread that is in it.
+///
+/// # Errors
+///
+/// Those of [`find`].
+pub async fn visit(
+    records: &[Record],
+    inside: impl FnMut(&Found) + Send + 'static,
+) -> io::Result<HashMap<u64, Found>> {
     let wanted = by_namespace(records);
     let (answer, answered) = oneshot::channel();
     // A thread of its own, which ends: it goes from one namespace to the other.
     thread::Builder::new().name("mesh-audit".to_owned()).spawn(move || {
-        let found = list(wanted, || answer.is_closed());
+        let found = list(wanted, || answer.is_closed(), inside);
         // Nobody waits any more if the pass was given up.
         answer.send(found).ok();
     })?;
@@ -201,6 +213,7 @@ fn by_namespace(records: &[Record]) -> HashMap<u64, Wanted> {
 fn list(
     wanted: HashMap<u64, Wanted>,
     given_up: impl Fn() -> bool,
+    mut inside: impl FnMut(&Found),
 ) -> io::Result<HashMap<u64, Found>> {
     let mut namespaces = namespaces::find(&wanted.keys().copied().collect())?;
     let mut all = HashMap::new();
@@ -209,7 +222,9 @@ fn list(
         if given_up() {
             break;
         }
-        all.insert(netns, list_one(&namespace, &wanted));
+        let found = list_one(&namespace, &wanted);
+        inside(&found);
+        all.insert(netns, found);
         // The namespace ends now, if nobody else holds it.
         drop(namespace);
         thread::sleep(PAUSE);

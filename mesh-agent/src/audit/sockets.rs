@@ -18,10 +18,12 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{
-    DecodeError, DoneBuffer, ErrorBuffer, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkMessage, Parseable as _,
+    DecodeError, DoneBuffer, ErrorBuffer, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkMessage, Parseable as _,
 };
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, SOCK_DIAG_BY_FAMILY, TCP_SYN_RECV};
+use netlink_packet_sock_diag::constants::{
+    AF_INET, AF_INET6, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY, TCP_SYN_RECV,
+};
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer,
 };
@@ -131,6 +133,47 @@ fn attempt(kind: (u8, u8), deadline: Instant, each: &mut impl FnMut(Socket)) -> 
         }
     }
     Ok(End::Incomplete)
+}
+
+/// Ends a socket of the calling thread's network namespace, as an administrator can (`ss -K`): a TCP peer
+/// gets a reset, and the application `ECONNABORTED`, on a datagram socket too, which is disconnected
+/// then. `false` when it has ended already.
+///
+/// # Errors
+///
+/// Those of netlink(7), and what the kernel answers: `EOPNOTSUPP` when it is built without
+/// `CONFIG_INET_DIAG_DESTROY`.
+pub fn destroy(socket: &Socket) -> io::Result<bool> {
+    let netlink = Netlink::new(NETLINK_SOCK_DIAG)?;
+    set_socket_timeout(&netlink, Timeout::Recv, Some(LONGEST_READ))?;
+    netlink.connect(&SocketAddr::new(0, 0))?;
+    netlink.send(&order(socket), 0)?;
+    let mut datagram = Vec::with_capacity(BUFFER);
+    netlink.recv(&mut datagram, 0)?;
+    let message = NetlinkBuffer::new_checked(&datagram).map_err(not_understood)?;
+    let error = ErrorBuffer::new_checked(message.payload()).map_err(not_understood)?;
+    match check(error.code().map_or(0, i32::from)) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        result => result.map(|()| true),
+    }
+}
+
+fn order(socket: &Socket) -> Vec<u8> {
+    let mut message = NetlinkMessage::from(SockDiagMessage::InetRequest(InetRequest {
+        family: socket.family,
+        protocol: socket.protocol,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        // With the cookie, so it can be no other socket.
+        socket_id: socket.id.clone(),
+    }));
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    message.finalize();
+    // `finalize` knows the question only, which has the same form.
+    message.header.message_type = SOCK_DESTROY;
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
 }
 
 fn request((family, protocol): (u8, u8)) -> Vec<u8> {
@@ -273,6 +316,18 @@ mod tests {
         assert_eq!((payload.len(), &payload[..4]), (56, &[AF_INET6, IPPROTO_TCP, 0, 0][..]));
         let time_wait_and_request = 1u32 << 6 | 1 << 12;
         assert_eq!(payload[4..8], (0x3ffe & !time_wait_and_request).to_ne_bytes());
+    }
+
+    /// The same question, but another verb, and an answer is asked for.
+    #[test]
+    fn an_order_names_one_socket() {
+        let (_, sockets) = parsed(&socket(1, 0, 5, [2, 1], &[])).expect("understood");
+        let bytes = order(&sockets[0]);
+        let message = NetlinkBuffer::new_checked(&bytes).expect("a message");
+        assert_eq!((message.message_type(), message.flags()), (21, NLM_F_REQUEST | NLM_F_ACK));
+        let payload = message.payload();
+        assert_eq!(payload[..2], [AF_INET, IPPROTO_TCP]);
+        assert_eq!(payload[48..], [[2, 0, 0, 0], [1, 0, 0, 0]].concat());
     }
 
     #[test]

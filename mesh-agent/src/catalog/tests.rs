@@ -31,6 +31,7 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         health: None,
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,
+        drain_timeout: None,
         endpoints: endpoints.iter().map(endpoint).collect(),
     })
 }

@@ -36,6 +36,9 @@ const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration:
 /// endpoints wait.
 const TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
 
+/// How long connections to a removed endpoint may be let go on.
+const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(7 * 86_400);
+
 const FILE: Keys = Keys { of: "a service file", known: &["services"], later: &[] };
 
 const SERVICE: Keys = Keys {
@@ -49,6 +52,7 @@ const SERVICE: Keys = Keys {
         "health",
         "ejection",
         "when-all-unhealthy",
+        "drain-timeout",
         "endpoints",
     ],
     later: &["affinity"],
@@ -124,6 +128,9 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
     let health = fields.get("health").and_then(|node| health(node, problems));
     let ejection = ejection(&fields, problems);
     let when_all_unhealthy = when_all_unhealthy(&fields, problems);
+    let drain_timeout = fields
+        .get("drain-timeout")
+        .and_then(|node| duration(node, "drain-timeout", DRAIN_TIMEOUT, problems));
     let endpoints = fields
         .require("endpoints", "write endpoints: [] for a service without any", problems)
         .and_then(|node| endpoints(node, problems));
@@ -150,6 +157,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         health,
         ejection,
         when_all_unhealthy,
+        drain_timeout,
         endpoints: endpoints.into_iter().map(|(_, endpoint)| endpoint).collect(),
     };
     Some((name_node?.at, service))

@@ -9,6 +9,7 @@ mod observed;
 mod open;
 mod out;
 mod pause;
+mod removed;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -37,6 +38,7 @@ use confirm::Opinions;
 use drains::Drains;
 use journal::Journal;
 use pause::Pause;
+use removed::Removed;
 pub use view::Handle;
 
 /// How many messages are taken together. Together they cost one pass over the services that they
@@ -98,6 +100,8 @@ pub struct Engine {
     suspects: HashMap<u32, (u32, Arc<str>)>,
     /// What the agent itself finds of backends that the kernel suspects.
     opinions: Opinions,
+    /// Endpoints that were removed, whose connections will be ended.
+    removed: Removed,
     /// Resolved once every source has been heard.
     all_heard: Option<oneshot::Sender<()>>,
 }
@@ -170,6 +174,7 @@ impl Engine {
             suspects: HashMap::new(),
             all_heard: Some(all_heard),
             opinions: Opinions::new(),
+            removed: Removed::new(),
             config: Arc::clone(config),
         };
         (handle, heard, engine.run(inputs, receiver, cancel))
@@ -197,6 +202,7 @@ impl Engine {
                     self.take_events(events.drain(..));
                 }
                 Some(opinion) = self.opinions.receiver.recv() => self.take_opinion(opinion),
+                ended = self.removed.ended(&self.auditor) => self.take_ended(ended),
                 Some(question) = questions.recv() => question(&mut self),
                 // `start_grace` below is what it was for.
                 () = self.grace_pause.over() => {}
@@ -337,10 +343,12 @@ impl Engine {
         if names.is_empty() {
             return;
         }
+        let mut gone = Vec::new();
         let wanted = names.into_iter().map(|name| {
             self.drains.follow(&name, self.catalog.get(name.as_str()));
             let tables = match self.catalog.get(name.as_str()) {
                 None => {
+                    gone.push(name.clone());
                     if self.health.remove(&name).is_some_and(|health| health.plan.is_some()) {
                         self.monitor.set(name.clone(), None);
                     }
@@ -349,6 +357,7 @@ impl Engine {
                 Some(entry) => {
                     let health = self.health.entry(name.clone()).or_default();
                     health.follow(&name, entry, &self.monitor, &mut self.life);
+                    self.removed.follow(&name, entry.service.drain_timeout);
                     let drained = self.drains.causes(&name, entry);
                     compile::compile(&entry.service, &keys(entry), |address| {
                         let known = health.endpoints.get(&address);
@@ -362,6 +371,8 @@ impl Engine {
         let wanted = wanted.collect();
         let outcome = self.reconciler.apply(wanted);
         self.note(outcome);
+        self.take_let_go();
+        gone.iter().for_each(|name| self.removed.forget(name));
         if self.reconciler.is_unfinished() {
             self.retry.begin();
         } else {
@@ -372,6 +383,7 @@ impl Engine {
     fn try_again(&mut self) {
         let outcome = self.reconciler.retry();
         self.note(outcome);
+        self.take_let_go();
         if self.reconciler.is_unfinished() {
             self.retry.lengthen();
         } else {

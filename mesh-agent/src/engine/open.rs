@@ -1,7 +1,6 @@
 //! The connections that are open, in the words of people.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use mesh_common::{Held, Protocol};
 
@@ -50,7 +49,7 @@ impl Handle {
             ViewError::Failed(format!("the sockets cannot be listed: {error}"))
         };
         let described = connections::describe(records).await.map_err(failed)?;
-        let mut clients = Clients::of(&self.config.cgroup.clone().unwrap_or_else(PathBuf::new));
+        let mut clients = Clients::of(&self.config.cgroup.clone().unwrap_or_default());
         clients.learn(described.iter().map(|described| described.record.given.client)).await;
         let mut open: Vec<types::Connection> = named
             .into_iter()

@@ -61,6 +61,8 @@ pub struct Service {
     pub ejection: Option<EjectionPolicy>,
     /// What happens when no endpoint is usable.
     pub when_all_unhealthy: WhenAllUnhealthy,
+    /// How long connections to an endpoint that was removed may go on; without it, for ever.
+    pub drain_timeout: Option<Duration>,
     /// Who answers.
     pub endpoints: Vec<Endpoint>,
 }

@@ -154,15 +154,21 @@ proptest! {
 
     /// What the agent reads word by word is what the programs wrote.
     #[test]
-    fn records_are_read_word_by_word(parts: [u32; 4], port: u16, protocol: u8, words: [u64; 5]) {
-        let [client, peer, origin, ids, token] = words;
+    fn records_are_read_word_by_word(
+        parts: [u32; 4],
+        port: u16,
+        protocol: u8,
+        words: [u64; 3],
+        ids: [u32; 3],
+    ) {
+        let ([client, origin, token], [peer, role, generation]) = (words, ids);
         let given = Given {
             frontend: FrontendKey { addr: Addr::from_words(parts), port, protocol, pad: 0 },
-            peer: peer as u32,
+            peer,
             origin: Origin(origin),
             client,
-            role: Role(ids as u32),
-            generation: (ids >> 32) as u32,
+            role: Role(role),
+            generation,
             token: Token(token),
         };
         let half = |low: u32, high: u32| {

@@ -62,6 +62,19 @@ struct HeldBackend {
     record: Backend,
 }
 
+/// A backend that a service has no more.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LetGo {
+    /// The service.
+    pub service: ServiceName,
+    /// Which of its backends.
+    pub key: BackendKey,
+    /// The id that it had.
+    pub id: u32,
+    /// With this generation, which no other backend of this id has.
+    pub generation: u32,
+}
+
 /// How much of each map is used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Usage {
@@ -106,6 +119,8 @@ pub struct Reconciler<M> {
     waiting_backends: Vec<u32>,
     /// Backend ids that nothing names and nobody counts for, whose record is still to be cleared.
     clearing: Vec<u32>,
+    /// Backends that services let go of, until somebody asks.
+    let_go: Vec<LetGo>,
     /// How many grace periods have begun.
     graces: u64,
     /// Connects that were given to backends that are gone.
@@ -138,6 +153,7 @@ impl<M: Maps> Reconciler<M> {
             going: HashMap::new(),
             retired_backends: Vec::new(),
             waiting_backends: Vec::new(),
+            let_go: Vec::new(),
             graces: 0,
             gone_opened: 0,
             clearing: Vec::new(),
@@ -219,6 +235,11 @@ impl<M: Maps> Reconciler<M> {
     /// The service that holds a frontend.
     pub fn owner(&self, key: &FrontendKey) -> Option<&ServiceName> {
         self.frontends.get(key).map(|held| &held.owner)
+    }
+
+    /// The backends that services have let go of since this was asked last.
+    pub fn take_let_go(&mut self) -> Vec<LetGo> {
+        std::mem::take(&mut self.let_go)
     }
 
     /// Whether something failed and [`Reconciler::retry`] has work.

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use mesh_common::FrontendKey;
 
-use super::{Held, Problem, Reconciler};
+use super::{Held, LetGo, Problem, Reconciler};
 use crate::compile::{BackendKey, TableKey, Tables};
 use crate::dataplane::maps::{MapError, Maps};
 use crate::model::ServiceName;
@@ -47,11 +47,14 @@ impl<M: Maps> Reconciler<M> {
         held.backends.retain(|key, backend| {
             let keep = backends.contains(key);
             if !keep {
-                gone.push(backend.id);
+                let generation = backend.record.generation;
+                let service = name.clone();
+                gone.push(LetGo { service, key: *key, id: backend.id, generation });
             }
             keep
         });
-        gone.into_iter().for_each(|id| self.retire_backend(id));
+        gone.iter().for_each(|gone| self.retire_backend(gone.id));
+        self.let_go.append(&mut gone);
         self.drop_addresses(problems);
         tracing::debug!(service = %name, problems = problems.len(), kept, "reconciled");
         kept
