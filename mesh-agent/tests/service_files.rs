@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use mesh_agent::config::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services};
-use mesh_agent::model::{EjectionPolicy, Service, WhenAllUnhealthy};
+use mesh_agent::model::{
+    EjectionPolicy, Fallback, Locality, Service, ServiceName, WhenAllUnhealthy,
+};
 
 /// A case: what it shows, the file, the lines that are expected.
 struct Case {
@@ -83,8 +85,12 @@ services:
   health: {tcp: , interval: 2s, timeout: 50ms, rise: 1, fall: 4}
   ejection: {failures: 127, base: 100ms, max: 6days, share: 100%}
   when-all-unhealthy: refuse
+  drain-timeout: 5m
+  locality: {}
+  slow-start: 30s
+  fallback: {service: idle, below: 60%}
   endpoints: &servers
-  - {address: "::ffff:10.0.0.1", weight: 0, zone: eu-west-1a}
+  - {address: "::ffff:10.0.0.1", weight: 0, zone: eu-west-1a, node: n1, priority: 9}
   - {address: "fd00::1", port: 81}
 - {name: idle, address: 10.96.0.11, ports: [{port: 1}], endpoints: []}
 "#;
@@ -102,6 +108,15 @@ services:
     let ejection = EjectionPolicy { failures: 127, base, max: longest, share: 100 };
     assert_eq!(orders.ejection, Some(ejection));
     assert_eq!(orders.when_all_unhealthy, WhenAllUnhealthy::Refuse);
+    let minutes = |minutes: u64| Some(Duration::from_secs(60 * minutes));
+    assert_eq!(orders.drain_timeout, minutes(5));
+    assert_eq!(orders.slow_start, Some(Duration::from_secs(30)));
+    assert_eq!(orders.locality, Some(Locality { threshold: 70 }));
+    assert_eq!(orders.fallback, Some(Fallback { below: 60, back: 60 }));
+    let behind = orders.fallback_service.as_ref().map(ServiceName::as_str);
+    assert_eq!(behind, Some("idle"));
+    let near = &orders.endpoints[0];
+    assert_eq!((near.node.as_deref(), near.priority), (Some("n1"), 9));
     let endpoints: Vec<_> = orders
         .endpoints
         .iter()

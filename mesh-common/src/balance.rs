@@ -131,9 +131,16 @@ pub fn turn<T: Tables + ?Sized>(tables: &T, service: u32, table: Table) -> u32 {
     // A round is less than twice the tickets.
     let over = place.wrapping_sub(total.into());
     let ticket = (if place < u64::from(total) { place } else { over } & 0xffff_ffff) as u32;
-    // No weight is 0, so as many tickets as slots are one for each.
-    let column = if total == table.len() { ticket } else { holder(tables, table, ticket) };
-    table.base().wrapping_add(column)
+    // Where weights are alike, the ticket is the column; and wherever that column ends with it.
+    let index = table.base().wrapping_add(ticket);
+    if ticket < table.len()
+        && let Some(slot) = tables.slot(index)
+        && slot.weight != 0
+        && slot.end == ticket + 1
+    {
+        return index;
+    }
+    table.base().wrapping_add(holder(tables, table, ticket))
 }
 
 /// The column of the slot that has this ticket: the first whose tickets end after it.

@@ -57,6 +57,13 @@ impl Service {
         self
     }
 
+    /// An endpoint with other keys, as `key: value, key: value`.
+    #[must_use]
+    pub fn endpoint_with(mut self, endpoint: &str, keys: &str) -> Self {
+        self.endpoints.push((endpoint.to_owned(), format!(", {keys}")));
+        self
+    }
+
     /// An endpoint that takes no new connection while another one is usable.
     #[must_use]
     pub fn drained(mut self, endpoint: &str) -> Self {

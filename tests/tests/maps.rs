@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use mesh_agent::compile::{Backend, BackendKey, Rows, TableKey, Tables};
+use mesh_agent::compile::{Backend, BackendKey, Candidate, Rows, TableKey, Tables};
 use mesh_agent::dataplane::fault::Faulty;
 use mesh_agent::dataplane::kernel::Grace;
 use mesh_agent::dataplane::load::{self, Loaded, Options};
@@ -49,10 +49,12 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
         weight: 1 + u16::from(n),
         state: State::Healthy,
     };
-    let rows = Rows::Candidates((0..endpoints.len()).collect());
+    let backends: Vec<Backend> = endpoints.iter().map(backend).collect();
+    let rows = (0..).zip(&backends).map(|(place, b)| Candidate { place, weight: b.weight });
+    let rows = Rows::Candidates(rows.collect());
     let table = (TableKey { port: 80, protocol: Protocol::Tcp, v4: true }, rows);
     Arc::new(Tables {
-        backends: endpoints.iter().map(backend).collect(),
+        backends,
         tables: if frontends.is_empty() { Vec::new() } else { vec![table] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
         policy: Policy::OFF,
@@ -61,6 +63,7 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
         } else {
             Algorithm::LeastConnections
         },
+        groups: BTreeMap::new(),
     })
 }
 

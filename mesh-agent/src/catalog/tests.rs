@@ -21,6 +21,8 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         port: None,
         weight: Endpoint::DEFAULT_WEIGHT,
         zone: None,
+        node: None,
+        priority: 0,
         drain: false,
     };
     Arc::new(Service {
@@ -32,6 +34,10 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,
         drain_timeout: None,
+        locality: None,
+        slow_start: None,
+        fallback: None,
+        fallback_service: None,
         endpoints: endpoints.iter().map(endpoint).collect(),
     })
 }

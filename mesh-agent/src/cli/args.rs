@@ -193,6 +193,7 @@ Kinds of events:
   ejected     a backend is out for all
   spared      a backend should be out, but too many others are
   recovered   a backend was tried, and is in again
+  fallback, back   later endpoints are used because too few serve, or the first again
   ended       connections to an endpoint that was removed were ended
   healthy, unhealthy   what health checks have found
   missed      events came faster than they could be read; REASON says how many

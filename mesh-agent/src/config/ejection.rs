@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use humantime::format_duration;
 
-use super::values::duration;
+use super::values::{duration, percent};
 use crate::model::EjectionPolicy;
 use crate::yaml::{Fields, Keys, Node, Problems, Value, excerpt, fields, integer, text};
 
@@ -59,7 +59,7 @@ fn policy(node: &Node, problems: &mut Problems) -> Option<EjectionPolicy> {
     let base = time("base", default.base);
     let max = time("max", default.max);
     let share = match fields.get("share") {
-        Some(node) => share(node, problems),
+        Some(node) => percent(node, "share", SHARE, problems),
         None => Some(default.share),
     };
     let (base, max) = (base?, max?);
@@ -84,19 +84,4 @@ fn shorter(fields: &Fields<'_>, base: Duration, max: Duration, problems: &mut Pr
             default("base"),
         ),
     );
-}
-
-/// Whole per cent, with the sign: of a bare 1 nobody knows whether it means all or a hundredth.
-fn share(node: &Node, problems: &mut Problems) -> Option<u8> {
-    let (least, most) = SHARE.into_inner();
-    let expected = format!("whole per cent from {least}% to {most}%, such as 50%, for `share`");
-    let written = text(node, &expected, problems)?;
-    let digits = written.strip_suffix('%').filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
-    let share = digits.and_then(|digits| digits.parse().ok()).filter(|n| SHARE.contains(n));
-    if share.is_none() {
-        let bare = written.parse::<f64>().is_ok();
-        let hint = if bare { "; write the per cent sign" } else { "" };
-        problems.add(node.at, format!("expected {expected}; found {}{hint}", excerpt(written)));
-    }
-    share
 }

@@ -6,6 +6,7 @@
 mod agent;
 mod ejection;
 mod service_file;
+mod spread;
 mod values;
 
 pub use agent::{Config, ConfigError, DEFAULT_FILE, DEFAULT_SERVICES, Source};

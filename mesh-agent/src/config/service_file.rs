@@ -9,6 +9,7 @@ use std::time::Duration;
 use mesh_common::{Algorithm, Protocol};
 
 use super::ejection::ejection;
+use super::spread::{fallback, locality, slow_start};
 use super::values::{address, duration, name};
 use crate::model::{
     Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
@@ -53,6 +54,9 @@ const SERVICE: Keys = Keys {
         "ejection",
         "when-all-unhealthy",
         "drain-timeout",
+        "locality",
+        "slow-start",
+        "fallback",
         "endpoints",
     ],
     later: &["affinity"],
@@ -61,8 +65,11 @@ const SERVICE: Keys = Keys {
 const PORT: Keys =
     Keys { of: "a port", known: &["name", "port", "target", "protocol"], later: &[] };
 
-const ENDPOINT: Keys =
-    Keys { of: "an endpoint", known: &["address", "port", "weight", "zone", "drain"], later: &[] };
+const ENDPOINT: Keys = Keys {
+    of: "an endpoint",
+    known: &["address", "port", "weight", "zone", "node", "priority", "drain"],
+    later: &[],
+};
 
 const HEALTH: Keys = Keys {
     of: "health",
@@ -131,6 +138,9 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
     let drain_timeout = fields
         .get("drain-timeout")
         .and_then(|node| duration(node, "drain-timeout", DRAIN_TIMEOUT, problems));
+    let locality = locality(&fields, problems);
+    let slow_start = slow_start(&fields, problems);
+    let fallback = fallback(&fields, name, problems);
     let endpoints = fields
         .require("endpoints", "write endpoints: [] for a service without any", problems)
         .and_then(|node| endpoints(node, problems));
@@ -158,6 +168,10 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         ejection,
         when_all_unhealthy,
         drain_timeout,
+        locality,
+        slow_start,
+        fallback: fallback.as_ref().map(|(fallback, _)| *fallback),
+        fallback_service: fallback.and_then(|(_, other)| other),
         endpoints: endpoints.into_iter().map(|(_, endpoint)| endpoint).collect(),
     };
     Some((name_node?.at, service))
@@ -349,6 +363,10 @@ fn endpoint(node: &Node, problems: &mut Problems) -> Option<Endpoint> {
     let weight =
         fields.get("weight").map(|node| integer(node, "weight", 0..=u64::from(u16::MAX), problems));
     let zone = fields.get("zone").map(|node| name(node, "a zone name", problems));
+    let node = fields.get("node").map(|node| name(node, "a node name", problems));
+    let highest = u64::from(Endpoint::MAX_PRIORITY);
+    let priority =
+        fields.get("priority").map(|node| integer(node, "priority", 0..=highest, problems));
     let drain = fields.get("drain").and_then(|node| boolean(node, "drain", problems));
     Some(Endpoint {
         drain: drain.unwrap_or_default(),
@@ -356,6 +374,8 @@ fn endpoint(node: &Node, problems: &mut Problems) -> Option<Endpoint> {
         port: port.flatten(),
         weight: weight.flatten().unwrap_or(Endpoint::DEFAULT_WEIGHT),
         zone: zone.flatten().map(Arc::from),
+        node: node.flatten().map(Arc::from),
+        priority: priority.flatten().unwrap_or_default(),
     })
 }
 

@@ -138,6 +138,26 @@ pub(super) fn duration(
     duration
 }
 
+/// Whole per cent, with the sign: of a bare 1 nobody knows whether it means all or a hundredth.
+pub(super) fn percent(
+    node: &Node,
+    what: &str,
+    range: RangeInclusive<u8>,
+    problems: &mut Problems,
+) -> Option<u8> {
+    let (least, most) = (*range.start(), *range.end());
+    let expected = format!("whole per cent from {least}% to {most}%, such as 50%, for `{what}`");
+    let written = text(node, &expected, problems)?;
+    let digits = written.strip_suffix('%').filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
+    let share = digits.and_then(|digits| digits.parse().ok()).filter(|n| range.contains(n));
+    if share.is_none() {
+        let bare = written.parse::<f64>().is_ok();
+        let hint = if bare { "; write the per cent sign" } else { "" };
+        problems.add(node.at, format!("expected {expected}; found {}{hint}", excerpt(written)));
+    }
+    share
+}
+
 /// An absolute path: the agent's working directory is nobody's business.
 pub(super) fn path(node: &Node, what: &str, problems: &mut Problems) -> Option<PathBuf> {
     let written = text(node, what, problems)?;

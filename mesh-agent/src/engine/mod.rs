@@ -10,28 +10,27 @@ mod open;
 mod out;
 mod pause;
 mod removed;
+mod spread;
 mod view;
+mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_common::{FrontendKey, State};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::audit::task::Auditor;
-use crate::catalog::{Catalog, Entry};
-use crate::compile::{self, Tables};
+use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::dataplane::kernel::{Grace, KernelMaps};
 use crate::dataplane::load::Attachment;
 use crate::dataplane::maps::MapError;
 use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::discovery::{Event, SourceState};
-use crate::health::{Finding, Monitor, Plan, Verdict};
+use crate::health::{Finding, Monitor, Verdict};
 use crate::model::ServiceName;
 use crate::observe::events::Batch;
 use confirm::Opinions;
@@ -39,28 +38,13 @@ use drains::Drains;
 use journal::Journal;
 use pause::Pause;
 use removed::Removed;
+use spread::Spread;
 pub use view::Handle;
+use wanted::{Health, Known};
 
 /// How many messages are taken together. Together they cost one pass over the services that they
 /// concern, and an address that moves between them moves without a gap.
 const BATCH: usize = 256;
-
-/// What is known of an endpoint.
-#[derive(Clone, Debug)]
-struct Known {
-    /// Differs between the lives of an endpoint.
-    life: u64,
-    state: State,
-    reason: String,
-    since: SystemTime,
-}
-
-/// The endpoints of a service.
-#[derive(Debug, Default)]
-struct Health {
-    plan: Option<Plan>,
-    endpoints: HashMap<SocketAddr, Known>,
-}
 
 /// The state of the agent.
 pub struct Engine {
@@ -100,6 +84,8 @@ pub struct Engine {
     suspects: HashMap<u32, (u32, Arc<str>)>,
     /// What the agent itself finds of backends that the kernel suspects.
     opinions: Opinions,
+    /// Which endpoints of services are preferred now.
+    spread: Spread,
     /// Endpoints that were removed, whose connections will be ended.
     removed: Removed,
     /// Resolved once every source has been heard.
@@ -175,6 +161,7 @@ impl Engine {
             all_heard: Some(all_heard),
             opinions: Opinions::new(),
             removed: Removed::new(),
+            spread: Spread::default(),
             config: Arc::clone(config),
         };
         (handle, heard, engine.run(inputs, receiver, cancel))
@@ -203,6 +190,7 @@ impl Engine {
                 }
                 Some(opinion) = self.opinions.receiver.recv() => self.take_opinion(opinion),
                 ended = self.removed.ended(&self.auditor) => self.take_ended(ended),
+                names = self.spread.due() => self.update(names),
                 Some(question) = questions.recv() => question(&mut self),
                 // `start_grace` below is what it was for.
                 () = self.grace_pause.over() => {}
@@ -224,6 +212,8 @@ impl Engine {
                 Event::State(state) => self.take_source(state),
             }
         }
+        self.spread.follow(&changed, &self.catalog);
+        let changed = self.spread.with_dependents(changed);
         self.note_definitions(&changed);
         self.update(changed);
         self.tell_all_heard();
@@ -245,7 +235,9 @@ impl Engine {
                     endpoint.address
                 )
             });
-            let texts = entry.shadowed.iter().chain(&entry.warnings).cloned().chain(lost);
+            let behind = spread::fallback_note(name, &self.catalog);
+            let texts = entry.shadowed.iter().chain(&entry.warnings).cloned();
+            let texts = texts.chain(lost).chain(behind);
             notes.insert(name, few(texts.collect()));
         }
         for (name, texts) in notes {
@@ -325,9 +317,10 @@ impl Engine {
             let Some(known) = known.filter(|known| known.life == life) else { continue };
             tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
             self.journal.push(observed::checked(&service, address, state, &reason));
-            *known = Known { life, state, reason, since: SystemTime::now() };
+            known.turn(state, reason);
             changed.insert(service);
         }
+        let changed = self.spread.with_dependents(changed);
         self.update(changed);
     }
 
@@ -337,48 +330,6 @@ impl Engine {
     }
 
     // === to the kernel ===
-
-    /// Compiles these services and has the kernel hold them.
-    fn update(&mut self, names: BTreeSet<ServiceName>) {
-        if names.is_empty() {
-            return;
-        }
-        let mut gone = Vec::new();
-        let wanted = names.into_iter().map(|name| {
-            self.drains.follow(&name, self.catalog.get(name.as_str()));
-            let tables = match self.catalog.get(name.as_str()) {
-                None => {
-                    gone.push(name.clone());
-                    if self.health.remove(&name).is_some_and(|health| health.plan.is_some()) {
-                        self.monitor.set(name.clone(), None);
-                    }
-                    Tables::default()
-                }
-                Some(entry) => {
-                    let health = self.health.entry(name.clone()).or_default();
-                    health.follow(&name, entry, &self.monitor, &mut self.life);
-                    self.removed.follow(&name, entry.service.drain_timeout);
-                    let drained = self.drains.causes(&name, entry);
-                    compile::compile(&entry.service, &keys(entry), |address| {
-                        let known = health.endpoints.get(&address);
-                        let found = known.map_or(State::Unknown, |known| known.state);
-                        drains::state(found, drained.contains_key(&address))
-                    })
-                }
-            };
-            (name, Arc::new(tables))
-        });
-        let wanted = wanted.collect();
-        let outcome = self.reconciler.apply(wanted);
-        self.note(outcome);
-        self.take_let_go();
-        gone.iter().for_each(|name| self.removed.forget(name));
-        if self.reconciler.is_unfinished() {
-            self.retry.begin();
-        } else {
-            self.retry.end();
-        }
-    }
 
     fn try_again(&mut self) {
         let outcome = self.reconciler.retry();
@@ -443,42 +394,7 @@ impl Engine {
     }
 }
 
-// === impl Health ===
-
-impl Health {
-    /// Follows a new definition: endpoints that stay keep their state. Each that comes gets the
-    /// next `life`.
-    fn follow(&mut self, name: &ServiceName, entry: &Entry, monitor: &Monitor, life: &mut u64) {
-        let service = &entry.service;
-        let targets: BTreeSet<SocketAddr> = service
-            .ports
-            .iter()
-            .flat_map(|port| service.endpoints.iter().map(|e| compile::target(e, port)))
-            .collect();
-        let checked = service.health.is_some();
-        if checked != self.plan.is_some() {
-            // What checks have found means nothing without them, and the other way round.
-            self.endpoints.clear();
-        }
-        self.endpoints.retain(|address, _| targets.contains(address));
-        for address in targets {
-            self.endpoints.entry(address).or_insert_with(|| {
-                *life += 1;
-                let reason = if checked { "not checked yet" } else { "no health check" };
-                let since = SystemTime::now();
-                Known { life: *life, state: State::Unknown, reason: reason.to_owned(), since }
-            });
-        }
-        let plan = service.health.clone().map(|policy| {
-            let lives = self.endpoints.iter().map(|(address, known)| (*address, known.life));
-            Plan { policy, targets: lives.collect() }
-        });
-        if plan != self.plan {
-            monitor.set(name.clone(), plan.clone());
-            self.plan = plan;
-        }
-    }
-}
+// === functions ===
 
 /// At most so many texts, the last of which says how many there are more.
 fn few(mut texts: Vec<String>) -> Vec<String> {
@@ -488,15 +404,6 @@ fn few(mut texts: Vec<String>) -> Vec<String> {
         texts.push(format!("and {more} more"));
     }
     texts
-}
-
-/// The frontends that a service owns, as the kernel knows them.
-fn keys(entry: &Entry) -> Vec<FrontendKey> {
-    let key = |owned: &crate::catalog::OwnedFrontend| {
-        let frontend = owned.frontend;
-        FrontendKey::new(frontend.address.into(), frontend.port, frontend.protocol)
-    };
-    entry.frontends.iter().map(key).collect()
 }
 
 /// Waits for a task, or for ever when there is none.

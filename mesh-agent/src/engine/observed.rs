@@ -36,15 +36,25 @@ impl Engine {
             self.journal.push(journal::missed(lost, &words));
         }
         let clock = Clock::now();
+        let mut moved = Vec::new();
         for observed in batch.events {
             let service = self.reconciler.owner(&observed.event.frontend);
             let event = tell(&observed, service, self.backend_at(&observed), clock);
             self.journal.push(event);
+            if matches!(observed.kind, Kind::Ejected | Kind::Recovered)
+                && let Some(service) = service.cloned()
+            {
+                let back = (observed.kind == Kind::Recovered).then(|| self.backend_at(&observed));
+                moved.push((service, back.flatten()));
+            }
             self.confirm(&observed);
             if observed.kind == Kind::Ejected {
                 self.make_room(&observed.event.frontend);
             }
             self.note_suspect(observed);
+        }
+        for (service, back) in moved {
+            self.reconsider(&service, back);
         }
     }
 

@@ -218,8 +218,14 @@ impl Engine {
             .filter_map(|(key, id)| {
                 let backend = self.reconciler.maps().backend(id)?;
                 let counts = self.reconciler.maps().counts(id);
-                let known = self.known(name, key.address);
+                let own = self.known(name, key.address);
+                let behind = self.behind(entry).filter(|_| own.is_none());
+                let known =
+                    own.or_else(|| behind.and_then(|(other, _)| self.known(other, key.address)));
                 let mut standing = self.standing(id, &backend, known, counts.ejection, policy);
+                if let Some((other, _)) = behind {
+                    standing.reason = format!("of service {other}; {}", standing.reason);
+                }
                 if let Some(cause) = drained.get(&key.address) {
                     standing.reason = format!("{}; {}", cause.reason(), standing.reason);
                     if standing.state == State::Draining {

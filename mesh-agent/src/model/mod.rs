@@ -4,6 +4,6 @@
 mod service;
 
 pub use service::{
-    EjectionPolicy, Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort,
-    WhenAllUnhealthy,
+    EjectionPolicy, Endpoint, Fallback, HealthCheck, HealthPolicy, Locality, Service, ServiceName,
+    ServicePort, WhenAllUnhealthy,
 };

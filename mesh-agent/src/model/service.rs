@@ -63,8 +63,53 @@ pub struct Service {
     pub when_all_unhealthy: WhenAllUnhealthy,
     /// How long connections to an endpoint that was removed may go on; without it, for ever.
     pub drain_timeout: Option<Duration>,
+    /// Whether near endpoints are preferred.
+    pub locality: Option<Locality>,
+    /// How long an endpoint that has come, or come back, has less than its weight.
+    pub slow_start: Option<Duration>,
+    /// When endpoints of the next priority are used, and who is behind all of them.
+    pub fallback: Option<Fallback>,
+    /// The name of the service behind them, if there is one.
+    pub fallback_service: Option<ServiceName>,
     /// Who answers.
     pub endpoints: Vec<Endpoint>,
+}
+
+impl Service {
+    /// When endpoints of the next priority are used.
+    #[must_use]
+    pub fn fallback(&self) -> Fallback {
+        self.fallback.unwrap_or_default()
+    }
+}
+
+/// Near endpoints are preferred: those of the same node, then those of the same zone, then all others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Locality {
+    /// Per cent of the endpoints at a distance, by weight, that suffice to take everything: 1 to 100.
+    /// Below that, what they cannot take goes further.
+    pub threshold: u8,
+}
+
+impl Default for Locality {
+    fn default() -> Self {
+        Self { threshold: 70 }
+    }
+}
+
+/// When endpoints of the next priority are used instead.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fallback {
+    /// As soon as less than this share of those before serves, in per cent by weight: 1 to 100.
+    pub below: u8,
+    /// Until at least this share serves again: from `below` to 100.
+    pub back: u8,
+}
+
+impl Default for Fallback {
+    fn default() -> Self {
+        Self { below: 30, back: 50 }
+    }
 }
 
 /// A port of a service.
@@ -89,8 +134,13 @@ pub struct Endpoint {
     pub port: Option<u16>,
     /// 0 (takes no connection) to 65,535.
     pub weight: u16,
-    /// For people, and later for locality.
+    /// Where it is.
     pub zone: Option<Arc<str>>,
+    /// The node that it runs on.
+    pub node: Option<Arc<str>>,
+    /// Endpoints of a higher number are used when those of lower ones do not suffice ([`Fallback`]): 0
+    /// to [`Endpoint::MAX_PRIORITY`].
+    pub priority: u8,
     /// Takes no new connection while another endpoint is usable.
     pub drain: bool,
 }
@@ -98,6 +148,8 @@ pub struct Endpoint {
 impl Endpoint {
     /// The weight of an endpoint that names none.
     pub const DEFAULT_WEIGHT: u16 = 100;
+    /// The highest priority.
+    pub const MAX_PRIORITY: u8 = 9;
 }
 
 /// What a service does when none of its endpoints is usable.

@@ -176,7 +176,10 @@ proptest! {
         weights in prop::collection::vec(prop_oneof![1u32..4, 1u32..200], 1..40),
         position in 0u64..1 << 40,
         rounds in 1u64..4,
+        unused in 0usize..4,
     ) {
+        // Behind those with a weight, those without: nobody's turn.
+        let weights = [&weights[..], &[0; 3][..unused.min(3)]].concat();
         let memory = Memory::new(&weights);
         memory.position.set(position);
         let last = memory.slots.last().expect("a slot").end;

@@ -165,9 +165,12 @@ impl<M: Maps> Reconciler<M> {
         let now = held.tables.get(&key).copied();
         let (table, left_out) = match rows {
             Rows::Refuse(reason) => (Some(Table::refuse(*reason)), 0),
-            Rows::Candidates(places) => {
-                let candidate = |&place: &usize| Some((&wanted.backends[place], ids[place]?));
-                self.write_table(now, places.iter().filter_map(candidate).collect(), problems)?
+            Rows::Candidates(candidates) => {
+                let row = |candidate: &compile::Candidate| {
+                    let compile::Candidate { place, weight } = *candidate;
+                    Some(Row { backend: &wanted.backends[place], weight, id: ids[place]? })
+                };
+                self.write_table(now, candidates.iter().filter_map(row).collect(), problems)?
             }
         };
         let table = table.map(|table| table.by(wanted.algorithm));
@@ -185,12 +188,12 @@ impl<M: Maps> Reconciler<M> {
     fn write_table(
         &mut self,
         now: Option<Table>,
-        mut candidates: Vec<Candidate<'_>>,
+        mut rows: Vec<Row<'_>>,
         problems: &mut Vec<Problem>,
     ) -> Result<(Option<Table>, usize), MapError> {
-        let all = slots(&candidates);
+        let all = slots(&rows);
         loop {
-            let slots = slots(&candidates);
+            let slots = slots(&rows);
             let left_out = all.len() - slots.len();
             if slots.is_empty() {
                 return Ok((Some(Table::refuse(Reason::NoRoom)), left_out));
@@ -213,7 +216,7 @@ impl<M: Maps> Reconciler<M> {
             {
                 return Ok((Some(now), all.len() - now.len() as usize));
             }
-            candidates.truncate(slots.len().min(room as usize));
+            rows.truncate(slots.len().min(room as usize));
         }
     }
 
@@ -331,23 +334,30 @@ impl<M: Maps> Reconciler<M> {
     }
 }
 
-/// A backend of a table, with its id and generation.
-type Candidate<'a> = (&'a compile::Backend, (u32, u32));
+/// A row of a table: a backend with its weight there, its id and generation.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    backend: &'a compile::Backend,
+    weight: u16,
+    id: (u32, u32),
+}
 
-/// The slots of a table.
-fn slots(candidates: &[Candidate<'_>]) -> Vec<Slot> {
-    let columns = compile::columns(candidates.iter().map(|(backend, _)| backend.weight));
-    let ends = compile::ends(candidates.iter().map(|(backend, _)| backend.weight));
-    type Row<'c, 'b> = (&'c Candidate<'b>, (Column, u32));
-    let slot = |(&(wanted, (backend, generation)), (column, end)): Row<'_, '_>| Slot {
-        addr: wanted.key.address.ip().into(),
-        port: wanted.key.address.port().to_be(),
-        weight: wanted.weight,
-        backend,
-        generation,
+/// The slots of a table; none when no row has a weight.
+fn slots(rows: &[Row<'_>]) -> Vec<Slot> {
+    if rows.iter().all(|row| row.weight == 0) {
+        return Vec::new();
+    }
+    let columns = compile::columns(rows.iter().map(|row| row.weight));
+    let ends = compile::ends(rows.iter().map(|row| row.weight));
+    let slot = |(row, (column, end)): (&Row<'_>, (Column, u32))| Slot {
+        addr: row.backend.key.address.ip().into(),
+        port: row.backend.key.address.port().to_be(),
+        weight: row.weight,
+        backend: row.id.0,
+        generation: row.id.1,
         threshold: column.threshold,
         alias: column.alias,
         end,
     };
-    candidates.iter().zip(columns.into_iter().zip(ends)).map(slot).collect()
+    rows.iter().zip(columns.into_iter().zip(ends)).map(slot).collect()
 }

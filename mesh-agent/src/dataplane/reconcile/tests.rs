@@ -1,6 +1,6 @@
 //! The order of updates, against maps that check it, with faults and with programs still running.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use mesh_common::{Algorithm, Choice, Protocol, Reason, Slot, State, Verdict, translate};
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::extents::Written;
 use super::*;
-use crate::compile::{self, BackendKey, Rows, TableKey};
+use crate::compile::{self, BackendKey, Candidate, Rows, TableKey};
 use crate::dataplane::fault::Faulty;
 use crate::dataplane::maps::Capacity;
 use crate::dataplane::memory::Memory;
@@ -36,18 +36,21 @@ fn tables(frontends: &[u8], endpoints: &[u8]) -> Arc<Tables> {
         state: State::Healthy,
     };
     let endpoints: BTreeSet<u8> = endpoints.iter().copied().collect();
+    let backends: Vec<_> = endpoints.iter().map(backend).collect();
     let rows = if endpoints.is_empty() {
         Rows::Refuse(Reason::NoEndpoint)
     } else {
-        Rows::Candidates((0..endpoints.len()).collect())
+        let weight = |place: usize| Candidate { place, weight: backends[place].weight };
+        Rows::Candidates((0..endpoints.len()).map(weight).collect())
     };
     let key = TableKey { port: 80, protocol: Protocol::Tcp, v4: true };
     Arc::new(Tables {
-        backends: endpoints.iter().map(backend).collect(),
+        backends,
         tables: if frontends.is_empty() { Vec::new() } else { vec![(key, rows)] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
         policy: Policy::OFF,
         algorithm: algorithm(&endpoints),
+        groups: BTreeMap::new(),
     })
 }
 

@@ -1,0 +1,272 @@
+//! From a service and the states of its endpoints to tables: a pure function, the same bytes for
+//! the same input.
+
+mod candidates;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_common::alias::{self, Column, Entry};
+use mesh_common::ejection::TICK_SHIFT;
+use mesh_common::{Algorithm, FrontendKey, Policy, Protocol, Reason, State, balance};
+
+use crate::model::{EjectionPolicy, Endpoint, Service, ServicePort};
+
+/// What distinguishes a backend from the others of its service.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct BackendKey {
+    /// The service port that it serves.
+    pub port: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+/// A backend as it is wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Backend {
+    /// Which one.
+    pub key: BackendKey,
+    /// Weight.
+    pub weight: u16,
+    /// State.
+    pub state: State,
+}
+
+/// Which table of a service: endpoints are balanced within their address family.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TableKey {
+    /// The service port.
+    pub port: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// IPv4, or IPv6.
+    pub v4: bool,
+}
+
+/// What a table holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Rows {
+    /// Nothing: connects are refused.
+    Refuse(Reason),
+    /// One slot for each of these: first those with a weight, each part in the order of their places.
+    Candidates(Vec<Candidate>),
+}
+
+/// A slot of a table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Candidate {
+    /// Its place in [`Tables::backends`].
+    pub place: usize,
+    /// Its weight in this table. 0: it is used only when all others are out.
+    pub weight: u16,
+}
+
+/// What is known of an endpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Condition {
+    /// What its checks say, or whether it drains.
+    pub state: State,
+    /// Whether the kernel has it out for all. It stays in its table all the same: the kernel passes it
+    /// by, and tries it.
+    pub is_out: bool,
+    /// Its part of its weight, in thousandths: less than 1,000 for a while after it came
+    /// (slow start).
+    pub ramp: u16,
+}
+
+impl Condition {
+    /// Of an endpoint that has been in this state for long.
+    #[must_use]
+    pub const fn settled(state: State) -> Self {
+        Self { state, is_out: false, ramp: Self::FULL }
+    }
+
+    /// All of its weight.
+    pub const FULL: u16 = 1_000;
+}
+
+/// Where this node is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Here<'a> {
+    /// Its name.
+    pub node: &'a str,
+    /// Its zone.
+    pub zone: Option<&'a str>,
+}
+
+/// All that a service is compiled from.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// The service.
+    pub service: &'a Service,
+    /// The frontends that it owns; others may be shadowed.
+    pub frontends: &'a [FrontendKey],
+    /// The service that it falls back to, if that is defined.
+    pub fallback: Option<&'a Service>,
+    /// Where this node is.
+    pub here: Here<'a>,
+    /// Which group each table used before, as [`Tables::groups`] said.
+    pub before: &'a BTreeMap<TableKey, u8>,
+}
+
+impl Rows {
+    /// Number of slots.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Refuse(_) => 0,
+            Self::Candidates(candidates) => candidates.len(),
+        }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// All that the kernel is to hold for one service; the default is nothing.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Tables {
+    /// Every backend, in the order of their keys, also those that no table uses now.
+    pub backends: Vec<Backend>,
+    /// The tables, in the order of their keys.
+    pub tables: Vec<(TableKey, Rows)>,
+    /// What clients dial, and the place of its table in `tables`.
+    pub frontends: Vec<(FrontendKey, usize)>,
+    /// When backends are ejected.
+    pub policy: Policy,
+    /// How a backend of a table is chosen.
+    pub algorithm: Algorithm,
+    /// Which group of endpoints each table uses, where it is not the first ([`Endpoint::priority`], and
+    /// behind all of those the [`FALLBACK`]).
+    pub groups: BTreeMap<TableKey, u8>,
+}
+
+/// The group of the endpoints of the service that is fallen back to.
+pub const FALLBACK: u8 = u8::MAX;
+
+/// Where an endpoint listens for a service port.
+#[must_use]
+pub fn target(endpoint: &Endpoint, port: &ServicePort) -> SocketAddr {
+    SocketAddr::new(endpoint.address, endpoint.port.unwrap_or(port.target))
+}
+
+/// Compiles a service. `condition` tells what is known of an endpoint, given by its address, of the
+/// service itself or of the one that it falls back to.
+pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Condition) -> Tables {
+    let Input { service, frontends, here, .. } = input;
+    let own = service.ports.iter().map(|port| (service, port, port, None));
+    // Of the other service, the same port.
+    let other = service.ports.iter().filter_map(|port| {
+        let other = input.fallback?;
+        let same = |p: &&ServicePort| (p.port, p.protocol) == (port.port, port.protocol);
+        Some((other, port, other.ports.iter().find(same)?, Some(FALLBACK)))
+    });
+    let endpoints = own.chain(other).flat_map(|(of, port, listens, group)| {
+        of.endpoints.iter().map(move |endpoint| (of, port, listens, group, endpoint))
+    });
+    let mut found: Vec<Found> = endpoints
+        .map(|(of, port, listens, group, endpoint)| {
+            let address = target(endpoint, listens);
+            let key = BackendKey { port: port.port, protocol: port.protocol, address };
+            let condition = condition(of, address);
+            let backend = Backend { key, weight: endpoint.weight, state: condition.state };
+            let group = group.unwrap_or(endpoint.priority);
+            Found { backend, condition, group, distance: distance(here, endpoint) }
+        })
+        .collect();
+    // The service's own come first.
+    found.sort_by_key(|found| (found.backend.key, found.group == FALLBACK));
+    // Two endpoints of one address whose ports come out the same are one backend.
+    found.dedup_by_key(|found| found.backend.key);
+    let backends: Vec<Backend> = found.iter().map(|found| found.backend).collect();
+
+    let mut keys: Vec<(FrontendKey, TableKey)> = frontends
+        .iter()
+        .filter_map(|key| {
+            let protocol = Protocol::from_number(key.protocol)?;
+            let table = TableKey { port: key.host_port(), protocol, v4: key.addr.is_v4() };
+            Some((*key, table))
+        })
+        .collect();
+    keys.sort_by_key(|&(key, table)| (table, key.addr.octets()));
+
+    let mut tables: Vec<(TableKey, Rows)> = Vec::new();
+    let mut owned = Vec::with_capacity(keys.len());
+    let mut groups = BTreeMap::new();
+    for (key, table) in keys {
+        if tables.last().is_none_or(|(last, _)| *last != table) {
+            let before = input.before.get(&table).copied();
+            let (rows, group) = candidates::rows(&found, table, service, before);
+            if group.is_some_and(|group| group > 0) {
+                groups.extend(group.map(|group| (table, group)));
+            }
+            tables.push((table, rows));
+        }
+        owned.push((key, tables.len() - 1));
+    }
+    let (policy, algorithm) = (policy(service.ejection), service.algorithm);
+    Tables { backends, tables, frontends: owned, policy, algorithm, groups }
+}
+
+/// The rules of ejection as the kernel programs use them. Times are rounded up to whole ticks, and one
+/// more, because the present is rounded down: nothing is out for less than it should be.
+#[must_use]
+pub fn policy(ejection: Option<EjectionPolicy>) -> Policy {
+    let Some(EjectionPolicy { failures, base, max, share }) = ejection else { return Policy::OFF };
+    let ticks = |time: Duration| {
+        let ticks = time.as_nanos().div_ceil(1 << TICK_SHIFT) + 1;
+        u32::try_from(ticks).unwrap_or(Policy::MAX_TICKS)
+    };
+    Policy::new(failures, ticks(base), ticks(max), share)
+}
+
+/// A backend, and what decides whether it is used.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    backend: Backend,
+    condition: Condition,
+    /// Its priority: lower ones are used first.
+    group: u8,
+    /// 0 on this node, 1 in its zone, otherwise 2.
+    distance: usize,
+}
+
+/// How far an endpoint is: 0 on this node, 1 in its zone, otherwise 2.
+fn distance(here: Here<'_>, endpoint: &Endpoint) -> usize {
+    let same = |one: Option<&str>, other: Option<&str>| one.is_some() && one == other;
+    if same(endpoint.node.as_deref(), Some(here.node)) {
+        0
+    } else if same(endpoint.zone.as_deref(), here.zone) {
+        1
+    } else {
+        2
+    }
+}
+
+/// The columns of an alias table over these weights; not all of them are 0.
+#[must_use]
+pub fn columns(weights: impl Iterator<Item = u16>) -> Vec<Column> {
+    let weights: Vec<u32> = weights.map(u32::from).collect();
+    let mut columns = vec![Column::default(); weights.len()];
+    let mut scratch = vec![Entry::default(); weights.len()];
+    alias::build(&weights, &mut columns, &mut scratch);
+    columns
+}
+
+/// Where the tickets of each of these weights end.
+#[must_use]
+pub fn ends(weights: impl Iterator<Item = u16>) -> Vec<u32> {
+    let weights: Vec<u32> = weights.map(u32::from).collect();
+    let mut ends = vec![0; weights.len()];
+    balance::tickets(&weights, &mut ends);
+    ends
+}
+
+#[cfg(test)]
+mod tests;

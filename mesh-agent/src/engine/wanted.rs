@@ -1,0 +1,195 @@
+//! What the kernel is to hold of each service: its definition, with what is known of its endpoints.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use mesh_common::{Client, FrontendKey, State};
+use tokio::time::Instant;
+
+use super::{Engine, drains, out, spread};
+use crate::catalog::Entry;
+use crate::compile::{self, Condition, Here, Input, Tables};
+use crate::dataplane::maps::Maps as _;
+use crate::health::{Monitor, Plan};
+use crate::model::ServiceName;
+
+/// What is known of an endpoint.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    /// Differs between the lives of an endpoint.
+    pub(super) life: u64,
+    pub(super) state: State,
+    pub(super) reason: String,
+    pub(super) since: SystemTime,
+    /// Since when it is usable, or was when it last was.
+    pub(super) usable_since: Instant,
+}
+
+/// The endpoints of a service.
+#[derive(Debug, Default)]
+pub(super) struct Health {
+    pub(super) plan: Option<Plan>,
+    pub(super) endpoints: HashMap<SocketAddr, Known>,
+}
+
+impl Engine {
+    /// Compiles these services and has the kernel hold them.
+    pub(super) fn update(&mut self, names: BTreeSet<ServiceName>) {
+        if names.is_empty() {
+            return;
+        }
+        // Before any is compiled: one may fall back to another.
+        for name in &names {
+            self.follow(name);
+        }
+        let compiled = names.into_iter().map(|name| {
+            let tables = self.compile(&name);
+            (name, Arc::new(tables))
+        });
+        let wanted: Vec<_> = compiled.collect();
+        let gone = wanted.iter().filter(|(name, _)| self.catalog.get(name.as_str()).is_none());
+        let gone: Vec<ServiceName> = gone.map(|(name, _)| name.clone()).collect();
+        let outcome = self.reconciler.apply(wanted);
+        self.note(outcome);
+        self.take_let_go();
+        gone.iter().for_each(|name| self.removed.forget(name));
+        if self.reconciler.is_unfinished() {
+            self.retry.begin();
+        } else {
+            self.retry.end();
+        }
+    }
+
+    /// Has checks, drains and deadlines follow the definition of a service.
+    fn follow(&mut self, name: &ServiceName) {
+        self.drains.follow(name, self.catalog.get(name.as_str()));
+        let Some(entry) = self.catalog.get(name.as_str()) else {
+            if self.health.remove(name).is_some_and(|health| health.plan.is_some()) {
+                self.monitor.set(name.clone(), None);
+            }
+            return self.spread.forget(name);
+        };
+        let health = self.health.entry(name.clone()).or_default();
+        health.follow(name, entry, &self.monitor, &mut self.life);
+        self.removed.follow(name, entry.service.drain_timeout);
+    }
+
+    fn compile(&mut self, name: &ServiceName) -> Tables {
+        let Some(entry) = self.catalog.get(name.as_str()) else { return Tables::default() };
+        let service = &entry.service;
+        let behind = self.behind(entry);
+        let drained: HashMap<&ServiceName, _> = [Some((name, entry)), behind]
+            .into_iter()
+            .flatten()
+            .map(|(name, entry)| (name, self.drains.causes(name, entry)))
+            .collect();
+        let maps = self.reconciler.maps();
+        let is_out = |&(_, id): &(_, u32)| out::is_out(maps.counts(id).ejection, Client::NOBODY);
+        let out: HashSet<SocketAddr> = match service.locality.is_some() || behind.is_some() {
+            false if service.endpoints.iter().all(|endpoint| endpoint.priority == 0) => {
+                HashSet::new()
+            }
+            _ => {
+                let backends = self.reconciler.backends(name);
+                backends.filter(is_out).map(|(key, _)| key.address).collect()
+            }
+        };
+        let mut ramps = BTreeSet::new();
+        let condition = |of: &ServiceName, address: SocketAddr| {
+            let known = self.health.get(of).and_then(|health| health.endpoints.get(&address));
+            let drains = drained.get(of).is_some_and(|drained| drained.contains_key(&address));
+            let found = known.map_or(State::Unknown, |known| known.state);
+            let ramp = known.map_or(Condition::FULL, |known| {
+                spread::ramp(service.slow_start, known.usable_since)
+            });
+            Condition { state: drains::state(found, drains), is_out: out.contains(&address), ramp }
+        };
+        let none = BTreeMap::new();
+        let frontends = keys(entry);
+        let input = Input {
+            service,
+            frontends: &frontends,
+            fallback: behind.map(|(_, entry)| &*entry.service),
+            here: Here { node: &self.config.node, zone: self.config.zone.as_deref() },
+            before: self.spread.groups.get(name).unwrap_or(&none),
+        };
+        let tables = compile::compile(input, |of, address| condition(&of.name, address));
+        if service.slow_start.is_some() {
+            let usable = tables.backends.iter().filter(|backend| backend.state.is_usable());
+            ramps.extend(usable.map(|backend| condition(name, backend.key.address).ramp));
+        }
+        let service = Arc::clone(service);
+        // While all are alike, nothing would change.
+        self.spread.set_step(&service, ramps.len() > 1);
+        self.set_groups(name, &tables.groups);
+        tables
+    }
+
+    /// The service that another falls back to, if it is defined.
+    pub(super) fn behind<'e>(&'e self, entry: &Entry) -> Option<(&'e ServiceName, &'e Entry)> {
+        let other = entry.service.fallback_service.as_ref()?;
+        let entry = self.catalog.get(other.as_str())?;
+        Some((&entry.service.name, entry))
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    /// Another verdict of its checks.
+    pub(super) fn turn(&mut self, state: State, reason: String) {
+        if state.is_usable() && !self.state.is_usable() {
+            self.usable_since = Instant::now();
+        }
+        (self.state, self.reason, self.since) = (state, reason, SystemTime::now());
+    }
+}
+
+// === impl Health ===
+
+impl Health {
+    /// Follows a new definition: endpoints that stay keep their state. Each that comes gets the
+    /// next `life`.
+    fn follow(&mut self, name: &ServiceName, entry: &Entry, monitor: &Monitor, life: &mut u64) {
+        let service = &entry.service;
+        let targets: BTreeSet<SocketAddr> = service
+            .ports
+            .iter()
+            .flat_map(|port| service.endpoints.iter().map(|e| compile::target(e, port)))
+            .collect();
+        let checked = service.health.is_some();
+        if checked != self.plan.is_some() {
+            // What checks have found means nothing without them, and the other way round.
+            self.endpoints.clear();
+        }
+        self.endpoints.retain(|address, _| targets.contains(address));
+        let (since, usable_since) = (SystemTime::now(), Instant::now());
+        for address in targets {
+            self.endpoints.entry(address).or_insert_with(|| {
+                *life += 1;
+                let reason = if checked { "not checked yet" } else { "no health check" };
+                let (life, state) = (*life, State::Unknown);
+                Known { life, state, reason: reason.to_owned(), since, usable_since }
+            });
+        }
+        let plan = service.health.clone().map(|policy| {
+            let lives = self.endpoints.iter().map(|(address, known)| (*address, known.life));
+            Plan { policy, targets: lives.collect() }
+        });
+        if plan != self.plan {
+            monitor.set(name.clone(), plan.clone());
+            self.plan = plan;
+        }
+    }
+}
+
+/// The frontends that a service owns, as the kernel knows them.
+fn keys(entry: &Entry) -> Vec<FrontendKey> {
+    let key = |owned: &crate::catalog::OwnedFrontend| {
+        let frontend = owned.frontend;
+        FrontendKey::new(frontend.address.into(), frontend.port, frontend.protocol)
+    };
+    entry.frontends.iter().map(key).collect()
+}
