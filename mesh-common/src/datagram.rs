@@ -26,6 +26,8 @@ pub struct Standing {
     pub ejection: Ejection,
     /// What its checks say.
     pub state: State,
+    /// This socket is the one that tries the backend.
+    pub is_try: bool,
 }
 
 /// Whether the socket goes on with its backend. `client` is asked only when the backend is out for
@@ -33,12 +35,20 @@ pub struct Standing {
 #[inline(always)]
 #[must_use]
 pub fn keeps(standing: Standing, client: impl FnOnce() -> Client) -> bool {
-    let Standing { is_there, is_connected, idle: (idle, most), ejection, state } = standing;
+    let Standing { is_there, is_connected, idle: (idle, most), ejection, state, is_try } = standing;
+    let kept = idle <= most && (is_try || serves(state, ejection, client));
+    is_there && (is_connected || kept)
+}
+
+/// Whether a backend is one to go to, or to stay with. Who has one that is not leaves it for one that is,
+/// and not for another of the same kind: when all are unhealthy, or out, all are used, and a socket that
+/// chose among them with each datagram would have no partner.
+#[inline(always)]
+#[must_use]
+pub fn serves(state: State, ejection: Ejection, client: impl FnOnce() -> Client) -> bool {
     // What is drained finishes what it has.
-    let serves = state.is_usable() || matches!(state, State::Draining);
-    is_there
-        && (is_connected
-            || idle <= most && serves && (ejection.is_in() || !ejection.is_out_for(client())))
+    let works = state.is_usable() || matches!(state, State::Draining);
+    works && (ejection.is_in() || !ejection.is_out_for(client()))
 }
 
 #[cfg(test)]
@@ -52,6 +62,7 @@ mod tests {
         idle: (60, 60),
         ejection: Ejection::NONE,
         state: State::Healthy,
+        is_try: false,
     };
 
     #[test]
@@ -76,6 +87,7 @@ mod tests {
         let standing = Standing { ejection: out, ..GOOD };
         assert!(!keeps(standing, || me));
         assert!(keeps(standing, || Client::of_cgroup(8)), "one that saw nothing of it");
+        assert!(keeps(Standing { is_try: true, ..standing }, || me), "it is the one to try it");
         let connected = Standing { is_connected: true, idle: (1_000, 60), ..standing };
         assert!(keeps(connected, || me), "it has no other peer");
     }

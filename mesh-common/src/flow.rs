@@ -262,6 +262,13 @@ impl Role {
         Self(self.0 & !(Self::COUNT << Self::LAST_SHIFT) | index << Self::LAST_SHIFT)
     }
 
+    /// The same of a socket that is not connected any more.
+    #[inline(always)]
+    #[must_use]
+    pub const fn disconnected(self) -> Self {
+        Self(self.0 & !Self::CONNECTED)
+    }
+
     /// Index into `SERVICES`.
     #[inline(always)]
     #[must_use]
@@ -362,17 +369,15 @@ pub fn settle(held: &Word, cookie: u64) -> bool {
     now.is_of(cookie) && now.has_token() && held.replace(now.0, now.0 & !Held::TOKEN)
 }
 
-/// Notes that a failure of a socket that goes on was counted, and uses up its token: whoever gets an
-/// answer accounts for the failure, once; what is there now is what was, and whether it had the token.
+/// Notes that a failure of a socket that goes on was counted, and uses up its token: whoever gets
+/// `true` accounts for the failure, once. `seen` is the word as it was before anything else of the record
+/// was read: the socket may have connected again since.
 #[inline(always)]
 #[must_use]
-pub fn tell(held: &Word, cookie: u64) -> Option<Held> {
-    let now = Held(held.load());
-    if !now.is_of(cookie) || now.is_told() {
-        return None;
-    }
-    // Only a release can come in between.
-    held.replace(now.0, now.0 & !Held::TOKEN | Held::TOLD).then_some(now)
+pub fn tell(held: &Word, seen: Held, cookie: u64) -> bool {
+    seen.is_of(cookie)
+        && !seen.is_told()
+        && held.replace(seen.0, seen.0 & !Held::TOKEN | Held::TOLD)
 }
 
 /// A hash of where a socket is connected to, for comparing its present peer with its record. The

@@ -86,7 +86,8 @@ pub mod errno {
 pub const fn judge_datagram(error: i32) -> Option<Failure> {
     match error {
         errno::ECONNREFUSED => Some(Failure::Refused),
-        errno::EHOSTUNREACH => Some(Failure::Unreachable),
+        // Those who ask for it (IP_RECVERR) are told of routers too, also of a TTL that was too short on
+        // purpose.
         _ => None,
     }
 }

@@ -229,6 +229,18 @@ impl BackendStats {
         now: u64,
     ) -> Option<Change> {
         self.closed.increment();
+        self.succeed_open(token, policy, client, now)
+    }
+
+    /// [`BackendStats::succeed`] for what goes on to be open: a datagram came back.
+    #[inline(always)]
+    pub fn succeed_open(
+        &self,
+        token: Token,
+        policy: Policy,
+        client: Client,
+        now: u64,
+    ) -> Option<Change> {
         change(&self.ejection, |ejection| ejection.succeed(policy, client, token, now))
     }
 }

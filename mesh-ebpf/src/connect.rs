@@ -176,7 +176,7 @@ pub fn end_unrecorded(backend: u32, token: Token) {
 
 /// A token that is not used.
 #[inline(never)]
-fn give_back(backend: u32, token: Token) {
+pub fn give_back(backend: u32, token: Token) {
     if let Some(stats) = BACKEND_STATS.get(backend) {
         let now = Maps.now();
         change(&stats.ejection, |ejection| ejection.give_back(token, now));
@@ -186,7 +186,10 @@ fn give_back(backend: u32, token: Token) {
 /// Apart from the way of the connects that are balanced. `reason` is a [`Reason`].
 #[inline(never)]
 fn refuse_connect(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
-    forget(ctx);
+    // The kernel goes on with the peer that a datagram socket had.
+    if protocol(ctx) != UDP {
+        forget(ctx);
+    }
     refuse(ctx, key, reason, service)
 }
 

@@ -13,17 +13,17 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps};
+use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps, serves};
 use mesh_common::layout::counter;
 use mesh_common::{
     Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, State, Tables as _,
     Token, Verdict, translate,
 };
 
-use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, refuse, steer};
+use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, give_back, refuse, steer};
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{BACKEND_STATS, BACKENDS, Maps, OVERFLOW, SERVICES, count, counter, jiffies};
-use crate::records;
+use crate::{lifecycle, records};
 
 /// [`IDLE_SECONDS`] in the unit of [`Origin::age`]. Set by the agent, who knows the kernel's `HZ`; this
 /// is for 250.
@@ -75,21 +75,45 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
         FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: Protocol::Udp as u8, pad: 0 };
     let sending = Connecting { ctx, key: &key, cookie: Cell::new(0) };
     let cookie = sending.cookie();
-    if let Some(own) = records::find(cookie)
-        && let Some((index, flow)) = found(own, cookie, &key)
-        && goes_on::<F>(ctx, flow)
-    {
-        let role = records::role(own);
-        if role.last() != index {
-            records::set_role(own, role.with_last(index));
+    let mut there = Way::None;
+    if let Some(own) = records::find(cookie) {
+        if records::role(own).is_connected() && !is_connected(ctx) {
+            // AF_UNSPEC, of which no hook tells.
+            records::set_role(own, records::role(own).disconnected());
         }
-        return PROCEED;
+        if let Some((index, flow)) = found(own, cookie, &key) {
+            there = way(flow);
+            if there == Way::Keep && leads::<F>(ctx, flow) {
+                let role = records::role(own);
+                if role.last() != index {
+                    records::set_role(own, role.with_last(index));
+                }
+                return PROCEED;
+            }
+            // The kernel would drop what another backend answers.
+            if index == 0 && records::role(own).is_connected() {
+                let (reason, service) = (Reason::NoEndpoint as u32, records::role(own).service());
+                return refuse_datagram(ctx, &key, reason, service);
+            }
+        }
     }
     match translate(&Maps, &sending, &key) {
         Verdict::Pass => PROCEED,
         Verdict::Refuse(reason, service) => refuse_datagram(ctx, &key, reason as u32, service),
         Verdict::Balance(choice) => {
             let service = choice.service;
+            if there == Way::Leave && !is_better(choice.slot.backend) {
+                // Found once more: a pointer would be too much for the verifier to keep.
+                if choice.token.is_some() {
+                    give_back(choice.slot.backend, choice.token);
+                }
+                if let Some(own) = records::find(cookie)
+                    && let Some((_, flow)) = found(own, cookie, &key)
+                    && leads::<F>(ctx, flow)
+                {
+                    return PROCEED;
+                }
+            }
             let Some(mut flow) = steer::<F>(&sending, choice, false) else {
                 return refuse_datagram(ctx, &key, Reason::Corrupt as u32, service);
             };
@@ -107,35 +131,86 @@ fn refuse_datagram(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, servic
     refuse(ctx, key, reason, service)
 }
 
-/// Leads a datagram to the backend that the socket has there already, if it may keep it.
+/// What to do with the backend that a socket has there already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// It has none, or that is gone.
+    None,
+    /// Go on with it.
+    Keep,
+    /// Go on with it only if there is nothing better.
+    Leave,
+}
+
+/// Whether the socket is connected now (`TCP_ESTABLISHED`).
 #[inline(always)]
-fn goes_on<F: Family>(ctx: &SockAddrContext, flow: *mut Flow) -> bool {
+fn is_connected(ctx: &SockAddrContext) -> bool {
+    // SAFETY: one load of the field's own width from a valid context.
+    let sk = unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() };
+    // SAFETY: the context of a socket's hook has its socket; a load of the field's own width.
+    !sk.is_null() && unsafe { (&raw const (*sk).state).read_volatile() } == 1
+}
+
+/// Whether a backend that was chosen is better than one to be left.
+#[inline(always)]
+fn is_better(id: u32) -> bool {
+    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
+        return false;
+    };
+    serves(State::from_number(backend.state), stats.ejection(), || Maps.client())
+}
+
+/// Whether the socket goes on with the backend of this record.
+#[inline(always)]
+fn way(flow: *mut Flow) -> Way {
     let given = records::given(flow);
-    let id = Held(records::held(flow).load()).backend();
-    let Some(stats) = BACKEND_STATS.get(id) else { return false };
-    let Some(backend) = BACKENDS.get(id) else { return false };
-    let Some(service) = SERVICES.get(given.role.service()) else { return false };
+    let held = Held(records::held(flow).load());
+    let id = held.backend();
+    let Some(stats) = BACKEND_STATS.get(id) else { return Way::None };
+    let Some(backend) = BACKENDS.get(id) else { return Way::None };
+    let Some(service) = SERVICES.get(given.role.service()) else { return Way::None };
     // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
     // it has here.
     let most = unsafe { (&raw const DATAGRAM_IDLE).read_volatile() };
-    let (now, origin) = (jiffies(), given.origin);
+    let ejection = stats.ejection();
+    let idle = (given.origin.age(jiffies()), most);
     let standing = Standing {
         is_there: stats.is_life(given.generation)
             && service.generation() != 0
             && service.key == given.frontend,
         is_connected: given.role.is_connected(),
-        idle: (origin.age(now), most),
-        ejection: stats.ejection(),
+        idle,
+        ejection,
         state: State::from_number(backend.state),
+        is_try: held.has_token() && ejection.token() == given.token,
     };
-    if !keeps(standing, || Maps.client()) || !F::set_addr(ctx, backend.addr) {
+    match keeps(standing, || Maps.client()) {
+        true => Way::Keep,
+        false if standing.is_there && idle.0 <= idle.1 => Way::Leave,
+        false => Way::None,
+    }
+}
+
+/// Leads a datagram to the backend of this record. `false` when that is of another family.
+#[inline(always)]
+fn leads<F: Family>(ctx: &SockAddrContext, flow: *mut Flow) -> bool {
+    let id = Held(records::held(flow).load()).backend();
+    let Some(backend) = BACKENDS.get(id) else { return false };
+    if !F::set_addr(ctx, backend.addr) {
         return false;
     }
     set_port(ctx, backend.port);
-    if origin.age(now) != 0 && !given.role.is_connected() {
-        records::set_origin(flow, Origin::new(origin.netns(), now));
-    }
+    used(flow);
     true
+}
+
+/// Notes that a record is used now, unless its socket is connected.
+#[inline(always)]
+fn used(flow: *mut Flow) {
+    let (now, given) = (jiffies(), records::given(flow));
+    if given.origin.age(now) != 0 && !given.role.is_connected() {
+        records::set_origin(flow, Origin::new(given.origin.netns(), now));
+    }
 }
 
 /// Shows the service that the sender was given for. What a backend sends that was removed since is its
@@ -153,6 +228,10 @@ fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
         let frontend = records::given(flow).frontend;
         if F::set_addr(ctx, frontend.addr) {
             set_port(ctx, frontend.port);
+        }
+        used(flow);
+        if Held(records::held(flow).load()).has_token() {
+            lifecycle::answered(cookie, flow);
         }
     }
     PROCEED
@@ -332,6 +411,11 @@ pub fn end_all(cookie: u64) {
     let more = records::role(flow).more();
     if more > 0 {
         end_further(cookie, more);
+    }
+    let held = Held(records::held(flow).load());
+    let matters = BACKEND_STATS.get(held.backend()).is_some_and(|s| s.awaits_success(held));
+    if matters && records::role(flow).is_connected() && !held.is_told() {
+        return lifecycle::ended_well(cookie, flow);
     }
     records::end(cookie);
 }

@@ -94,7 +94,10 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
     let sock = Sock::new(ctx.arg(0));
     let Some((cookie, flow)) = ours(sock) else { return 0 };
     let Some(tcp) = sock.tcp() else {
-        if let Some(failure) = judge_datagram(sock.error()) {
+        // A datagram socket that is not connected (any more).
+        if !sock.is_closed()
+            && let Some(failure) = judge_datagram(sock.error())
+        {
             not_taken(cookie, flow, failure);
         }
         return 0;
@@ -115,11 +118,11 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
 /// a connected socket is it known who did not take it.
 #[inline(always)]
 fn not_taken(cookie: u64, flow: *mut Flow, failure: Failure) {
+    let held = Held(records::held(flow).load());
     let given = records::given(flow);
-    if !given.role.is_connected() {
+    if !given.role.is_connected() || !flow::tell(records::held(flow), held, cookie) {
         return;
     }
-    let Some(held) = flow::tell(records::held(flow), cookie) else { return };
     let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|s| s.is_life(given.generation))
     else {
         return;
@@ -191,6 +194,35 @@ fn ours(sock: Sock) -> Option<(u64, *mut Flow)> {
         return None;
     }
     records::find(cookie).map(|flow| (cookie, flow))
+}
+
+/// Something came back to a datagram socket that tries a backend.
+#[inline(never)]
+pub fn answered(cookie: u64, flow: *mut Flow) {
+    let given = records::given(flow);
+    let held = Held(records::held(flow).load());
+    if !flow::settle(records::held(flow), cookie) {
+        return;
+    }
+    let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|s| s.is_life(given.generation))
+    else {
+        return;
+    };
+    let (policy, _) = rules(&given);
+    let client = Client::of_cgroup(given.client);
+    if let Some((before, after)) = stats.succeed_open(given.token, policy, client, Maps.now())
+        && !before.is_in()
+        && after.is_in()
+    {
+        events::changed(events::Kind::Recovered, held, &given, 0, after);
+    }
+}
+
+/// A datagram socket that was connected ends, and nobody said that it failed: that is all there is to know
+/// of datagrams.
+#[inline(never)]
+pub fn ended_well(cookie: u64, flow: *mut Flow) {
+    ended(cookie, flow, true);
 }
 
 /// A connection has ended that is not known to have failed.

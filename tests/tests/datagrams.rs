@@ -244,10 +244,87 @@ fn removed_and_drained() -> Result<()> {
     Ok(())
 }
 
+/// When all are unhealthy, all are used, and a socket keeps the one that it has all the same.
+#[test]
+fn kept_when_there_is_nothing_better() -> Result<()> {
+    let down = Service::new("down").address("10.96.2.1").udp(53, 5399);
+    let down = down.key("health: {tcp: {}, interval: 20ms, timeout: 100ms, fall: 1}");
+    let down = (0..3).fold(down, |down, n| down.endpoint(&place(true, n).replace("5353", "5399")));
+    let node = (0..3).fold(Node::builder(), |node, n| node.backend(NAMES[n], &place(true, n)));
+    let node = node.service(down).start()?;
+    node.agent.until_backends("down", |all| {
+        all.len() == 3 && all.iter().all(|backend| backend.state == "unhealthy")
+    })?;
+    ensure!(node.agent.status()?.reasons.join(" ").contains("connect by TCP"), "it is said");
+    let mut client = datagrams(&node)?;
+    for _ in 0..20 {
+        client.did("send 10.96.2.1:53")?;
+    }
+    ensure!(counts(&node, "down")? == (1, 1), "{:?}", counts(&node, "down"));
+    Ok(())
+}
+
+/// A backend that is back is found out by sockets that are not connected, too: by what comes back.
+#[test]
+fn tried_by_what_is_sent() -> Result<()> {
+    let mut node = node()?;
+    let mut client = datagrams(&node)?;
+    node.kill_server("a")?;
+    until("a connected socket to meet it", LIMIT, || {
+        client.did("open 4")?;
+        client.did(&format!("connect {FOUR}"))?;
+        Ok((client.step("ask")?.error.as_deref() == Some("ECONNREFUSED")).then_some(()))
+    })?;
+    client.did("close")?;
+    node.start_server(Kind::Plain, "a", &place(true, 0))?;
+    let reason = |node: &Node| -> Result<String> {
+        let backends: Vec<serde_json::Value> = node.agent.json(&["backends", "dns"])?;
+        let a = |b: &&serde_json::Value| b["address"] == "10.0.0.1:5353" && b["protocol"] == "udp";
+        Ok(backends.iter().find(a).context("it")?["reason"].to_string())
+    };
+    ensure!(reason(&node)?.contains("a connect failed"), "{:?}", reason(&node));
+    until("an unconnected socket to try it", LIMIT, || {
+        client.did(&format!("count {FOUR} 20"))?;
+        Ok((!reason(&node)?.contains("a connect failed")).then_some(()))
+    })
+    .with_context(|| format!("{:?}", reason(&node)))
+}
+
+/// A refused connect leaves a datagram socket where it was; one that was disconnected goes where it
+/// sends.
+#[test]
+fn refused_and_disconnected() -> Result<()> {
+    let node = node()?;
+    let mut client = datagrams(&node)?;
+    client.did(&format!("connect {FOUR}"))?;
+    let (first, _) = client.ask("ask")?;
+    let refused = client.step("connect 10.96.9.9:53")?;
+    ensure!(refused.error.as_deref() == Some("ECONNREFUSED"), "{refused:?}");
+    ensure!(client.did("peer")?.peer == Some(socket(FOUR)?), "its peer is what it was");
+    ensure!(client.ask("ask")? == (first, socket(FOUR)?), "so is what comes back");
+    ensure!(counts(&node, "dns")?.1 == 1, "{:?}", counts(&node, "dns"));
+    // Removed soon after it was disconnected: nobody ends it, and it moves.
+    client.did("disconnect")?;
+    client.ask(&format!("ask {FOUR}"))?;
+    write(&node, Service::new("dns").address("10.96.0.53").udp(53, 5353))?;
+    node.agent.until_places("dns", &[])?;
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    write(&node, dns(3))?;
+    node.agent.until_places("dns", &all_places(3))?;
+    ensure!(client.ask(&format!("ask {FOUR}"))?.1 == socket(FOUR)?, "it was not ended");
+    Ok(())
+}
+
 fn all_places(backends: usize) -> Vec<&'static str> {
     // Once for each protocol.
-    const PLACES: [&str; 4] =
-        ["10.0.0.1:5353", "[fd00::1]:5353", "10.0.0.2:5353", "[fd00::2]:5353"];
+    const PLACES: [&str; 6] = [
+        "10.0.0.1:5353",
+        "[fd00::1]:5353",
+        "10.0.0.2:5353",
+        "[fd00::2]:5353",
+        "10.0.0.3:5353",
+        "[fd00::3]:5353",
+    ];
     let places = &PLACES[..backends * 2];
     places.iter().chain(places).copied().collect()
 }

@@ -110,9 +110,19 @@ fn ended_when_the_deadline_is_over() -> Result<()> {
         Ok((ended.count() == 2).then_some(()))
     })?;
 
+    // One that is back in time is left alone.
+    let without = Service::file(&[ends(app("stays", "10.96.0.2")).endpoint(two)]);
+    node.agent.write_services("test.yaml", &without)?;
+    node.agent.until_places("stays", &["10.0.0.2:9000"])?;
+    let back = Service::file(&[ends(app("stays", "10.96.0.2")).endpoint(one)]);
+    node.agent.write_services("test.yaml", &back)?;
+    thread::sleep(Duration::from_millis(1_500));
+    until_established(&node, &["10.96.0.2:80", "10.96.0.3:80"])?;
+    let _new = hold(&node, "10.96.0.2:80")?;
+
     // A whole service, with the deadline that it had.
     node.agent.write_services("test.yaml", "services: []\n")?;
-    until_established(&node, &["10.96.0.3:80"])?;
+    until_established(&node, &["10.96.0.2:80", "10.96.0.3:80"])?;
     let status = node.agent.status()?;
     ensure!(status.reasons.is_empty(), "{:?}", status.reasons);
     Ok(())

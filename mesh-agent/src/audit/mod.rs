@@ -15,7 +15,7 @@ pub mod namespaces;
 pub mod sockets;
 pub mod task;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 use std::{io, thread};
 
@@ -70,8 +70,8 @@ impl Record {
 pub struct Found {
     /// The sockets that exist, by cookie. Those that nobody asked for may be left out.
     pub sockets: HashMap<u64, Socket>,
-    /// Why there may be more.
-    pub incomplete: Option<String>,
+    /// Why there may be more, by protocol.
+    pub incomplete: BTreeMap<u8, String>,
 }
 
 /// What a pass found, in numbers of records. All but the first and the last add up to the first.
@@ -143,14 +143,16 @@ impl Audit {
                 Some(found) if found.sockets.contains_key(&record.cookie) => report.seen += 1,
                 _ if !still(record) => report.ended += 1,
                 None => report.in_unknown_namespaces += 1,
-                Some(Found { incomplete: Some(problem), .. }) => {
-                    report.undecided += 1;
-                    report.problem.get_or_insert_with(|| problem.clone());
-                }
-                Some(_) => {
-                    report.unseen += 1;
-                    unseen.insert(*record);
-                }
+                Some(found) => match found.incomplete.get(&record.given.frontend.protocol) {
+                    Some(problem) => {
+                        report.undecided += 1;
+                        report.problem.get_or_insert_with(|| problem.clone());
+                    }
+                    None => {
+                        report.unseen += 1;
+                        unseen.insert(*record);
+                    }
+                },
             }
         }
         let gone = unseen.intersection(&self.suspicious).copied().collect();
@@ -235,19 +237,22 @@ fn list(
 /// Lists those of these sockets that exist. No more are remembered than were asked for, however
 /// many there are.
 fn list_one(namespace: &Namespace, wanted: &Wanted) -> Found {
-    let mut sockets = HashMap::new();
-    let end = namespace.enter().and_then(|()| {
-        sockets::dump(&wanted.protocols, |socket| {
-            if wanted.cookies.contains(&socket.cookie) {
-                sockets.insert(socket.cookie, socket);
-            }
-        })
-    });
-    let incomplete = match end {
-        Ok(End::Complete) => None,
-        Ok(End::Incomplete) => Some("the kernel's list of sockets was cut short".to_owned()),
-        Err(error) => Some(format!("sockets cannot be listed: {error}")),
-    };
+    let (mut sockets, mut incomplete) = (HashMap::new(), BTreeMap::new());
+    for &protocol in &wanted.protocols {
+        let end = namespace.enter().and_then(|()| {
+            sockets::dump(protocol, |socket| {
+                if wanted.cookies.contains(&socket.cookie) {
+                    sockets.insert(socket.cookie, socket);
+                }
+            })
+        });
+        let problem = match end {
+            Ok(End::Complete) => continue,
+            Ok(End::Incomplete) => "the kernel's list of sockets was cut short".to_owned(),
+            Err(error) => format!("sockets of protocol {protocol} cannot be listed: {error}"),
+        };
+        incomplete.insert(protocol, problem);
+    }
     Found { sockets, incomplete }
 }
 

@@ -13,7 +13,6 @@
 //! messages would refuse one because of an attribute that it finds malformed, and nothing here
 //! needs attributes.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -76,7 +75,7 @@ pub enum End {
     Incomplete,
 }
 
-/// Calls `each` for every socket of these protocols (IANA numbers) in the calling thread's network
+/// Calls `each` for every socket of a protocol (its IANA number) in the calling thread's network
 /// namespace, of IPv4 and IPv6:
 /// those with a `struct sock` of their own, so not for `TIME_WAIT` and not for a connection that a
 /// listening socket is still being asked for. A subflow of MPTCP is a TCP socket, with a cookie of
@@ -86,10 +85,9 @@ pub enum End {
 ///
 /// Those of netlink(7), and what the kernel answers: `ENOENT` when it has no `tcp_diag` or `udp_diag`;
 /// `InvalidData` when it is not understood.
-pub fn dump(protocols: &BTreeSet<u8>, mut each: impl FnMut(Socket)) -> io::Result<End> {
+pub fn dump(protocol: u8, mut each: impl FnMut(Socket)) -> io::Result<End> {
     let deadline = Instant::now() + LONGEST;
-    let kinds = protocols.iter().flat_map(|&protocol| [(AF_INET, protocol), (AF_INET6, protocol)]);
-    for kind in kinds {
+    for kind in [(AF_INET, protocol), (AF_INET6, protocol)] {
         let mut attempts = ATTEMPTS;
         while attempt(kind, deadline, &mut each)? == End::Incomplete {
             attempts -= 1;

@@ -23,14 +23,14 @@ fn socket(cookie: u64) -> Socket {
 /// All sockets of the namespace.
 fn exist(cookies: &[u64]) -> HashMap<u64, Found> {
     let sockets = cookies.iter().map(|&cookie| (cookie, socket(cookie))).collect();
-    HashMap::from([(NETNS, Found { sockets, incomplete: None })])
+    HashMap::from([(NETNS, Found { sockets, incomplete: BTreeMap::new() })])
 }
 
 /// Not all of them.
 fn exist_and_others(cookies: &[u64]) -> HashMap<u64, Found> {
     let mut found = exist(cookies);
     for found in found.values_mut() {
-        found.incomplete = Some("cut short".to_owned());
+        found.incomplete.insert(0, "cut short".to_owned());
     }
     found
 }
@@ -108,7 +108,7 @@ fn only_the_very_same_record_is_gone() {
 #[test]
 fn a_namespace_that_was_read_half_written() {
     let (mut audit, mut found) = (Audit::default(), exist(&[]));
-    found.insert(NETNS + 1, Found { sockets: HashMap::new(), incomplete: None });
+    found.insert(NETNS + 1, Found { sockets: HashMap::new(), incomplete: BTreeMap::new() });
     let stale = in_namespace(1, NETNS + 1);
     assert_eq!(audit.compare(&[stale], &found, yes).0.unseen, 1);
     let (report, gone) = audit.compare(&[record(1)], &found, yes);

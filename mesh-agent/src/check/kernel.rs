@@ -22,7 +22,7 @@ const MAPS: [(MapType, &str); 4] = [
     (MapType::RingBuf, "ring buffer"),
 ];
 
-/// Helpers that the connect programs call. `bpf_set_retval` (Linux 5.18) is the youngest, and
+/// Helpers that the connect programs call. `bpf_set_retval` (for these hooks since Linux 6.1) is the youngest, and
 /// younger than the getpeername hooks (5.8), which cannot be probed without attaching.
 const HELPERS: [(BpfHelper, &str); 3] = [
     (BpfHelper::BPF_FUNC_set_retval, "bpf_set_retval"),
@@ -30,7 +30,7 @@ const HELPERS: [(BpfHelper, &str); 3] = [
     (BpfHelper::BPF_FUNC_skc_to_tcp_sock, "bpf_skc_to_tcp_sock"),
 ];
 
-const TOO_OLD: &str = "run Linux 5.18 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF";
+const TOO_OLD: &str = "run Linux 6.1 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF";
 const DENIED: &str = "needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN in the first user namespace, and in a \
                       container a seccomp profile that allows bpf";
 

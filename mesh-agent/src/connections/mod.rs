@@ -47,7 +47,7 @@ pub async fn describe(records: Vec<Record>) -> io::Result<Vec<Connection>> {
             (Some(socket), _) if record.is_datagram() => of_datagrams(socket.state),
             (Some(socket), _) => of_tcp(socket.state),
             // The kernel does not list a socket that has lost its port.
-            (None, Some(Found { incomplete: None, .. })) => "closed",
+            (None, Some(Found { incomplete, .. })) if incomplete.is_empty() => "closed",
             (None, _) => "unknown",
         };
         Connection { record, state, holder: holder.cloned() }

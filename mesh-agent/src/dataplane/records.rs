@@ -1,6 +1,8 @@
 //! The records of sockets, as the agent looks at them: to audit them against the sockets that
 //! exist, and to end those whose socket is gone.
 
+use std::collections::HashSet;
+
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
 use mesh_common::ejection::ticks;
@@ -53,11 +55,13 @@ impl Records {
             (0..self.flows.capacity()).filter_map(|place| self.at(place)).collect();
         if self.elsewhere() != 0 {
             // An element that is deleted meanwhile makes the kernel begin again, or end early; what
-            // was missed is seen the next time.
-            let entries = self.overflow.iter().take(self.flows.capacity() as usize);
+            // was missed is seen the next time, and what comes twice counts once.
+            let entries = self.overflow.iter().take(2 * self.flows.capacity() as usize);
+            let mut seen = HashSet::new();
             records.extend(
                 entries
                     .filter_map(Result::ok)
+                    .filter(|(key, _)| seen.insert(*key))
                     .map(|(key, words)| record(Place::Elsewhere(key.index), key.cookie, words)),
             );
         }
@@ -67,9 +71,13 @@ impl Records {
     fn at(&self, place: u32) -> Option<Record> {
         let words = self.flows.get(place)?;
         let [held, ..] = words;
-        let held = Held(held.load());
-        let words = held.is_used().then(|| words.each_ref().map(Word::load))?;
-        Some(record(Place::Array(place), held.cookie(place), words))
+        if !Held(held.load()).is_used() {
+            return None;
+        }
+        let words = words.each_ref().map(Word::load);
+        let [held, ..] = words;
+        let held = Held(held);
+        held.is_used().then(|| record(Place::Array(place), held.cookie(place), words))
     }
 
     /// Whether this very reservation is still there.
@@ -101,6 +109,10 @@ impl Records {
             }
         };
         let Some(words) = words else { return false };
+        // The same socket at the same backend, but another time.
+        if given(words) != record.given {
+            return false;
+        }
         let seen = Held(record.word);
         let released = match record.place {
             Place::Array(place) => {

@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use mesh_common::Protocol;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -189,7 +190,7 @@ impl Engine {
                     self.take_events(events.drain(..));
                 }
                 Some(opinion) = self.opinions.receiver.recv() => self.take_opinion(opinion),
-                ended = self.removed.ended(&self.auditor) => self.take_ended(ended),
+                next = self.removed.next() => self.take_next(next),
                 names = self.spread.due() => self.update(names),
                 Some(question) = questions.recv() => question(&mut self),
                 // `start_grace` below is what it was for.
@@ -235,7 +236,14 @@ impl Engine {
                     endpoint.address
                 )
             });
-            let behind = spread::fallback_note(name, &self.catalog);
+            let only_datagrams = entry.service.health.is_some()
+                && entry.service.ports.iter().all(|port| port.protocol == Protocol::Udp);
+            let unheard = only_datagrams.then(|| {
+                "its checks connect by TCP, and all of its ports are UDP: endpoints that do not \
+                 listen on TCP there too never pass; remove `health`, or add a TCP port"
+                    .to_owned()
+            });
+            let behind = spread::fallback_note(name, &self.catalog).into_iter().chain(unheard);
             let texts = entry.shadowed.iter().chain(&entry.warnings).cloned();
             let texts = texts.chain(lost).chain(behind);
             notes.insert(name, few(texts.collect()));

@@ -2,8 +2,9 @@
 //! that is over, and connected datagram sockets soon, so that their programs look for another endpoint.
 //! What a datagram socket sends without being connected goes to another one by itself.
 
-use std::collections::HashMap;
-use std::io;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::mpsc as sync;
 use std::time::{Duration, SystemTime};
 
 use mesh_common::{Held, Protocol};
@@ -12,8 +13,10 @@ use tokio::time::Instant;
 
 use super::{Engine, journal};
 use crate::api::types::Event;
+use crate::audit::sockets::{self, Socket};
 use crate::audit::task::Auditor;
-use crate::audit::{self, Found, Record, sockets};
+use crate::audit::{self, Found, Record};
+use crate::compile;
 use crate::dataplane::reconcile::LetGo;
 use crate::model::ServiceName;
 
@@ -23,40 +26,46 @@ const SOON: Duration = Duration::from_millis(100);
 /// When it is looked again for what was not seen the first time.
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// What is to be ended, and when.
+/// `TCP_ESTABLISHED`, which is also the state of a connected datagram socket.
+const CONNECTED: u8 = 1;
+
+/// A removed endpoint.
 #[derive(Clone, Debug)]
-struct Due {
-    at: Instant,
+struct Gone {
     what: LetGo,
+    since: Instant,
+    /// Its connections were ended once.
     again: bool,
 }
 
-/// What came of it.
+/// What is to be done now, or was done.
 #[derive(Debug)]
-pub(super) struct Ended {
-    what: LetGo,
-    /// How many connections.
-    count: io::Result<usize>,
+pub(super) enum Next {
+    /// The time of some endpoints is over.
+    Due,
+    /// So many connections to this one were ended.
+    Ended(LetGo, usize),
+    /// Why connections could not be ended.
+    Failed(String),
 }
 
-/// Removed backends whose connections will be ended.
+/// Removed endpoints whose connections will be ended.
 #[derive(Debug)]
 pub(super) struct Removed {
     /// As the last definition of each service had it.
     timeouts: HashMap<ServiceName, Duration>,
-    due: Vec<Due>,
-    sender: mpsc::UnboundedSender<Ended>,
-    /// Where what was done is told.
-    receiver: mpsc::UnboundedReceiver<Ended>,
+    gone: Vec<Gone>,
+    sender: mpsc::UnboundedSender<Next>,
+    receiver: mpsc::UnboundedReceiver<Next>,
 }
 
 impl Removed {
     pub(super) fn new() -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
-        Self { timeouts: HashMap::new(), due: Vec::new(), sender, receiver }
+        Self { timeouts: HashMap::new(), gone: Vec::new(), sender, receiver }
     }
 
-    /// Follows a definition; of a service that goes, the last one counts until [`Removed::forget`].
+    /// Follows a definition. Of a service that is defined no more, the last one counts.
     pub(super) fn follow(&mut self, service: &ServiceName, timeout: Option<Duration>) {
         match timeout {
             Some(timeout) => drop(self.timeouts.insert(service.clone(), timeout)),
@@ -64,117 +73,194 @@ impl Removed {
         }
     }
 
-    pub(super) fn forget(&mut self, service: &ServiceName) {
-        self.timeouts.remove(service);
-    }
-
     fn add(&mut self, gone: Vec<LetGo>) {
-        let now = Instant::now();
-        for what in gone {
-            let after = match what.key.protocol {
-                Protocol::Udp => SOON,
-                Protocol::Tcp => match self.timeouts.get(&what.service) {
-                    Some(timeout) => SOON.max(*timeout),
-                    None => continue,
-                },
-            };
-            self.due.push(Due { at: now + after, what, again: true });
+        let since = Instant::now();
+        self.gone.extend(gone.into_iter().map(|what| Gone { what, since, again: false }));
+        self.gone.retain(|gone| due(gone, &self.timeouts).is_some());
+    }
+
+    /// Waits until there is something to do.
+    pub(super) async fn next(&mut self) -> Next {
+        let first = self.gone.iter().filter_map(|gone| due(gone, &self.timeouts)).min();
+        let due = async {
+            match first {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(done) = self.receiver.recv() => done,
+            () = due => Next::Due,
         }
     }
 
-    /// Ends what becomes due, and waits until there is something to tell of that.
-    pub(super) async fn ended(&mut self, auditor: &Auditor) -> Ended {
-        loop {
-            let next = self.due.iter().map(|due| due.at).min();
-            let due = async {
-                match next {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                Some(ended) = self.receiver.recv() => return ended,
-                () = due => self.end(auditor),
+    /// Those whose time is over, among those for which `is_back` does not say otherwise; forgets those
+    /// for which it does, and the timeouts of services of which nothing is left.
+    fn take_due(
+        &mut self,
+        is_back: impl Fn(&LetGo) -> bool,
+        is_defined: impl Fn(&ServiceName) -> bool,
+    ) -> Vec<LetGo> {
+        let (now, timeouts) = (Instant::now(), &self.timeouts);
+        self.gone.retain(|gone| !is_back(&gone.what) && due(gone, timeouts).is_some());
+        let mut taken = Vec::new();
+        self.gone.retain_mut(|gone| {
+            if due(gone, timeouts).is_none_or(|at| at > now) {
+                return true;
             }
-        }
-    }
-
-    /// Ends, in a task of its own, what is due.
-    fn end(&mut self, auditor: &Auditor) {
-        let now = Instant::now();
-        let (due, later): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.due).into_iter().partition(|due| due.at <= now);
-        let again = due.iter().filter(|due| due.again);
-        let again = again.map(|due| Due { at: now + AGAIN, again: false, ..due.clone() });
-        self.due = later.into_iter().chain(again).collect();
-        let (auditor, sender) = (auditor.clone(), self.sender.clone());
-        let due: Vec<LetGo> = due.into_iter().map(|due| due.what).collect();
-        tokio::spawn(async move {
-            let wanted: HashMap<(u32, u32), &LetGo> =
-                due.iter().map(|due| ((due.id, due.generation), due)).collect();
-            let mut found: HashMap<(u32, u32), Vec<Record>> = HashMap::new();
-            for record in auditor.records() {
-                let which = (Held(record.word).backend(), record.given.generation);
-                let concerned = !record.is_datagram() || record.given.role.is_connected();
-                if concerned && wanted.contains_key(&which) {
-                    found.entry(which).or_default().push(record);
-                }
-            }
-            for (which, records) in found {
-                let count = end_all(records).await;
-                // Nobody listens once the agent stops.
-                let _ = sender.send(Ended { what: wanted[&which].clone(), count });
-            }
+            taken.push(gone.what.clone());
+            let first = !gone.again;
+            (gone.since, gone.again) = (now, true);
+            first
         });
+        let left: HashSet<&ServiceName> = self.gone.iter().map(|gone| &gone.what.service).collect();
+        self.timeouts.retain(|service, _| is_defined(service) || left.contains(service));
+        taken
     }
 }
 
-/// Ends the sockets of these records, and gives how many there were.
-async fn end_all(records: Vec<Record>) -> io::Result<usize> {
-    let (count, counted) = std::sync::mpsc::channel();
+/// When the connections to an endpoint are ended; never, when nobody asks for it.
+fn due(gone: &Gone, timeouts: &HashMap<ServiceName, Duration>) -> Option<Instant> {
+    let after = match (gone.again, gone.what.key.protocol) {
+        (true, _) => AGAIN,
+        (false, Protocol::Udp) => SOON,
+        (false, Protocol::Tcp) => SOON.max(*timeouts.get(&gone.what.service)?),
+    };
+    Some(gone.since + after)
+}
+
+/// Ends the connections of all these, and tells how many there were.
+async fn end(auditor: Auditor, gone: Vec<LetGo>, tell: mpsc::UnboundedSender<Next>) {
+    // Nobody listens once the agent stops.
+    let fail = |error: &dyn std::fmt::Display| drop(tell.send(Next::Failed(error.to_string())));
+    let gone: HashMap<(u32, u32), LetGo> =
+        gone.into_iter().map(|gone| ((gone.id, gone.generation), gone)).collect();
+    let concerned = {
+        let gone: HashSet<(u32, u32)> = gone.keys().copied().collect();
+        let auditor = auditor.clone();
+        // A look at each record, of which there may be many.
+        tokio::task::spawn_blocking(move || {
+            let mut records = auditor.records();
+            records.retain(|record| gone.contains(&backend(record)) && is_held_there(record));
+            records
+        })
+    };
+    let records = match concerned.await {
+        Ok(records) if records.is_empty() => return,
+        Ok(records) => records,
+        Err(error) => return fail(&error),
+    };
+    let by_cookie: HashMap<u64, (Record, SocketAddr)> = records
+        .iter()
+        .filter_map(|record| {
+            let address = gone.get(&backend(record))?.key.address;
+            Some((record.cookie, (*record, address)))
+        })
+        .collect();
+    let (count, counted) = sync::channel();
     let inside = move |found: &Found| {
         for socket in found.sockets.values() {
-            // Whoever counts is there until this returns.
-            let _ = count.send(sockets::destroy(socket));
+            let Some((record, address)) = by_cookie.get(&socket.cookie) else { continue };
+            // It may have gone elsewhere since; the kernel compares what is listed, and the cookie.
+            if leads_to(socket, *address) && auditor.still(record) {
+                // Whoever counts is there until this returns.
+                let _ = count.send((backend(record), sockets::destroy(socket)));
+            }
         }
     };
-    audit::visit(&records, inside).await?;
-    let mut ended = 0;
-    for destroyed in counted.try_iter() {
-        ended += usize::from(destroyed?);
+    let found = match audit::visit(&records, inside).await {
+        Ok(found) => found,
+        Err(error) => return fail(&error),
+    };
+    let mut ended = HashMap::<(u32, u32), usize>::new();
+    for (which, destroyed) in counted.try_iter() {
+        match destroyed {
+            Ok(destroyed) => *ended.entry(which).or_default() += usize::from(destroyed),
+            Err(error) => fail(&format!(
+                "{error} (a kernel without CONFIG_INET_DIAG_DESTROY cannot do it at all)"
+            )),
+        }
     }
-    Ok(ended)
+    for problem in found.values().flat_map(|found| found.incomplete.values()) {
+        fail(problem);
+    }
+    let unreached = records.iter().filter(|record| !found.contains_key(&record.netns())).count();
+    if unreached > 0 {
+        fail(&format!("{unreached} of them are in network namespaces out of reach"));
+    }
+    for (which, count) in ended {
+        if let Some(what) = gone.get(&which).filter(|_| count > 0) {
+            let _ = tell.send(Next::Ended(what.clone(), count));
+        }
+    }
+}
+
+/// The backend of a record, and its generation.
+fn backend(record: &Record) -> (u32, u32) {
+    (Held(record.word).backend(), record.given.generation)
+}
+
+/// Whether its socket cannot go elsewhere.
+const fn is_held_there(record: &Record) -> bool {
+    !record.is_datagram() || record.given.role.is_connected()
+}
+
+/// Whether a socket is connected to this address; a datagram socket also when it was connected.
+fn leads_to(socket: &Socket, address: SocketAddr) -> bool {
+    let peer =
+        SocketAddr::new(socket.id.destination_address.to_canonical(), socket.id.destination_port);
+    peer == address && (socket.protocol != Protocol::Udp as u8 || socket.state == CONNECTED)
 }
 
 impl Engine {
     /// Takes note of what services have let go of.
     pub(super) fn take_let_go(&mut self) {
         let gone = self.reconciler.take_let_go();
-        self.removed.add(gone);
+        if !gone.is_empty() {
+            self.removed.add(gone);
+        }
     }
 
-    /// Tells what was ended.
-    pub(super) fn take_ended(&mut self, ended: Ended) {
-        let Ended { what: LetGo { service, key, .. }, count } = ended;
-        let detail = match count {
-            Ok(0) => return,
-            Ok(count) => format!("{count} connections to an endpoint that was removed were ended"),
-            Err(error) => {
-                let text = format!(
-                    "connections of service {service} to {}, which was removed, cannot be ended: \
-                     {error}; a kernel without CONFIG_INET_DIAG_DESTROY cannot do it at all",
-                    key.address
-                );
-                tracing::error!("{text}");
-                return self.fail(text);
+    /// Ends what is due, or tells what was ended.
+    pub(super) fn take_next(&mut self, next: Next) {
+        match next {
+            Next::Due => {
+                // What is defined again goes on, under another number.
+                let is_back = |gone: &LetGo| {
+                    let entry = self.catalog.get(gone.service.as_str());
+                    entry.is_some_and(|entry| {
+                        let ports = entry.service.ports.iter();
+                        let mut ports = ports
+                            .filter(|p| (p.port, p.protocol) == (gone.key.port, gone.key.protocol));
+                        ports.any(|port| {
+                            let mut ends = entry.service.endpoints.iter();
+                            ends.any(|end| compile::target(end, port) == gone.key.address)
+                        })
+                    })
+                };
+                let is_defined = |name: &ServiceName| self.catalog.get(name.as_str()).is_some();
+                let due = self.removed.take_due(is_back, is_defined);
+                if !due.is_empty() {
+                    tokio::spawn(end(self.auditor.clone(), due, self.removed.sender.clone()));
+                }
             }
-        };
-        tracing::info!(%service, endpoint = %key.address, "{detail}");
-        self.journal.push(Event {
-            service: Some(service.to_string()),
-            backend: Some(key.address.to_string()),
-            detail,
-            ..journal::event("ended", SystemTime::now())
-        });
+            Next::Ended(LetGo { service, key, .. }, count) => {
+                let detail =
+                    format!("{count} connections to an endpoint that was removed were ended");
+                tracing::info!(%service, endpoint = %key.address, "{detail}");
+                self.journal.push(Event {
+                    service: Some(service.to_string()),
+                    backend: Some(key.address.to_string()),
+                    detail,
+                    ..journal::event("ended", SystemTime::now())
+                });
+            }
+            Next::Failed(error) => {
+                let text =
+                    format!("connections to endpoints that were removed cannot be ended: {error}");
+                tracing::error!("{text}");
+                self.fail(text);
+            }
+        }
     }
 }

@@ -48,13 +48,10 @@ impl Engine {
             let tables = self.compile(&name);
             (name, Arc::new(tables))
         });
-        let wanted: Vec<_> = compiled.collect();
-        let gone = wanted.iter().filter(|(name, _)| self.catalog.get(name.as_str()).is_none());
-        let gone: Vec<ServiceName> = gone.map(|(name, _)| name.clone()).collect();
+        let wanted = compiled.collect();
         let outcome = self.reconciler.apply(wanted);
         self.note(outcome);
         self.take_let_go();
-        gone.iter().for_each(|name| self.removed.forget(name));
         if self.reconciler.is_unfinished() {
             self.retry.begin();
         } else {

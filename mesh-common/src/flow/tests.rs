@@ -115,16 +115,19 @@ proptest! {
     #[test]
     fn a_failure_is_told_once(cookie in 1..COOKIES, token: bool, by_agent: bool) {
         let (word, mine) = (Word::new(0), Held::new(cookie, 5, token));
-        prop_assert_eq!(tell(&word, cookie), None);
+        let seen = || Held(word.load());
+        prop_assert!(!tell(&word, seen(), cookie));
         prop_assert_eq!(take(&word, mine), Claim::Taken);
-        prop_assert_eq!(tell(&word, cookie), Some(mine));
-        prop_assert_eq!(tell(&word, cookie), None);
+        prop_assert!(tell(&word, mine, cookie));
+        prop_assert!(!tell(&word, mine, cookie) && !tell(&word, seen(), cookie));
         prop_assert!(!settle(&word, cookie));
         let released = if by_agent { release_seen(&word, mine) } else { release(&word, cookie) };
         let released = released.expect("it was held");
         prop_assert!(released.is_told() && !released.has_token() && released.backend() == 5);
         prop_assert_eq!(word.load(), 0);
-        prop_assert_eq!(tell(&word, cookie), None);
+        // What it is given then is another reservation.
+        prop_assert_eq!(take(&word, Held::new(cookie, 6, token)), Claim::Taken);
+        prop_assert!(!tell(&word, mine, cookie));
     }
 
     #[test]
