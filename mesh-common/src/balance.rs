@@ -20,11 +20,24 @@ pub enum Algorithm {
     /// Of two that are drawn by weight, the one with fewer connections for its weight (M. D.
     /// Mitzenmacher 2001, "The Power of Two Choices").
     LeastConnections = 2,
+    /// Always the same for one client ([`crate::maglev`]): the cgroup of the task that connects.
+    HashClient = 3,
+    /// The same for its network namespace.
+    HashNamespace = 4,
+    /// The same for its process.
+    HashProcess = 5,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Random, Self::RoundRobin, Self::LeastConnections];
+    pub const ALL: [Self; 6] = [
+        Self::Random,
+        Self::RoundRobin,
+        Self::LeastConnections,
+        Self::HashClient,
+        Self::HashNamespace,
+        Self::HashProcess,
+    ];
 
     /// From its number; of an unknown one, [`Algorithm::Random`].
     #[inline(always)]
@@ -33,6 +46,9 @@ impl Algorithm {
         match number {
             1 => Self::RoundRobin,
             2 => Self::LeastConnections,
+            3 => Self::HashClient,
+            4 => Self::HashNamespace,
+            5 => Self::HashProcess,
             _ => Self::Random,
         }
     }
@@ -44,7 +60,15 @@ impl Algorithm {
             Self::Random => "random",
             Self::RoundRobin => "round-robin",
             Self::LeastConnections => "least-connections",
+            Self::HashClient | Self::HashNamespace | Self::HashProcess => "consistent-hash",
         }
+    }
+
+    /// Whether the same client always has the same backend.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_hash(self) -> bool {
+        matches!(self, Self::HashClient | Self::HashNamespace | Self::HashProcess)
     }
 }
 

@@ -5,11 +5,11 @@
 //!
 //! Words that the kernel and the agent share while both run are a [`Word`] each.
 
-use crate::{Addr, Algorithm, Policy, Word};
+use crate::{Addr, Algorithm, Policy, Word, maglev};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -101,7 +101,8 @@ pub struct FrontendValue {
 /// [ algorithm or reason ] [ number of slots ] [ first slot          ]
 /// ```
 ///
-/// A table of no slots refuses, with the reason that it carries; others carry how one is chosen.
+/// A table of no slots refuses, with the reason that it carries; others carry how one is chosen, and in
+/// the two highest bits how many entries of a consistent hash there are.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Table(pub u64);
@@ -109,6 +110,9 @@ pub struct Table(pub u64);
 impl Table {
     /// The largest number of slots that one table can have.
     pub const MAX_LEN: u32 = (1 << 24) - 1;
+
+    const SIZE_SHIFT: u32 = 62;
+    const SIZE: u64 = 3 << Self::SIZE_SHIFT;
 
     /// A table of `len` slots from `base` on. `len` above [`Table::MAX_LEN`] is the caller's error
     /// and is cut to it.
@@ -121,20 +125,45 @@ impl Table {
     /// The same table, chosen from by another algorithm; one of no slots stays as it is.
     #[must_use]
     pub const fn by(self, algorithm: Algorithm) -> Self {
-        if self.is_empty() { self } else { Self(self.0 & !(0xff << 56) | (algorithm as u64) << 56) }
+        if self.is_empty() {
+            return self;
+        }
+        let size = if algorithm.is_hash() { self.0 & Self::SIZE } else { 0 };
+        Self(self.0 & !(0xff << 56) | (algorithm as u64) << 56 | size)
     }
 
     /// How a slot is chosen, if there are any.
     #[inline(always)]
     #[must_use]
     pub const fn algorithm(self) -> Algorithm {
-        Algorithm::from_number((self.0 >> 56) as u8)
+        Algorithm::from_number((self.0 >> 56) as u8 & 0x3f)
     }
 
     /// A table that refuses every connect for `reason`.
     #[must_use]
     pub const fn refuse(reason: Reason) -> Self {
         Self((reason as u64) << 56)
+    }
+
+    /// How many slots it takes: its own, and those that hold the entries of a consistent hash.
+    #[must_use]
+    pub const fn extent(self) -> u32 {
+        let len = self.len();
+        let is_hash = len > 0 && self.algorithm().is_hash();
+        if is_hash { len + self.size().extra() } else { len }
+    }
+
+    /// The same table, with so many entries of a consistent hash.
+    #[must_use]
+    pub const fn sized(self, size: maglev::Size) -> Self {
+        Self(self.0 & !Self::SIZE | (size as u64) << Self::SIZE_SHIFT)
+    }
+
+    /// How many entries of a consistent hash it has.
+    #[inline(always)]
+    #[must_use]
+    pub const fn size(self) -> maglev::Size {
+        maglev::Size::from_number((self.0 >> Self::SIZE_SHIFT) as u8)
     }
 
     /// Index of the first slot.
@@ -242,6 +271,44 @@ pub struct Slot {
     pub alias: u32,
     /// Where its tickets end, see [`crate::balance::tickets`].
     pub end: u32,
+}
+
+impl Slot {
+    /// A record that is no backend, but holds entries of [`crate::maglev`].
+    #[must_use]
+    pub const fn of_entries(entries: [u16; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, port, weight, i, j, k, l, m, n] = entries;
+        Self {
+            addr: Addr::from_words([pair(a, b), pair(c, d), pair(e, f), pair(g, h)]),
+            port,
+            weight,
+            backend: pair(i, j),
+            generation: pair(k, l),
+            threshold: pair(m, n),
+            alias: 0,
+            end: 0,
+        }
+    }
+
+    /// The entry at this place, of which the lower four bits count.
+    #[inline(always)]
+    #[must_use]
+    #[expect(unsafe_code, reason = "16 entries of 16 bits over fields of other widths")]
+    pub fn entry(&self, index: u32) -> u16 {
+        // The verifier has to see the mask right before the load.
+        let index = core::hint::black_box(index as usize) & 15;
+        // SAFETY: `repr(C)` without padding: the first 32 of its 40 bytes are 16 aligned values of 16
+        // bits, of which this is one.
+        let entry = unsafe { (&raw const *self).cast::<u16>().add(index) };
+        // SAFETY: as above; every bit pattern is a value.
+        unsafe { entry.read() }
+    }
+}
+
+/// Two values in the order of memory.
+const fn pair(first: u16, second: u16) -> u32 {
+    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u32::from_ne_bytes([a, b, c, d])
 }
 
 /// The state of a backend as people see it.

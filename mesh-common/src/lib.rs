@@ -23,6 +23,7 @@ pub mod event;
 pub mod flow;
 pub mod layout;
 pub mod limits;
+pub mod maglev;
 pub mod socket;
 pub mod stats;
 pub mod translate;

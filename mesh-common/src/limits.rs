@@ -22,10 +22,11 @@ impl Limits {
     pub const MOST: Self = Self { frontends: 2_097_152, backends: 2_097_152, records: 4_194_304 };
 
     /// Records of `SLOTS`: two for each backend, one in force and one in a table that is being
-    /// replaced.
+    /// replaced, and some for the entries of consistent hashes ([`crate::maglev`]).
     #[must_use]
     pub const fn slots(self) -> u32 {
-        self.backends * 2
+        let entries = self.backends / 2;
+        self.backends * 2 + if entries < 1_024 { 1_024 } else { entries }
     }
 }
 

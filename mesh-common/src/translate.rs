@@ -5,7 +5,7 @@
 
 use crate::ejection::{Admission, Client, Ejection, Policy, Token};
 use crate::layout::{FrontendKey, FrontendValue, Reason, Service, Slot, Table};
-use crate::{Addr, Algorithm, alias, balance};
+use crate::{Addr, Algorithm, alias, balance, maglev};
 
 /// How often a program looks again when the tables change under it. Each attempt can only fail
 /// when another update lands in its window of well under a microsecond.
@@ -45,6 +45,10 @@ pub trait Tables {
     fn lighter(&self, table: Table, first: u32) -> u32 {
         balance::lighter(self, table, first)
     }
+    /// [`maglev::look_up`].
+    fn look_up(&self, table: Table, key: u64) -> u32 {
+        maglev::look_up(self, table, key)
+    }
     /// What a connect may do with the backend of this slot. The kernel has this, and
     /// [`Tables::around`], in functions of their own, which its verifier looks at once.
     fn admission(&self, slot: u32, client: Client, now: u64) -> Admission {
@@ -77,6 +81,8 @@ pub trait Tables {
 pub trait Caller {
     /// A random number for the first draw, even over its 32 bits.
     fn chance(&self) -> u32;
+    /// What a consistent hash is of: the cgroup, the network namespace or the process, by the algorithm.
+    fn key(&self, by: Algorithm) -> u64;
     /// Asks for entry to a backend that is out, or was: takes the token of its try, or notes that
     /// the last one was answered. `None` when somebody else was faster; otherwise the token, if this
     /// connect holds one now.
@@ -182,6 +188,7 @@ fn choose<'t, T: Tables>(
         Algorithm::Random => drawn(tables, table, caller.chance()),
         Algorithm::RoundRobin => tables.turn(service, table),
         Algorithm::LeastConnections => tables.lighter(table, drawn(tables, table, caller.chance())),
+        by => tables.look_up(table, caller.key(by)),
     };
     let slot = tables.slot(index);
     if let Some(first) = slot

@@ -5,15 +5,17 @@
 use core::cell::Cell;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval,
+};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
 use mesh_common::flow::peer_hash;
 use mesh_common::stats::change;
 use mesh_common::{
-    Caller, Choice, Flow, FrontendKey, Given, Held, Origin, Policy, Protocol, Reason, Role,
-    Tables as _, Token, Verdict, Word, translate,
+    Algorithm, Caller, Choice, Flow, FrontendKey, Given, Held, Origin, Policy, Protocol, Reason,
+    Role, Tables as _, Token, Verdict, Word, translate,
 };
 
 use crate::context::{Family, V4, V6, port, protocol, set_port};
@@ -92,6 +94,16 @@ impl Caller for Connecting<'_> {
     #[inline(always)]
     fn chance(&self) -> u32 {
         chance(self.cookie())
+    }
+
+    #[inline(always)]
+    fn key(&self, by: Algorithm) -> u64 {
+        match by {
+            // SAFETY: the context is valid.
+            Algorithm::HashNamespace => unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) },
+            Algorithm::HashProcess => bpf_get_current_pid_tgid() >> 32,
+            _ => cgroup(),
+        }
     }
 
     #[inline(always)]

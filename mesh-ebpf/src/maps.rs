@@ -15,7 +15,7 @@ use mesh_common::translate::{self, Detour};
 use mesh_common::{
     ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Elsewhere, Event, Flow,
     FrontendKey, FrontendValue, Limits, Policy, Reason, Service, ServiceStats, Settings, Slot,
-    Table, Tables, Word, balance, chance,
+    Table, Tables, Word, balance, chance, maglev,
 };
 
 use crate::events;
@@ -140,6 +140,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn lighter(&self, table: Table, first: u32) -> u32 {
         mesh_lighter(table.0, first.into()) as u32
+    }
+
+    #[inline(always)]
+    fn look_up(&self, table: Table, key: u64) -> u32 {
+        mesh_look_up(table.0, key) as u32
     }
 
     #[inline(always)]
@@ -290,6 +295,13 @@ pub extern "C" fn mesh_turn(service: u64, table: u64) -> u64 {
 #[inline(never)]
 pub extern "C" fn mesh_lighter(table: u64, first: u64) -> u64 {
     balance::lighter(&Maps, Table(table), first as u32).into()
+}
+
+/// [`maglev::look_up`], likewise: a [`Table`] and a client's key; index of a slot.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_look_up(table: u64, key: u64) -> u64 {
+    maglev::look_up(&Maps, Table(table), key).into()
 }
 
 /// [`translate::share_allows`], likewise: a [`Table`], a [`Policy`], and a [`Client`] with bit 16 for

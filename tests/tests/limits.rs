@@ -42,7 +42,7 @@ fn what_fits_works_and_the_rest_comes_in_later() -> Result<()> {
     for (name, max) in [
         ("FRONTENDS", 16),
         ("SERVICES", 16),
-        ("SLOTS", 52),
+        ("SLOTS", 1_076),
         ("BACKENDS", 26),
         // Rounded up to a power of two.
         ("FLOWS", 131_072),

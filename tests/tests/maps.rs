@@ -27,6 +27,10 @@ impl Caller for Asking {
         fastrand::u32(..)
     }
 
+    fn key(&self, _: Algorithm) -> u64 {
+        self.chance().into()
+    }
+
     fn enter(&self, _: u32, _: Policy) -> Option<Token> {
         Some(Token::NONE)
     }

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use mesh_common::alias::{self, Column, Entry};
 use mesh_common::ejection::TICK_SHIFT;
-use mesh_common::{Algorithm, FrontendKey, Policy, Protocol, Reason, State, balance};
+use mesh_common::maglev::{self, Size, Turn};
+use mesh_common::{Algorithm, FrontendKey, Policy, Protocol, Reason, Slot, State, balance};
 
 use crate::model::{EjectionPolicy, Endpoint, Service, ServicePort};
 
@@ -257,6 +258,16 @@ pub fn columns(weights: impl Iterator<Item = u16>) -> Vec<Column> {
     let mut scratch = vec![Entry::default(); weights.len()];
     alias::build(&weights, &mut columns, &mut scratch);
     columns
+}
+
+/// The slots that hold the entries of a consistent hash over backends with these names and weights; not
+/// all of the latter are 0.
+#[must_use]
+pub fn entries(names: &[u64], weights: &[u16], size: Size) -> Vec<Slot> {
+    let mut entries = vec![0; size.entries() as usize];
+    maglev::build(names, weights, &mut entries, &mut vec![Turn::default(); names.len()]);
+    let (chunks, _) = entries.as_chunks();
+    chunks.iter().map(|chunk| maglev::slot(*chunk)).collect()
 }
 
 /// Where the tickets of each of these weights end.

@@ -15,8 +15,8 @@ use crate::model::{
     Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
 };
 use crate::yaml::{
-    self, Fields, Keys, Node, Position, Problem, Problems, boolean, excerpt, fields, integer,
-    is_nothing, items, text,
+    self, Fields, Keys, Node, Position, Problem, Problems, Value, boolean, excerpt, fields,
+    integer, is_nothing, items, text,
 };
 
 /// The most ports that one service may have.
@@ -50,6 +50,7 @@ const SERVICE: Keys = Keys {
         "addresses",
         "ports",
         "balance",
+        "hash-by",
         "health",
         "ejection",
         "when-all-unhealthy",
@@ -178,18 +179,39 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
 }
 
 fn balance(fields: &Fields<'_>, problems: &mut Problems) -> Algorithm {
-    const EXPECTED: &str = "random, round-robin or least-connections";
+    const EXPECTED: &str = "random, round-robin, least-connections or consistent-hash";
+    const BY: &str = "client, namespace or process";
+    let by = fields.get("hash-by").and_then(|node| {
+        let by = match text(node, BY, problems)? {
+            "client" => Some(Algorithm::HashClient),
+            "namespace" => Some(Algorithm::HashNamespace),
+            "process" => Some(Algorithm::HashProcess),
+            other => {
+                problems.add(node.at, format!("expected {BY}; found {}", excerpt(other)));
+                None
+            }
+        };
+        let balance = fields.get("balance").and_then(|node| match &node.value {
+            Value::Scalar { text, .. } => Some(text.as_str()),
+            _ => None,
+        });
+        if balance != Some(Algorithm::HashClient.name()) {
+            problems.add(
+                fields.key_at("hash-by"),
+                "`hash-by` says nothing without `balance: consistent-hash`",
+            );
+        }
+        by
+    });
     let Some(node) = fields.get("balance") else { return Algorithm::default() };
     let Some(name) = text(node, EXPECTED, problems) else { return Algorithm::default() };
     if let Some(known) = Algorithm::ALL.into_iter().find(|known| known.name() == name) {
-        return known;
+        return by.filter(|_| known.is_hash()).unwrap_or(known);
     }
     problems.add(
         node.at,
         match name {
-            "latency" | "consistent-hash" => {
-                format!("balance: {name} is not supported yet; expected {EXPECTED}")
-            }
+            "latency" => format!("balance: {name} is not supported yet; expected {EXPECTED}"),
             other => format!("unknown algorithm {}; expected {EXPECTED}", excerpt(other)),
         },
     );

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 
 use mesh_common::{
     Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service,
-    Slot, State, Table, Tables, Token, Verdict, translate,
+    Slot, State, Table, Tables, Token, Verdict, maglev, translate,
 };
 
 use crate::api::types;
@@ -75,8 +75,9 @@ pub fn explain(
     if !client.is_none_or(|client| client.inside) {
         return story.not_balanced();
     }
-    let id = client.and_then(|client| client.id).map_or(Client::NOBODY, Client::of_cgroup);
-    let traced = Traced::new(tables, id);
+    let cgroup = client.and_then(|client| client.id);
+    let id = cgroup.map_or(Client::NOBODY, Client::of_cgroup);
+    let traced = Traced::new(tables, cgroup);
     let verdict = translate(&traced, &traced, &key);
     story.looked_up(&traced.seen());
     match verdict {
@@ -109,12 +110,15 @@ struct Seen {
 struct Traced<'a, T> {
     tables: &'a T,
     client: Client,
+    /// The client's cgroup, if it is known.
+    cgroup: Option<u64>,
     seen: Cell<Seen>,
 }
 
 impl<'a, T: Tables> Traced<'a, T> {
-    fn new(tables: &'a T, client: Client) -> Self {
-        Self { tables, client, seen: Cell::default() }
+    fn new(tables: &'a T, cgroup: Option<u64>) -> Self {
+        let client = cgroup.map_or(Client::NOBODY, Client::of_cgroup);
+        Self { tables, client, cgroup, seen: Cell::default() }
     }
 
     fn seen(&self) -> Seen {
@@ -140,6 +144,9 @@ impl<'a, T: Tables> Traced<'a, T> {
             .collect();
         let mut shares: Vec<_> = slots.iter().map(|slot| (*slot, 0.0)).collect();
         let whole = 2f64.powi(32);
+        if table.algorithm().is_hash() {
+            return self.hashed(table, shares);
+        }
         for (column, slot) in slots.iter().enumerate() {
             // A column that is its own alias is all its own, see `mesh_common::alias`.
             let own = f64::from(slot.threshold) / whole;
@@ -165,6 +172,29 @@ impl<'a, T: Tables> Traced<'a, T> {
 }
 
 impl<T: Tables> Traced<'_, T> {
+    /// With a consistent hash: all for the backend of this client, if it is known who it is; otherwise
+    /// the part of all clients that each has.
+    fn hashed(&self, table: Table, mut shares: Vec<(Slot, f64)>) -> Vec<(Slot, f64)> {
+        let known = self.cgroup.filter(|_| table.algorithm() == Algorithm::HashClient);
+        let entries = table.size().entries();
+        let first = table.base().wrapping_add(table.len());
+        let columns: Vec<u32> = match known {
+            Some(cgroup) => vec![maglev::look_up(self.tables, table, cgroup) - table.base()],
+            None => (0..entries)
+                .filter_map(|entry| {
+                    let slot = self.tables.slot(first.wrapping_add(entry / maglev::PER_SLOT))?;
+                    Some(u32::from(slot.entry(entry)))
+                })
+                .collect(),
+        };
+        for column in &columns {
+            if let Some(share) = shares.get_mut(*column as usize) {
+                share.1 += 1.0 / columns.len() as f64;
+            }
+        }
+        shares
+    }
+
     /// From the probabilities of a draw those of the better one of two: a slot is chosen when it is
     /// drawn first and the second is no better, or second and better than the first. When both are
     /// out for this client, it is drawn again, by weight.
@@ -259,6 +289,13 @@ impl<T: Tables> Tables for Traced<'_, T> {
 impl<T: Tables> Caller for Traced<'_, T> {
     fn chance(&self) -> u32 {
         self.tables.random()
+    }
+
+    fn key(&self, by: Algorithm) -> u64 {
+        match self.cgroup {
+            Some(cgroup) if by == Algorithm::HashClient => cgroup,
+            _ => self.tables.random().into(),
+        }
     }
 
     /// Whoever only asks takes nothing.

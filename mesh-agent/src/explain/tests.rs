@@ -101,6 +101,10 @@ impl Caller for Memory {
         self.random()
     }
 
+    fn key(&self, _: Algorithm) -> u64 {
+        self.chance().into()
+    }
+
     fn enter(&self, _: u32, _: Policy) -> Option<Token> {
         Some(Token::NONE)
     }

@@ -141,6 +141,20 @@ impl Story {
             Algorithm::RoundRobin => format!(
                 "in turn, by weight; whose turn it is: {backend} ({percent:.1} % of all connects)"
             ),
+            Algorithm::HashClient | Algorithm::HashNamespace | Algorithm::HashProcess => {
+                let (of, known) = match algorithm {
+                    Algorithm::HashNamespace => ("network namespace", false),
+                    Algorithm::HashProcess => ("process", false),
+                    _ => ("cgroup", self.explanation.client.is_some()),
+                };
+                match known {
+                    true => format!("by the client's {of}, always the same: {backend}"),
+                    false => format!(
+                        "by the client's {of}, always the same for one; {percent:.1} % of all go \
+                         to {backend}"
+                    ),
+                }
+            }
             Algorithm::LeastConnections => format!(
                 "of two drawn by weight, the one with fewer connections for its weight; this time: \
                  {backend} (probability {percent:.1} % as things are)"

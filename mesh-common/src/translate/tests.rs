@@ -198,6 +198,10 @@ impl Caller for Racing {
         self.random()
     }
 
+    fn key(&self, _: Algorithm) -> u64 {
+        self.chance().into()
+    }
+
     fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
         // What happens to the tables from here on comes too late for this connect.
         if matches!(self.event, Event::Enter) {

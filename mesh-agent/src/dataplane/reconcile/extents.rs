@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use mesh_common::maglev::Size;
 use mesh_common::{Slot, Table};
 
 use crate::dataplane::alloc::ExtentPool;
@@ -22,23 +23,48 @@ pub enum Written {
     Busy,
 }
 
+/// Where an extent is: so many slots, of which the first are backends.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    base: u32,
+    len: u32,
+    backends: u32,
+}
+
+/// What an extent holds.
+#[derive(Clone, Debug, Default)]
+pub struct Content {
+    /// Its slots.
+    pub slots: Vec<Slot>,
+    /// How many of them, from the first on, are backends.
+    pub backends: usize,
+    /// How many others there are, if there are any ([`mesh_common::maglev`]).
+    pub size: Size,
+}
+
 /// All extents.
 #[derive(Debug)]
 pub struct Extents {
     pool: ExtentPool,
-    /// Live extents by base: length and number of holders.
-    live: HashMap<u32, (u32, u32)>,
-    retired: Vec<(u32, u32)>,
-    waiting: Vec<(u32, u32)>,
+    /// How many slots may be used for what is no backend, so that each backend has its own.
+    entries: u32,
+    /// How many are.
+    entries_used: u32,
+    /// Live extents by base, and the number of their holders.
+    live: HashMap<u32, (Extent, u32)>,
+    retired: Vec<Extent>,
+    waiting: Vec<Extent>,
     /// Number of holders of each backend id.
     backends: HashMap<u32, u32>,
 }
 
 impl Extents {
-    /// An empty array of this many slots.
-    pub fn new(slots: u32) -> Self {
+    /// An empty array of this many slots, of which so many may be used for what is no backend.
+    pub fn new(slots: u32, entries: u32) -> Self {
         Self {
             pool: ExtentPool::new(slots),
+            entries,
+            entries_used: 0,
             live: HashMap::new(),
             retired: Vec::new(),
             waiting: Vec::new(),
@@ -51,14 +77,20 @@ impl Extents {
         self.pool.used()
     }
 
-    /// Whether a table holds exactly these slots.
-    pub fn holds<M: Maps>(&self, maps: &M, table: Table, slots: &[Slot]) -> bool {
-        table.len() as usize == slots.len()
+    /// Whether a table holds exactly this.
+    pub fn holds<M: Maps>(&self, maps: &M, table: Table, content: &Content) -> bool {
+        let Content { slots, backends, .. } = content;
+        (table.len() as usize, table.extent() as usize) == (*backends, slots.len())
             && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
     }
 
     /// Writes slots into a new extent, which the caller holds.
-    pub fn write<M: Maps>(&mut self, maps: &mut M, slots: &[Slot]) -> Result<Written, MapError> {
+    pub fn write<M: Maps>(&mut self, maps: &mut M, content: &Content) -> Result<Written, MapError> {
+        let Content { slots, backends, size } = content;
+        let entries = u32::try_from(slots.len() - backends).unwrap_or(u32::MAX);
+        if entries > self.entries - self.entries_used {
+            return Ok(Written::Room(u32::try_from(*backends).unwrap_or(u32::MAX)));
+        }
         let taken = match u32::try_from(slots.len()) {
             Ok(len) if (1..=Table::MAX_LEN).contains(&len) => {
                 self.pool.take(len).map(|base| (base, len))
@@ -76,11 +108,13 @@ impl Extents {
             self.pool.give(base, len);
             return Err(error);
         }
-        self.live.insert(base, (len, 1));
-        for slot in slots {
+        let backends = u32::try_from(*backends).unwrap_or(len).min(len);
+        self.entries_used += entries;
+        self.live.insert(base, (Extent { base, len, backends }, 1));
+        for slot in &slots[..backends as usize] {
             *self.backends.entry(slot.backend).or_default() += 1;
         }
-        Ok(Written::Table(Table::slots(base, len)))
+        Ok(Written::Table(Table::slots(base, backends).sized(*size)))
     }
 
     /// Whether a table has nothing but some of these slots' backends, at least `len` of them: then a
@@ -108,14 +142,13 @@ impl Extents {
         if table.is_empty() {
             return;
         }
-        let Some((len, holders)) = self.live.get_mut(&table.base()) else {
+        let Some((extent, holders)) = self.live.get_mut(&table.base()) else {
             debug_assert!(false, "an extent is released that is not held");
             return;
         };
         *holders -= 1;
         if *holders == 0 {
-            let len = *len;
-            self.retired.push((table.base(), len));
+            self.retired.push(*extent);
             self.live.remove(&table.base());
         }
     }
@@ -159,13 +192,14 @@ impl Extents {
 
     /// The wait is over. Backends that nothing holds any more are added to `unheld`.
     pub fn end_grace<M: Maps>(&mut self, maps: &M, unheld: &mut Vec<u32>) {
-        for (base, len) in std::mem::take(&mut self.waiting) {
-            for slot in (base..base + len).filter_map(|index| maps.slot(index)) {
+        for Extent { base, len, backends } in std::mem::take(&mut self.waiting) {
+            for slot in (base..base + backends).filter_map(|index| maps.slot(index)) {
                 if self.release_backend(slot.backend) {
                     unheld.push(slot.backend);
                 }
             }
             self.pool.give(base, len);
+            self.entries_used -= len - backends;
         }
     }
 }

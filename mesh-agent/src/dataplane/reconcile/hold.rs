@@ -1,9 +1,14 @@
 //! The additions: backends, tables, frontends, in this order.
 
-use mesh_common::alias::Column;
-use mesh_common::{Backend, FrontendKey, FrontendValue, Policy, Reason, Slot, Table};
+use std::net::SocketAddr;
 
-use super::extents::Written;
+use mesh_common::alias::Column;
+use mesh_common::maglev::{self, Size};
+use mesh_common::{
+    Addr, Algorithm, Backend, FrontendKey, FrontendValue, Policy, Reason, Slot, Table,
+};
+
+use super::extents::{Content, Written};
 use super::{Held, HeldBackend, HeldFrontend, Problem, Reconciler};
 use crate::compile::{self, Rows, TableKey, Tables};
 use crate::dataplane::maps::{MapError, Maps};
@@ -170,15 +175,14 @@ impl<M: Maps> Reconciler<M> {
                     let compile::Candidate { place, weight } = *candidate;
                     Some(Row { backend: &wanted.backends[place], weight, id: ids[place]? })
                 };
-                self.write_table(now, candidates.iter().filter_map(row).collect(), problems)?
+                let rows = candidates.iter().filter_map(row).collect();
+                self.write_table(now, rows, wanted.algorithm, problems)?
             }
         };
-        let table = table.map(|table| table.by(wanted.algorithm));
         if let Some(table) = table.filter(|table| now != Some(*table)) {
             held.tables.insert(key, table);
             // The same slots, chosen from by another algorithm, go on being held.
-            if let Some(now) = now.filter(|now| now.is_empty() || now.by(wanted.algorithm) != table)
-            {
+            if let Some(now) = now.filter(|now| table.is_empty() || now.base() != table.base()) {
                 self.extents.release(now);
             }
         }
@@ -189,34 +193,52 @@ impl<M: Maps> Reconciler<M> {
         &mut self,
         now: Option<Table>,
         mut rows: Vec<Row<'_>>,
+        mut algorithm: Algorithm,
         problems: &mut Vec<Problem>,
     ) -> Result<(Option<Table>, usize), MapError> {
+        let before = now.filter(|now| now.algorithm().is_hash()).map(Table::size);
+        let mut size = Size::of(rows.len()).max(before.unwrap_or_default());
         let all = slots(&rows);
         loop {
-            let slots = slots(&rows);
-            let left_out = all.len() - slots.len();
-            if slots.is_empty() {
+            // What is there already, chosen from as it should be.
+            let is_hash = algorithm.is_hash();
+            let same = now.filter(|now| !now.is_empty() && now.algorithm().is_hash() == is_hash);
+            let same = same.map(|now| now.by(algorithm));
+            let content = content(&rows, algorithm, size);
+            let left_out = all.len() - content.backends;
+            if content.slots.is_empty() {
                 return Ok((Some(Table::refuse(Reason::NoRoom)), left_out));
             }
-            if let Some(now) = now
-                && self.extents.holds(&self.maps, now, &slots)
+            if let Some(same) = same
+                && self.extents.holds(&self.maps, same, &content)
             {
-                return Ok((Some(now), left_out));
+                return Ok((Some(same), left_out));
             }
-            let room = match self.extents.write(&mut self.maps, &slots)? {
-                Written::Table(table) => return Ok((Some(table), left_out)),
+            let room = match self.extents.write(&mut self.maps, &content)? {
+                Written::Table(table) => return Ok((Some(table.by(algorithm)), left_out)),
                 Written::Room(room) => room,
                 Written::Busy => {
                     problems.push(Problem::Busy { map: "SLOTS" });
-                    return Ok((now, 0));
+                    return Ok((same.or(now), 0));
                 }
             };
-            if let Some(now) = now
-                && self.extents.is_as_good(&self.maps, now, &all, room)
-            {
-                return Ok((Some(now), all.len() - now.len() as usize));
+            // Fewer entries come before none, and those before fewer backends.
+            if is_hash {
+                match size.smaller() {
+                    Some(smaller) => size = smaller,
+                    None => {
+                        problems.push(Problem::Entries { limit: self.maps.capacity().slots });
+                        algorithm = Algorithm::Random;
+                    }
+                }
+                continue;
             }
-            rows.truncate(slots.len().min(room as usize));
+            if let Some(same) = same
+                && self.extents.is_as_good(&self.maps, same, &all, room)
+            {
+                return Ok((Some(same), all.len() - same.len() as usize));
+            }
+            rows.truncate(content.backends.min(room as usize));
         }
     }
 
@@ -340,6 +362,25 @@ struct Row<'a> {
     backend: &'a compile::Backend,
     weight: u16,
     id: (u32, u32),
+}
+
+/// What a table is to hold; nothing when no row has a weight.
+fn content(rows: &[Row<'_>], algorithm: Algorithm, size: Size) -> Content {
+    let mut slots = slots(rows);
+    let backends = slots.len();
+    if algorithm.is_hash() && backends > 0 {
+        let names: Vec<u64> = rows.iter().map(|row| name(row.backend.key.address)).collect();
+        let weights: Vec<u16> = rows.iter().map(|row| row.weight).collect();
+        slots.extend(compile::entries(&names, &weights, size));
+    }
+    Content { slots, backends, size }
+}
+
+/// What a backend is called in the tables of consistent hashes, on every node alike.
+fn name(address: SocketAddr) -> u64 {
+    let addr = Addr::from(address.ip());
+    let [a, b, c, d] = addr.words().map(u64::from);
+    maglev::name(a << 32 | b, c << 32 | d, address.port())
 }
 
 /// The slots of a table; none when no row has a weight.

@@ -142,7 +142,10 @@ impl<M: Maps> Reconciler<M> {
             frontends: HashMap::new(),
             addresses: HashMap::new(),
             unused_addresses: HashSet::new(),
-            extents: Extents::new(capacity.slots),
+            extents: Extents::new(
+                capacity.slots,
+                capacity.slots.saturating_sub(capacity.backends.saturating_mul(2)),
+            ),
             shares: Shares::new(capacity.backends),
             records: IdPool::new(capacity.services),
             backends: IdPool::new(capacity.backends),

@@ -21,6 +21,15 @@ pub enum Problem {
         /// What else there is to know about that limit.
         note: &'static str,
     },
+    /// A service that asks for a consistent hash goes without.
+    #[error(
+        "the entries of its consistent hash do not fit into SLOTS, which holds {limit}: backends are \
+         chosen at random; a larger `limits: {{backends}}` makes room"
+    )]
+    Entries {
+        /// Its size.
+        limit: u32,
+    },
     /// Room is there, but programs that are still running may be reading it.
     #[error("waits for running programs to leave the room that it needs in {map}")]
     Busy {

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use mesh_common::maglev::Size;
 use mesh_common::{Algorithm, Choice, Protocol, Reason, Slot, State, Verdict, translate};
 use proptest::prelude::*;
 
-use super::extents::Written;
+use super::extents::{Content, Written};
 use super::*;
 use crate::compile::{self, BackendKey, Candidate, Rows, TableKey};
 use crate::dataplane::fault::Faulty;
@@ -237,10 +238,12 @@ fn changes_faster_than_a_grace_period() {
 #[test]
 fn slots_in_pieces() {
     let capacity = Capacity { backends: 12, slots: 24, ..ROOMY };
-    let mut extents = Extents::new(capacity.slots);
+    let mut extents = Extents::new(capacity.slots, 0);
     let mut memory = Memory::new(capacity);
-    let slots =
-        |n: u32| (0..n).map(|backend| Slot { backend, ..Slot::default() }).collect::<Vec<_>>();
+    let slots = |n: u32| {
+        let slots: Vec<_> = (0..n).map(|backend| Slot { backend, ..Slot::default() }).collect();
+        Content { backends: slots.len(), slots, ..Content::default() }
+    };
     let mut held = Vec::new();
     for _ in 0..6 {
         for len in [3, 1] {
@@ -264,9 +267,67 @@ fn slots_in_pieces() {
     let Written::Table(table) = write(&mut extents, &mut memory, 3) else {
         panic!("there is room")
     };
-    assert!(extents.is_as_good(&memory, table, &slots(4), 3));
-    assert!(!extents.is_as_good(&memory, table, &slots(4), 4), "a longer one is better");
-    assert!(!extents.is_as_good(&memory, table, &slots(2), 2), "it has one that is gone");
+    assert!(extents.is_as_good(&memory, table, &slots(4).slots, 3));
+    assert!(!extents.is_as_good(&memory, table, &slots(4).slots, 4), "a longer one is better");
+    assert!(!extents.is_as_good(&memory, table, &slots(2).slots, 2), "it has one that is gone");
+}
+
+/// From and to consistent hashes: entries come and go with their tables, a larger table stays, and what
+/// has no room for entries is served all the same.
+#[test]
+fn consistent_hashes() {
+    let hashed = |frontends: &[u8], endpoints: &[u8]| {
+        let tables = (*tables(frontends, endpoints)).clone();
+        Arc::new(Tables { algorithm: Algorithm::HashClient, ..tables })
+    };
+    let capacity = Capacity { backends: 64, slots: 128 + 2_600, ..ROOMY };
+    let mut reconciler = Reconciler::new(Memory::new(capacity));
+    let table = |reconciler: &Reconciler<Memory>, n| {
+        let record = Maps::frontend(reconciler.maps(), &frontend(n)).expect("an entry").service;
+        mesh_common::Tables::service(reconciler.maps(), record).expect("a record").table()
+    };
+    let all = |places: &[u8]| Ok(places.iter().map(|&n| address(n)).collect::<BTreeSet<_>>());
+    for (wanted, size, slots) in [
+        (hashed(&[1], &[1, 2, 3]), Some(Size::Small), 3 + 256),
+        (tables(&[1], &[1, 2, 3]), None, 3),
+        (hashed(&[1], &[1, 2, 3, 4, 5]), Some(Size::Middle), 5 + 2_048),
+        // The second set of entries has no room beside the first, so it is smaller for a while.
+        (hashed(&[1], &[1, 2, 3]), Some(Size::Small), 3 + 256),
+        (hashed(&[1], &[1, 2]), Some(Size::Small), 2 + 256),
+        (hashed(&[1], &[]), None, 0),
+    ] {
+        reconciler.apply(vec![(name(1), Arc::clone(&wanted))]);
+        finish(&mut reconciler);
+        let table = table(&reconciler, 1);
+        assert_eq!(table.algorithm().is_hash() && !table.is_empty(), size.is_some(), "{table:?}");
+        assert!(size.is_none_or(|size| table.size() == size), "{table:?}");
+        assert_eq!(reconciler.usage().slots, slots);
+        if !wanted.backends.is_empty() {
+            let places: Vec<u8> = (1..=u8::try_from(wanted.backends.len()).expect("few")).collect();
+            assert_eq!(answers(reconciler.maps(), &frontend(1)), all(&places));
+        }
+    }
+    // Two of middle size do not fit beside each other.
+    let five = [1, 2, 3, 4, 5];
+    for n in [2, 3] {
+        reconciler.apply(vec![(name(n), hashed(&[n], &five))]);
+        finish(&mut reconciler);
+    }
+    assert_eq!([2, 3].map(|n| table(&reconciler, n).size()), [Size::Middle, Size::Small]);
+    for n in 4..=8 {
+        let outcome = reconciler.apply(vec![(name(n), hashed(&[n], &five))]);
+        finish(&mut reconciler);
+        assert_eq!(answers(reconciler.maps(), &frontend(n)), all(&five));
+        if !table(&reconciler, n).algorithm().is_hash() {
+            assert!(matches!(&outcome[0].1[..], [Problem::Entries { .. }]), "{outcome:?}");
+        }
+    }
+    assert!(!table(&reconciler, 8).algorithm().is_hash(), "no room for that many");
+    for n in 1..=8 {
+        reconciler.apply(vec![(name(n), Arc::default())]);
+    }
+    finish(&mut reconciler);
+    assert_eq!(reconciler.usage(), Usage::default());
 }
 
 #[test]

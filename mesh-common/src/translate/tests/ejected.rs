@@ -139,6 +139,10 @@ impl Caller for OneService {
         self.random()
     }
 
+    fn key(&self, _: Algorithm) -> u64 {
+        self.chance().into()
+    }
+
     fn enter(&self, backend: u32, _: Policy) -> Option<Token> {
         if self.rival.take() {
             self.rivals_backend.set(Some(self.connect()));

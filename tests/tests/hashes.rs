@@ -1,0 +1,126 @@
+//! Consistent hashes, through the real hook: a client always has the same backend, whoever else comes
+//! and goes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::process::{LIMIT, until};
+use mesh_tests::{Node, Service, check, process};
+
+const VIP: &str = "10.96.0.10:80";
+const NAMES: [&str; 4] = ["a", "b", "c", "d"];
+const CLIENTS: usize = 40;
+
+fn app(backends: usize, balance: &str) -> Service {
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).key(balance);
+    (1..=backends).fold(app, |app, n| app.endpoint(&format!("10.0.0.{n}")))
+}
+
+fn node(balance: &str) -> Result<Node> {
+    let node = (1..).zip(NAMES);
+    node.fold(Node::builder(), |node, (n, name)| node.backend(name, &format!("10.0.0.{n}:8080")))
+        .service(app(3, balance))
+        .start()
+}
+
+/// Who answers a client in this cgroup: always the same.
+fn always(node: &Node, cgroup: &PathBuf) -> Result<String> {
+    let mut command = node.command_in(cgroup, process::binary("mesh-client")?)?;
+    command.args(["histogram", VIP, "6"]);
+    let seen: BTreeMap<String, u32> = check::printed(command)?;
+    ensure!(seen.len() == 1, "{seen:?}");
+    seen.into_keys().next().context("somebody")
+}
+
+fn change(node: &Node, app: &Service, backends: usize) -> Result<()> {
+    node.agent.write_services("test.yaml", &Service::file(std::slice::from_ref(app)))?;
+    node.agent.until_backends("app", |all| all.len() == backends)
+}
+
+/// By cgroup: what one backend had goes to the others when it is removed, and nobody else moves; when it
+/// is back, all is as before.
+#[test]
+fn by_client() -> Result<()> {
+    let mut node = node("balance: consistent-hash")?;
+    let clients: Vec<PathBuf> =
+        (0..CLIENTS).map(|n| node.cgroup().child(&format!("c{n}"))).collect::<Result<_>>()?;
+    let ask = |node: &Node| -> Result<Vec<String>> {
+        clients.iter().map(|client| always(node, client)).collect()
+    };
+    let before = ask(&node)?;
+    // One of three is missed by 40 clients once in 10^6.
+    ensure!(before.iter().collect::<BTreeSet<_>>().len() == 3, "{before:?}");
+    for (client, name) in clients.iter().zip(&before).take(5) {
+        let from = client.display().to_string();
+        let explained: serde_json::Value = node.agent.json(&["explain", VIP, "--from", &from])?;
+        let number = NAMES.iter().position(|n| n == name).context("a name")? + 1;
+        let place = format!("10.0.0.{number}:8080");
+        ensure!(explained["answer"]["backend"] == place, "{name}: {explained}");
+    }
+    let two = Service::new("app").address("10.96.0.10").port(80, 8080);
+    let two = two.key("balance: consistent-hash").endpoint("10.0.0.1").endpoint("10.0.0.3");
+    change(&node, &two, 2)?;
+    let without = ask(&node)?;
+    let mut moved = 0;
+    for (was, is) in before.iter().zip(&without) {
+        ensure!(is != "b", "removed");
+        moved += usize::from(was != "b" && was != is);
+    }
+    ensure!(moved <= 1, "{moved} of the others' clients moved: {before:?}, {without:?}");
+    change(&node, &app(3, "balance: consistent-hash"), 3)?;
+    ensure!(ask(&node)? == before, "as before");
+
+    // Nobody is pinned by another algorithm, and back again.
+    change(&node, &app(3, "balance: random"), 3)?;
+    until("another algorithm", LIMIT, || {
+        let mut command = node.command_in(&clients[0], process::binary("mesh-client")?)?;
+        command.args(["histogram", VIP, "60"]);
+        let seen: BTreeMap<String, u32> = check::printed(command)?;
+        Ok((seen.len() == 3).then_some(()))
+    })?;
+    change(&node, &app(3, "balance: consistent-hash"), 3)?;
+    until("the hash", LIMIT, || Ok((ask(&node).is_ok_and(|now| now == before)).then_some(())))?;
+    node.agent.stop()?;
+    ensure!(always(&node, &clients[0])?.contains("ENETUNREACH"), "control");
+    Ok(())
+}
+
+/// By process and by network namespace: a process keeps its backend, another one has its own; all of one
+/// namespace have the same.
+#[test]
+fn by_process_and_namespace() -> Result<()> {
+    let node = node("balance: consistent-hash\n  hash-by: process")?;
+    let one_each = |node: &Node| -> Result<BTreeSet<String>> {
+        let mut seen = BTreeSet::new();
+        for _ in 0..CLIENTS {
+            let histogram = check::histogram(node, VIP, 5)?;
+            ensure!(histogram.len() == 1, "{histogram:?}");
+            seen.extend(histogram.into_keys());
+        }
+        Ok(seen)
+    };
+    ensure!(one_each(&node)?.len() == 3, "other processes, other backends");
+    change(&node, &app(3, "balance: consistent-hash\n  hash-by: namespace"), 3)?;
+    until("the namespace to count", LIMIT, || Ok((one_each(&node)?.len() == 1).then_some(())))
+}
+
+/// Shares of many clients are as even as the table, by weight: 1 to 2 to 7 over 100,000 processes would
+/// take too long, so the hook is asked by network namespace and the entries by `explain`.
+#[test]
+fn shares_are_those_of_the_table() -> Result<()> {
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080);
+    let app = app.key("balance: consistent-hash");
+    let app = app.weighted("10.0.0.1", 1).weighted("10.0.0.2", 2).weighted("10.0.0.3", 7);
+    let node = Node::builder().service(app).start()?;
+    let explained: serde_json::Value = node.agent.json(&["explain", VIP])?;
+    let shares: Vec<f64> = explained["candidates"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|candidate| candidate["score"].as_f64())
+        .collect();
+    let fits = shares.iter().zip([0.1, 0.2, 0.7]).all(|(share, due)| (share - due).abs() < 0.001);
+    ensure!(shares.len() == 3 && fits, "{explained}");
+    Ok(())
+}
