@@ -70,7 +70,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let claim = socket::Claim::take(&config.socket).await?;
     let mut lock = Some(take_cgroup(&cgroup).await?);
 
-    let Loaded { mut programs, maps, grace, records, events: ring } = load::load(options)?;
+    let Loaded { mut programs, maps, grace, records, pins, events: ring } = load::load(options)?;
     let mut reconciler = Reconciler::new(maps);
     reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
 
@@ -92,13 +92,15 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let inputs = Inputs { sources, findings, observed };
     let (auditor, audit) = Auditor::new(records, cancel.clone());
     spawn(&mut tasks, "the audit", audit);
+    let pinned = pins.used();
+    spawn(&mut tasks, "affinity", pins.tend(cancel.clone()));
     let (engine, heard, work) = Engine::prepare(
         &config,
         reconciler,
         grace,
         monitor,
         inputs,
-        Watchers { journal: journal.clone(), auditor },
+        Watchers { journal: journal.clone(), auditor, pinned },
         cancel.clone(),
     );
     spawn(&mut tasks, "the health checks", checks);

@@ -29,7 +29,7 @@ cgroup: /sys/fs/cgroup
 socket: /run/a.sock
 pin-dir: /sys/fs/bpf/a
 virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
-limits: {frontends: 1000, backends: 3000, connections: 200000}
+limits: {frontends: 1000, backends: 3000, connections: 200000, affinities: 5000}
 sources:
 - files: {directory: /a}
 - files: {directory: /b}
@@ -46,7 +46,7 @@ sources:
         virtual_ips: ["10.96.0.0/16", "fd00:96::/64", "10.97.0.1/32"]
             .map(|net| net.parse().expect("a network"))
             .into(),
-        limits: Limits { frontends: 1000, backends: 3000, records: 262_144 },
+        limits: Limits { frontends: 1000, backends: 3000, pins: 5000, records: 262_144 },
         sources: directories.map(|d| Source::Files { directory: d.into() }).into(),
     };
     assert_eq!(config, expected);
@@ -97,7 +97,7 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
             "a:1:21: frontends: expected a number from 16 to 2097152; found \"3\"",
             "a:1:34: backends: expected a number from 16 to 2097152; found \"many\"",
             "a:1:53: connections: expected a number from 65536 to 4194304; found \"65535\"",
-            "a:1:60: unknown key \"entries\"; allowed in limits: frontends, backends, connections",
+            "a:1:60: unknown key \"entries\"; allowed in limits: frontends, backends, connections, affinities",
         ]
     );
     assert_eq!(

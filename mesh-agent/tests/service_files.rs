@@ -6,6 +6,7 @@ use mesh_agent::config::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services}
 use mesh_agent::model::{
     EjectionPolicy, Fallback, Locality, Service, ServiceName, WhenAllUnhealthy,
 };
+use mesh_common::affinity::By;
 
 /// A case: what it shows, the file, the lines that are expected.
 struct Case {
@@ -86,6 +87,7 @@ services:
   ejection: {failures: 127, base: 100ms, max: 6days, share: 100%}
   when-all-unhealthy: refuse
   drain-timeout: 5m
+  affinity: {by: namespace, timeout: 5m}
   locality: {}
   slow-start: 30s
   fallback: {service: idle, below: 60%}
@@ -110,6 +112,8 @@ services:
     assert_eq!(orders.when_all_unhealthy, WhenAllUnhealthy::Refuse);
     let minutes = |minutes: u64| Some(Duration::from_secs(60 * minutes));
     assert_eq!(orders.drain_timeout, minutes(5));
+    let affinity = orders.affinity.expect("affinity");
+    assert_eq!((affinity.by, Some(affinity.timeout)), (By::Namespace, minutes(5)));
     assert_eq!(orders.slow_start, Some(Duration::from_secs(30)));
     assert_eq!(orders.locality, Some(Locality { threshold: 70 }));
     assert_eq!(orders.fallback, Some(Fallback { below: 60, back: 60 }));

@@ -5,11 +5,11 @@
 //!
 //! Words that the kernel and the agent share while both run are a [`Word`] each.
 
-use crate::{Addr, Algorithm, Policy, Word, maglev};
+use crate::{Addr, Affinity, Algorithm, Policy, Word, maglev};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -220,8 +220,8 @@ pub struct Service {
     /// How many turns there were ([`crate::balance::turn`]). Written by the connect programs, atomic
     /// addition, and only where the algorithm is that; it goes on when the table changes.
     pub position: Word,
-    /// Zero; it makes the record one cache line.
-    pub pad2: u64,
+    /// An [`Affinity`]: whether its clients keep their backends. Written by the agent, one store.
+    pub affinity: Word,
 }
 
 impl Service {
@@ -237,6 +237,13 @@ impl Service {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation.load()
+    }
+
+    /// Whether its clients keep their backends.
+    #[inline(always)]
+    #[must_use]
+    pub fn affinity(&self) -> Affinity {
+        Affinity(self.affinity.load())
     }
 
     /// When its backends are ejected.
@@ -512,6 +519,8 @@ pub mod counter {
     /// Records of datagram sockets that gave way to another one of the same socket, which sends to more
     /// services than it can have records.
     pub const GAVE_WAY: u32 = 25;
+    /// Connects of clients that could not be given a backend to keep, because `AFFINITY` was full.
+    pub const NO_PIN: u32 = 26;
     /// Number of counters.
     pub const COUNT: u32 = 32;
 }
@@ -533,6 +542,8 @@ const _: () = {
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya::Pod is an unsafe trait; these layouts are its purpose")]
 mod pod {
+    use crate::PinKey;
+
     use super::{Backend, Elsewhere, FrontendKey, FrontendValue, Slot};
 
     // SAFETY: `repr(C)`, no padding (sizes asserted above), and every bit pattern is a value.
@@ -543,6 +554,8 @@ mod pod {
     unsafe impl aya::Pod for Slot {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Elsewhere {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PinKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Backend {}
 }

@@ -14,6 +14,7 @@
 extern crate std;
 
 pub mod addr;
+pub mod affinity;
 pub mod alias;
 pub mod balance;
 pub mod chance;
@@ -30,6 +31,7 @@ pub mod translate;
 pub mod word;
 
 pub use addr::Addr;
+pub use affinity::{Affinity, Pin, PinKey};
 pub use balance::Algorithm;
 pub use ejection::{Client, Ejection, Policy, Token};
 pub use event::Event;

@@ -11,6 +11,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
+use mesh_common::affinity::{By, pack};
 use mesh_common::flow::peer_hash;
 use mesh_common::stats::change;
 use mesh_common::{
@@ -20,9 +21,10 @@ use mesh_common::{
 
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{
-    BACKEND_STATS, Maps, OUT, cgroup, chance, count, count_refused, enter, jiffies, octets,
+    BACKEND_STATS, BACKENDS, Maps, OUT, SERVICES, cgroup, chance, count, count_refused, enter,
+    jiffies, octets,
 };
-use crate::{datagram, events, records, sock};
+use crate::{affinity, datagram, events, records, sock};
 
 /// The kernel goes on with the connect.
 pub const PROCEED: i32 = 1;
@@ -152,30 +154,65 @@ pub fn steer<F: Family>(
     choice: Choice<'_>,
     connected: bool,
 ) -> Option<Flow> {
-    let (ctx, Choice { slot, service, token }) = (connecting.ctx, choice);
-    if !F::set_addr(ctx, slot.addr) {
-        give_back(slot.backend, token);
+    let (ctx, Choice { slot, service, mut token }) = (connecting.ctx, choice);
+    let (mut addr, mut port) = (slot.addr, slot.port);
+    let (mut backend, mut generation) = (slot.backend, slot.generation);
+    let record = SERVICES.get(service)?;
+    if record.affinity().is_on() {
+        let kept = keep(ctx, service, pack(backend, generation));
+        if let Some(there) = BACKENDS.get(kept as u32)
+            && kept as u32 != backend
+        {
+            if token.is_some() {
+                give_back(backend, token);
+            }
+            token = Token::NONE;
+            (addr, port) = (there.addr, there.port);
+            (backend, generation) = (kept as u32, (kept >> 32) as u32);
+        }
+    }
+    if !F::set_addr(ctx, addr) {
+        give_back(backend, token);
         return None;
     }
-    set_port(ctx, slot.port);
+    set_port(ctx, port);
     let cookie = connecting.cookie();
     // SAFETY: the context is valid.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let given = Given {
         frontend: *connecting.key,
-        peer: peer_hash(slot.addr, slot.port),
+        peer: peer_hash(addr, port),
         origin: Origin::new(netns, jiffies()),
         client: cgroup(),
         role: Role::new(service, connected),
-        generation: slot.generation,
+        generation,
         token,
     };
     // Opened before it can end.
-    if let Some(stats) = BACKEND_STATS.get(slot.backend) {
+    if let Some(stats) = BACKEND_STATS.get(backend) {
         stats.opened.increment();
     }
-    let held = Held::new(cookie, slot.backend, token.is_some());
+    let held = Held::new(cookie, backend, token.is_some());
     Some(Flow { held: Word::new(held.0), given })
+}
+
+/// The backend that the client keeps at this service, or `chosen`, which it keeps from now on
+/// ([`pack`]).
+#[inline(never)]
+fn keep(ctx: &SockAddrContext, service: u32, chosen: u64) -> u64 {
+    let Some(service) = SERVICES.get(service) else { return chosen };
+    let (affinity, generation) = (service.affinity(), service.generation());
+    let client = match affinity.by() {
+        By::Client => cgroup(),
+        // SAFETY: the context is valid.
+        By::Namespace => unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
+    };
+    let kept = affinity::pinned(client, generation, affinity.timeout());
+    if kept != affinity::NONE {
+        return kept;
+    }
+    affinity::pin(client, generation, affinity.timeout(), chosen);
+    chosen
 }
 
 /// A connection that nobody will see end.

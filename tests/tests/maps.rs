@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use mesh_agent::compile::{Backend, BackendKey, Candidate, Rows, TableKey, Tables};
+use mesh_agent::compile::{Backend, BackendKey, Candidate, Rows, Rules, TableKey, Tables};
 use mesh_agent::dataplane::fault::Faulty;
 use mesh_agent::dataplane::kernel::Grace;
 use mesh_agent::dataplane::load::{self, Loaded, Options};
@@ -61,7 +61,7 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
         backends,
         tables: if frontends.is_empty() { Vec::new() } else { vec![table] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
-        policy: Policy::OFF,
+        rules: Rules::default(),
         algorithm: if endpoints.len().is_multiple_of(2) {
             Algorithm::Random
         } else {

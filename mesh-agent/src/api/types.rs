@@ -255,6 +255,9 @@ pub struct Counters {
     /// Records of datagram sockets that gave way to another one of the same socket.
     #[serde(default)]
     pub gave_way: u64,
+    /// Connects of clients that could not be given an endpoint to keep, because there was no room.
+    #[serde(default)]
+    pub no_pin: u64,
     /// Events that were left out.
     #[serde(default)]
     pub events_lost: u64,

@@ -195,6 +195,7 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
         ("all ejected", status.counters.all_ejected),
         ("spared by the share", status.counters.share_reached),
         ("datagram records given up", status.counters.gave_way),
+        ("no room for affinity", status.counters.no_pin),
         ("events lost", status.counters.events_lost),
     ] {
         counters.row([text(name), number(count)]);

@@ -10,9 +10,11 @@ use std::time::Duration;
 use mesh_common::alias::{self, Column, Entry};
 use mesh_common::ejection::TICK_SHIFT;
 use mesh_common::maglev::{self, Size, Turn};
-use mesh_common::{Algorithm, FrontendKey, Policy, Protocol, Reason, Slot, State, balance};
+use mesh_common::{
+    Affinity, Algorithm, FrontendKey, Origin, Policy, Protocol, Reason, Slot, State, balance,
+};
 
-use crate::model::{EjectionPolicy, Endpoint, Service, ServicePort};
+use crate::model::{self, EjectionPolicy, Endpoint, Service, ServicePort};
 
 /// What distinguishes a backend from the others of its service.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -96,6 +98,8 @@ pub struct Here<'a> {
     pub node: &'a str,
     /// Its zone.
     pub zone: Option<&'a str>,
+    /// Nanoseconds of a tick of its kernel.
+    pub tick: u64,
 }
 
 /// All that a service is compiled from.
@@ -139,13 +143,22 @@ pub struct Tables {
     pub tables: Vec<(TableKey, Rows)>,
     /// What clients dial, and the place of its table in `tables`.
     pub frontends: Vec<(FrontendKey, usize)>,
-    /// When backends are ejected.
-    pub policy: Policy,
+    /// What else the kernel programs go by.
+    pub rules: Rules,
     /// How a backend of a table is chosen.
     pub algorithm: Algorithm,
     /// Which group of endpoints each table uses, where it is not the first ([`Endpoint::priority`], and
     /// behind all of those the [`FALLBACK`]).
     pub groups: BTreeMap<TableKey, u8>,
+}
+
+/// What a service's record says besides its table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Rules {
+    /// When backends are ejected.
+    pub policy: Policy,
+    /// Whether clients keep their backends.
+    pub affinity: Affinity,
 }
 
 /// The group of the endpoints of the service that is fallen back to.
@@ -211,8 +224,9 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
         }
         owned.push((key, tables.len() - 1));
     }
-    let (policy, algorithm) = (policy(service.ejection), service.algorithm);
-    Tables { backends, tables, frontends: owned, policy, algorithm, groups }
+    let affinity = service.affinity.map_or(Affinity::OFF, |affinity| pins(affinity, here.tick));
+    let rules = Rules { policy: policy(service.ejection), affinity };
+    Tables { backends, tables, frontends: owned, rules, algorithm: service.algorithm, groups }
 }
 
 /// The rules of ejection as the kernel programs use them. Times are rounded up to whole ticks, and one
@@ -225,6 +239,14 @@ pub fn policy(ejection: Option<EjectionPolicy>) -> Policy {
         u32::try_from(ticks).unwrap_or(Policy::MAX_TICKS)
     };
     Policy::new(failures, ticks(base), ticks(max), share)
+}
+
+/// Affinity as the kernel programs have it: in whole units, and one more, because the present is rounded
+/// down.
+fn pins(affinity: model::Affinity, tick: u64) -> Affinity {
+    let unit = u128::from(tick.max(1)) << Origin::TIME_SHIFT;
+    let units = affinity.timeout.as_nanos().div_ceil(unit) + 1;
+    Affinity::new(affinity.by, u32::try_from(units).unwrap_or(u32::MAX))
 }
 
 /// A backend, and what decides whether it is used.

@@ -26,8 +26,11 @@ const AGENT: Keys = Keys {
 
 const NODE: Keys = Keys { of: "node", known: &["name", "zone"], later: &[] };
 
-const LIMITS: Keys =
-    Keys { of: "limits", known: &["frontends", "backends", "connections"], later: &[] };
+const LIMITS: Keys = Keys {
+    of: "limits",
+    known: &["frontends", "backends", "connections", "affinities"],
+    later: &[],
+};
 
 const SOURCE: Keys = Keys {
     of: "a source",
@@ -222,6 +225,7 @@ fn limits(node: &Node, problems: &mut Problems) -> Option<Limits> {
     for (key, least, most, limit) in [
         ("frontends", least.frontends, most.frontends, &mut limits.frontends),
         ("backends", least.backends, most.backends, &mut limits.backends),
+        ("affinities", least.pins, most.pins, &mut limits.pins),
         ("connections", least.records, most.records, &mut limits.records),
     ] {
         let Some(node) = fields.get(key) else { continue };

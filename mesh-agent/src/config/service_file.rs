@@ -9,7 +9,7 @@ use std::time::Duration;
 use mesh_common::{Algorithm, Protocol};
 
 use super::ejection::ejection;
-use super::spread::{fallback, locality, slow_start};
+use super::spread::{affinity, fallback, locality, slow_start};
 use super::values::{address, duration, name};
 use crate::model::{
     Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
@@ -51,6 +51,7 @@ const SERVICE: Keys = Keys {
         "ports",
         "balance",
         "hash-by",
+        "affinity",
         "health",
         "ejection",
         "when-all-unhealthy",
@@ -60,7 +61,7 @@ const SERVICE: Keys = Keys {
         "fallback",
         "endpoints",
     ],
-    later: &["affinity"],
+    later: &[],
 };
 
 const PORT: Keys =
@@ -139,6 +140,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
     let drain_timeout = fields
         .get("drain-timeout")
         .and_then(|node| duration(node, "drain-timeout", DRAIN_TIMEOUT, problems));
+    let affinity = affinity(&fields, problems);
     let locality = locality(&fields, problems);
     let slow_start = slow_start(&fields, problems);
     let fallback = fallback(&fields, name, problems);
@@ -169,6 +171,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         ejection,
         when_all_unhealthy,
         drain_timeout,
+        affinity,
         locality,
         slow_start,
         fallback: fallback.as_ref().map(|(fallback, _)| *fallback),

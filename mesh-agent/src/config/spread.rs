@@ -1,11 +1,13 @@
-//! The keys of a service that say which of its endpoints are preferred: `locality`, `slow-start`,
-//! `fallback`.
+//! The keys of a service that say which of its endpoints are preferred: `affinity`, `locality`,
+//! `slow-start`, `fallback`.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use mesh_common::affinity::By;
+
 use super::values::{duration, name, percent};
-use crate::model::{Fallback, Locality, ServiceName};
+use crate::model::{Affinity, Fallback, Locality, ServiceName};
 use crate::yaml::{Fields, Keys, Problems, Value, excerpt, fields, text};
 
 const PERCENT: RangeInclusive<u8> = 1..=100;
@@ -14,9 +16,38 @@ const PERCENT: RangeInclusive<u8> = 1..=100;
 const SLOW_START: RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_secs(24 * 3_600);
 
+/// How long a client may keep its endpoint without a connect.
+const AFFINITY_TIMEOUT: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(30 * 86_400);
+
+const AFFINITY: Keys = Keys { of: "affinity", known: &["by", "timeout"], later: &[] };
+
 const LOCALITY: Keys = Keys { of: "locality", known: &["threshold"], later: &[] };
 
 const FALLBACK: Keys = Keys { of: "fallback", known: &["service", "below", "back"], later: &[] };
+
+/// Nothing without the key.
+pub(super) fn affinity(service: &Fields<'_>, problems: &mut Problems) -> Option<Affinity> {
+    const BY: &str = "client or namespace";
+    let fields = fields(service.get("affinity")?, &AFFINITY, problems)?;
+    let by = match fields.get("by") {
+        None => By::Client,
+        Some(node) => match text(node, BY, problems)? {
+            "client" => By::Client,
+            "namespace" => By::Namespace,
+            other => {
+                problems.add(node.at, format!("by: expected {BY}; found {}", excerpt(other)));
+                return None;
+            }
+        },
+    };
+    let timeout = match fields.get("timeout") {
+        Some(node) => duration(node, "timeout", AFFINITY_TIMEOUT, problems)?,
+        // That of Kubernetes' services.
+        None => Duration::from_secs(3 * 3_600),
+    };
+    Some(Affinity { by, timeout })
+}
 
 /// Nothing without the key, and for `off`.
 pub(super) fn locality(service: &Fields<'_>, problems: &mut Problems) -> Option<Locality> {

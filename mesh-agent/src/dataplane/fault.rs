@@ -2,9 +2,10 @@
 
 use std::io;
 
-use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Policy, Slot, Table};
+use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Slot, Table};
 
 use super::maps::{Capacity, Counts, MapError, Maps, Refused};
+use crate::compile::Rules;
 
 /// Passes calls on to another implementation, unless `fails` says that this one fails.
 pub struct Faulty<M, F> {
@@ -54,13 +55,13 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         key: &FrontendKey,
         generation: u64,
         table: Table,
-        policy: Policy,
+        rules: Rules,
     ) -> Result<(), MapError> {
-        self.gate("writing SERVICES")?.write_service(index, key, generation, table, policy)
+        self.gate("writing SERVICES")?.write_service(index, key, generation, table, rules)
     }
 
-    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError> {
-        self.gate("setting a policy in SERVICES")?.set_policy(index, policy)
+    fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
+        self.gate("setting rules in SERVICES")?.set_rules(index, rules)
     }
 
     fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {

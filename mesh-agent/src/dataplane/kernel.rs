@@ -9,13 +9,14 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::{
-    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Policy, Service,
+    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Service,
     ServiceStats, Settings, Slot, Table, Tables, Word,
 };
 
 use super::clock;
 use super::maps::{Capacity, Counts, MapError, Maps, Refused};
 use super::sys::{Flat, Mapped};
+use crate::compile::Rules;
 
 /// A map of the loaded object that is not what this agent expects.
 #[derive(Debug, thiserror::Error)]
@@ -214,25 +215,26 @@ impl Maps for KernelMaps {
         key: &FrontendKey,
         generation: u64,
         table: Table,
-        policy: Policy,
+        rules: Rules,
     ) -> Result<(), MapError> {
         let record = [Service {
             table: Word::new(table.0),
             generation: Word::new(generation),
-            policy: Word::new(policy.0),
+            policy: Word::new(rules.policy.0),
             key: *key,
             pad: 0,
             position: Word::new(0),
-            pad2: 0,
+            affinity: Word::new(rules.affinity.0),
         }];
         let stats = [ServiceStats::default()];
         self.service_stats.write(index, &stats).map_err(out_of_range("writing SERVICE_STATS"))?;
         self.services.write(index, &record).map_err(out_of_range("writing SERVICES"))
     }
 
-    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError> {
+    fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
         if let Some(service) = self.services.get(index) {
-            service.policy.store(policy.0);
+            service.policy.store(rules.policy.0);
+            service.affinity.store(rules.affinity.0);
         }
         Ok(())
     }

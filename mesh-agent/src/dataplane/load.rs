@@ -18,6 +18,7 @@ use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use super::btf::{self, BtfError};
 use super::clock;
 use super::kernel::{Grace, KernelMaps, OpenError, typed};
+use super::pins::Pins;
 use super::records::Records;
 use super::sys::attached::{Hook, program_ids};
 use crate::text::chain;
@@ -207,6 +208,8 @@ pub struct Loaded {
     pub grace: Grace,
     /// The records of sockets.
     pub records: Records,
+    /// What clients keep.
+    pub pins: Pins,
     /// What the programs tell.
     pub events: RingBuf<MapData>,
 }
@@ -232,6 +235,7 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
         ("SLOTS", limits.slots()),
         ("BACKENDS", limits.backends),
         ("BACKEND_STATS", limits.backends),
+        ("AFFINITY", limits.pins),
         ("FLOWS", limits.records),
         ("OVERFLOW", limits.records),
     ] {
@@ -258,9 +262,10 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     let records = Records::open(&mut ebpf)?;
     let maps = KernelMaps::open(&mut ebpf)?;
     let grace = Grace::open(&mut ebpf)?;
+    let pins = Pins::open(&mut ebpf)?;
     let events = typed(&mut ebpf, "EVENTS", RingBuf::try_from)?;
     let programs = Programs { ebpf, links: Vec::new(), tracers: Vec::new() };
-    Ok(Loaded { programs, maps, grace, records, events })
+    Ok(Loaded { programs, maps, grace, records, pins, events })
 }
 
 fn load_hooked(ebpf: &mut Ebpf, name: &str, hook: Hook) -> Result<(), ProgramError> {

@@ -5,9 +5,10 @@
 use std::io;
 
 use mesh_common::{
-    Addr, Backend, BackendStats, Ejection, FrontendKey, FrontendValue, Policy, Reason, Slot, Table,
+    Addr, Backend, BackendStats, Ejection, FrontendKey, FrontendValue, Reason, Slot, Table,
 };
 
+use crate::compile::Rules;
 /// A map operation that did not succeed; nothing of it is visible.
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} failed: {source}")]
@@ -61,10 +62,10 @@ pub trait Maps {
         key: &FrontendKey,
         generation: u64,
         table: Table,
-        policy: Policy,
+        rules: Rules,
     ) -> Result<(), MapError>;
-    /// Gives a record another policy: a single store.
-    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError>;
+    /// Gives a record other rules: a store for each.
+    fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError>;
     /// Switches a record to another table: a single store, after all that was written before.
     fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError>;
     /// Marks a record that no entry of `FRONTENDS` names any more, so that a program that is

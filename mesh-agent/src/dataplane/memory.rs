@@ -10,6 +10,7 @@ use mesh_common::{
 };
 
 use super::maps::{Capacity, Counts, MapError, Maps, Refused};
+use crate::compile::Rules;
 
 /// The tables, with the memory of what is still in use.
 #[derive(Debug)]
@@ -140,23 +141,25 @@ impl Maps for Memory {
         key: &FrontendKey,
         generation: u64,
         table: Table,
-        policy: Policy,
+        rules: Rules,
     ) -> Result<(), MapError> {
         assert!(self.named_services().all(|named| named != index), "service {index} is named");
         self.services[index as usize] = Service {
             table: Word::new(table.0),
             generation: Word::new(generation),
-            policy: Word::new(policy.0),
+            policy: Word::new(rules.policy.0),
             key: *key,
             pad: 0,
             position: Word::new(0),
-            pad2: 0,
+            affinity: Word::new(rules.affinity.0),
         };
         Ok(())
     }
 
-    fn set_policy(&mut self, index: u32, policy: Policy) -> Result<(), MapError> {
-        self.services[index as usize].policy.store(policy.0);
+    fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
+        let service = &self.services[index as usize];
+        service.policy.store(rules.policy.0);
+        service.affinity.store(rules.affinity.0);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ pub mod kernel;
 pub mod load;
 pub mod maps;
 pub mod memory;
+pub mod pins;
 pub mod reconcile;
 pub mod records;
 pub mod sys;

@@ -16,6 +16,7 @@ mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
 use mesh_common::Protocol;
@@ -81,6 +82,7 @@ pub struct Engine {
     life: u64,
     journal: Journal,
     auditor: Auditor,
+    pinned: Arc<AtomicU32>,
     /// By backend id: its generation, and the client that it was last taken out for alone.
     suspects: HashMap<u32, (u32, Arc<str>)>,
     /// What the agent itself finds of backends that the kernel suspects.
@@ -109,6 +111,8 @@ pub struct Watchers {
     pub journal: Journal,
     /// Who compares records with sockets.
     pub auditor: Auditor,
+    /// How many clients keep a backend.
+    pub pinned: Arc<AtomicU32>,
 }
 
 /// How many findings are taken together: one pass over a service, however many of its endpoints
@@ -135,7 +139,7 @@ impl Engine {
     ) -> (Handle, oneshot::Receiver<()>, impl Future<Output = ()> + Send + use<>) {
         let (questions, receiver) = mpsc::channel(BATCH);
         let (all_heard, heard) = oneshot::channel();
-        let Watchers { journal, auditor } = watchers;
+        let Watchers { journal, auditor, pinned } = watchers;
         let handle = Handle::new(questions, Arc::clone(config), auditor.clone());
         let engine = Self {
             catalog: Catalog::default(),
@@ -158,6 +162,7 @@ impl Engine {
             life: 0,
             journal,
             auditor,
+            pinned,
             suspects: HashMap::new(),
             all_heard: Some(all_heard),
             opinions: Opinions::new(),

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use mesh_common::ejection::ticks;
@@ -388,6 +389,7 @@ impl Engine {
             ("VIRTUAL_IPS", used.virtual_ips, max.virtual_ips),
             ("FLOWS", flows.0, flows.1),
             ("OVERFLOW", overflow.0, overflow.1),
+            ("AFFINITY", self.pinned.load(Ordering::Relaxed), self.config.limits.pins),
         ]
         .map(|(name, used, max)| types::Map {
             name: name.to_owned(),
@@ -408,6 +410,7 @@ impl Engine {
             all_ejected: maps.counter(counter::ALL_EJECTED),
             share_reached: maps.counter(counter::SHARE_REACHED),
             gave_way: maps.counter(counter::GAVE_WAY),
+            no_pin: maps.counter(counter::NO_PIN),
             events_lost: maps.counter(counter::EVENTS_LOST),
             refused: by_reason(Reason::ALL.map(|reason| maps.counter(reason as u32))).collect(),
         }
@@ -451,7 +454,8 @@ impl Names for Engine {
             .collect();
         backends.sort_by_key(|backend| backend.address);
         let algorithm = self.algorithm(entry, std::slice::from_ref(key)).name().to_owned();
-        Some(FrontendInfo { service: name.to_string(), algorithm, backends })
+        let affinity = entry.and_then(|entry| entry.service.affinity);
+        Some(FrontendInfo { service: name.to_string(), algorithm, affinity, backends })
     }
 }
 

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::{Engine, drains, out, spread};
 use crate::catalog::Entry;
 use crate::compile::{self, Condition, Here, Input, Tables};
+use crate::dataplane::clock;
 use crate::dataplane::maps::Maps as _;
 use crate::health::{Monitor, Plan};
 use crate::model::ServiceName;
@@ -109,7 +110,11 @@ impl Engine {
             service,
             frontends: &frontends,
             fallback: behind.map(|(_, entry)| &*entry.service),
-            here: Here { node: &self.config.node, zone: self.config.zone.as_deref() },
+            here: Here {
+                node: &self.config.node,
+                zone: self.config.zone.as_deref(),
+                tick: clock::tick(),
+            },
             before: self.spread.groups.get(name).unwrap_or(&none),
         };
         let tables = compile::compile(input, |of, address| condition(&of.name, address));

@@ -15,6 +15,7 @@ use mesh_common::{
 };
 
 use crate::api::types;
+use crate::model::Affinity;
 pub use client::{ClientView, UnknownClient};
 
 /// A connect that somebody asks about.
@@ -39,6 +40,8 @@ pub struct FrontendInfo {
     pub service: String,
     /// How it balances.
     pub algorithm: String,
+    /// Whether its clients keep their endpoints.
+    pub affinity: Option<Affinity>,
     /// Every endpoint of the service behind this frontend, also those that take no connection.
     pub backends: Vec<BackendInfo>,
 }

@@ -55,7 +55,7 @@ impl Memory {
             key,
             pad: 0,
             position: Word::new(0),
-            pad2: 0,
+            affinity: Word::new(0),
         });
         self.frontends.insert(key, FrontendValue { service, pad: 0, generation: 1 });
     }
@@ -118,6 +118,7 @@ impl Names for Known {
         (*key == key_of(ORDERS)).then(|| FrontendInfo {
             service: "orders".into(),
             algorithm: "random".into(),
+            affinity: None,
             backends: self.0.clone(),
         })
     }

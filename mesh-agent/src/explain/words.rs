@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
+use mesh_common::affinity::By;
 use mesh_common::datagram::IDLE_SECONDS;
 use mesh_common::{Algorithm, Client, Protocol, Reason, Slot, State};
 
 use super::{BackendInfo, ClientView, FrontendInfo, Query, Seen};
 use crate::api::types::{Answer, Candidate, Explanation, Step};
+use crate::model::Affinity;
 
 /// How many endpoints that take no connection are named one by one; the candidates list them all.
 const NAMED: usize = 8;
@@ -18,6 +20,8 @@ pub(super) struct Story {
     explanation: Explanation,
     backends: Vec<BackendInfo>,
     is_datagram: bool,
+    /// Who keeps an endpoint, and for how long.
+    affinity: Option<Affinity>,
 }
 
 impl Story {
@@ -27,9 +31,9 @@ impl Story {
         client: Option<&ClientView>,
         info: Option<FrontendInfo>,
     ) -> Self {
-        let (service, algorithm, backends) = match info {
-            Some(info) => (Some(info.service), Some(info.algorithm), info.backends),
-            None => (None, None, Vec::new()),
+        let (service, algorithm, backends, affinity) = match info {
+            Some(info) => (Some(info.service), Some(info.algorithm), info.backends, info.affinity),
+            None => (None, None, Vec::new(), None),
         };
         let mut story = Self {
             explanation: Explanation {
@@ -43,6 +47,7 @@ impl Story {
             },
             backends,
             is_datagram: query.protocol == Protocol::Udp,
+            affinity,
         };
         story.step(
             "client",
@@ -161,6 +166,18 @@ impl Story {
             ),
         };
         self.step("choice", choice);
+        if let Some(Affinity { by, timeout }) = self.affinity {
+            let who = match by {
+                By::Client => "a cgroup",
+                By::Namespace => "a network namespace",
+            };
+            let kept = format!(
+                "{who} that has connected within {} keeps the endpoint that it had, while that is \
+                 usable; this is for one that has not",
+                humantime::format_duration(timeout)
+            );
+            self.step("affinity", kept);
+        }
         if self.is_datagram {
             let kept = format!(
                 "a socket that sends without being connected keeps its backend until it has sent \

@@ -4,6 +4,6 @@
 mod service;
 
 pub use service::{
-    EjectionPolicy, Endpoint, Fallback, HealthCheck, HealthPolicy, Locality, Service, ServiceName,
-    ServicePort, WhenAllUnhealthy,
+    Affinity, EjectionPolicy, Endpoint, Fallback, HealthCheck, HealthPolicy, Locality, Service,
+    ServiceName, ServicePort, WhenAllUnhealthy,
 };

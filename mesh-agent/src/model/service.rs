@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_common::affinity::By;
 use mesh_common::{Algorithm, Protocol};
 
 /// The name of a service: unique on a node, cheap to clone.
@@ -63,6 +64,8 @@ pub struct Service {
     pub when_all_unhealthy: WhenAllUnhealthy,
     /// How long connections to an endpoint that was removed may go on; without it, for ever.
     pub drain_timeout: Option<Duration>,
+    /// Whether clients keep their endpoints.
+    pub affinity: Option<Affinity>,
     /// Whether near endpoints are preferred.
     pub locality: Option<Locality>,
     /// How long an endpoint that has come, or come back, has less than its weight.
@@ -81,6 +84,15 @@ impl Service {
     pub fn fallback(&self) -> Fallback {
         self.fallback.unwrap_or_default()
     }
+}
+
+/// Clients keep their endpoints.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Affinity {
+    /// What a client is.
+    pub by: By,
+    /// For how long after its last connect.
+    pub timeout: Duration,
 }
 
 /// Near endpoints are preferred: those of the same node, then those of the same zone, then all others.

@@ -90,7 +90,7 @@ impl Racing {
             key: key(n),
             pad: 0,
             position: Word::new(0),
-            pad2: 0,
+            affinity: Word::new(0),
         };
         Self {
             event,

@@ -178,6 +178,7 @@ collisions                 0
 all ejected                0
 spared by the share        0
 datagram records given up  0
+no room for affinity       0
 events lost                0
 ",
     );

@@ -48,7 +48,7 @@ fn weights(
         service: &service,
         frontends: &frontends(&service),
         fallback: fallback.as_ref(),
-        here: Here { node: "here", zone: Some("near") },
+        here: Here { node: "here", zone: Some("near"), tick: 4_000_000 },
         before: &before,
     };
     let condition = |_: &Service, address: SocketAddr| {

@@ -10,7 +10,7 @@ use mesh_common::{
 
 use super::extents::{Content, Written};
 use super::{Held, HeldBackend, HeldFrontend, Problem, Reconciler};
-use crate::compile::{self, Rows, TableKey, Tables};
+use crate::compile::{self, Rows, Rules, TableKey, Tables};
 use crate::dataplane::maps::{MapError, Maps};
 use crate::model::ServiceName;
 
@@ -58,10 +58,10 @@ impl<M: Maps> Reconciler<M> {
         }
         self.hold_frontends(name, held, wanted, &tables, problems);
         // Nothing is out where nothing is to be.
-        if held.policy != wanted.policy && wanted.policy == Policy::OFF {
+        if held.rules.policy != wanted.rules.policy && wanted.rules.policy == Policy::OFF {
             held.backends.values().for_each(|backend| self.maps.forget_failures(backend.id));
         }
-        held.policy = wanted.policy;
+        held.rules = wanted.rules;
     }
 
     // === backends ===
@@ -256,7 +256,7 @@ impl<M: Maps> Reconciler<M> {
         for &(key, table) in &wanted.frontends {
             // Without its table, a frontend stays as it is; the reason has been noted.
             let Some(Some(table)) = tables.get(table) else { continue };
-            match self.hold_frontend(name, key, *table, wanted.policy) {
+            match self.hold_frontend(name, key, *table, wanted.rules) {
                 Ok(true) => {}
                 Ok(false) => missing += 1,
                 Err(error) => problems.push(error.into()),
@@ -285,12 +285,12 @@ impl<M: Maps> Reconciler<M> {
         name: &ServiceName,
         key: FrontendKey,
         table: Table,
-        policy: Policy,
+        rules: Rules,
     ) -> Result<bool, MapError> {
         if let Some(held) = self.frontends.get_mut(&key) {
-            if held.policy != policy {
-                self.maps.set_policy(held.index, policy)?;
-                held.policy = policy;
+            if held.rules != rules {
+                self.maps.set_rules(held.index, rules)?;
+                held.rules = rules;
             }
             if held.table != table {
                 self.maps.switch_table(held.index, table)?;
@@ -322,7 +322,7 @@ impl<M: Maps> Reconciler<M> {
         let Some(index) = self.records.take() else { return Ok(false) };
         self.generation += 1;
         let generation = self.generation;
-        if let Err(error) = self.name(&key, index, generation, table, policy) {
+        if let Err(error) = self.name(&key, index, generation, table, rules) {
             // No entry names the record, and none did.
             self.records.give(index);
             return Err(error);
@@ -330,7 +330,7 @@ impl<M: Maps> Reconciler<M> {
         *self.addresses.entry(key.addr).or_default() += 1;
         self.extents.acquire(table);
         let owner = name.clone();
-        let held = HeldFrontend { owner, index, generation, table, policy, named: true };
+        let held = HeldFrontend { owner, index, generation, table, rules, named: true };
         self.frontends.insert(key, held);
         Ok(true)
     }
@@ -342,7 +342,7 @@ impl<M: Maps> Reconciler<M> {
         index: u32,
         generation: u64,
         table: Table,
-        policy: Policy,
+        rules: Rules,
     ) -> Result<(), MapError> {
         if !self.addresses.contains_key(&key.addr) {
             let value = FrontendValue { service: u32::MAX, pad: 0, generation: 0 };
@@ -351,7 +351,7 @@ impl<M: Maps> Reconciler<M> {
             // Until the frontend itself is made; `drop_addresses` looks at the count.
             self.unused_addresses.insert(key.addr);
         }
-        self.maps.write_service(index, key, generation, table, policy)?;
+        self.maps.write_service(index, key, generation, table, rules)?;
         self.maps.insert_frontend(key, FrontendValue { service: index, pad: 0, generation })
     }
 }

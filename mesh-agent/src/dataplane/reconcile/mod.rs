@@ -20,11 +20,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use mesh_common::{Addr, Backend, FrontendKey, Policy, Table};
+use mesh_common::{Addr, Backend, FrontendKey, Table};
 
 use super::alloc::IdPool;
 use super::maps::{Maps, Refused};
-use crate::compile::{BackendKey, TableKey, Tables};
+use crate::compile::{BackendKey, Rules, TableKey, Tables};
 use crate::model::ServiceName;
 use extents::Extents;
 pub use problem::Problem;
@@ -37,7 +37,7 @@ struct HeldFrontend {
     index: u32,
     generation: u64,
     table: Table,
-    policy: Policy,
+    rules: Rules,
     /// Whether `FRONTENDS` has it. Without it the record waits to be retired.
     named: bool,
 }
@@ -53,7 +53,7 @@ struct Held {
     /// Attempts in a row that found ids missing that it was granted.
     waits: u32,
     /// When backends are ejected.
-    policy: Policy,
+    rules: Rules,
 }
 
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::extents::{Content, Written};
 use super::*;
-use crate::compile::{self, BackendKey, Candidate, Rows, TableKey};
+use crate::compile::{self, BackendKey, Candidate, Rows, Rules, TableKey};
 use crate::dataplane::fault::Faulty;
 use crate::dataplane::maps::Capacity;
 use crate::dataplane::memory::Memory;
@@ -49,7 +49,7 @@ fn tables(frontends: &[u8], endpoints: &[u8]) -> Arc<Tables> {
         backends,
         tables: if frontends.is_empty() { Vec::new() } else { vec![(key, rows)] },
         frontends: frontends.iter().map(|&n| (frontend(n), 0)).collect(),
-        policy: Policy::OFF,
+        rules: Rules::default(),
         algorithm: algorithm(&endpoints),
         groups: BTreeMap::new(),
     })

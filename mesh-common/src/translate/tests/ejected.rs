@@ -42,7 +42,7 @@ impl OneService {
                 key: key(1),
                 pad: 0,
                 position: Word::new(0),
-                pad2: 0,
+                affinity: Word::new(0),
             },
             slots: (0..).zip(&columns).map(slot).collect(),
             ejections: RefCell::new(ejections),

@@ -1,0 +1,151 @@
+//! Affinity: a client keeps its endpoint of a service, while that is usable and the client connects.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::process::{LIMIT, until};
+use mesh_tests::server::Kind;
+use mesh_tests::{Datagrams, Node, Service, check, process};
+use serde_json::Value;
+
+const VIP: &str = "10.96.0.10:80";
+const SIX: &str = "[fd00:96::10]:80";
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+fn app(backends: &[usize], affinity: &str) -> Service {
+    let app = Service::new("app").address("10.96.0.10").address("fd00:96::10");
+    let app = app.port(80, 8080).udp(80, 8080).key(affinity);
+    backends.iter().fold(app, |app, n| {
+        app.endpoint(&format!("10.0.0.{}", n + 1)).endpoint(&format!("fd00::{}", n + 1))
+    })
+}
+
+fn node(affinity: &str) -> Result<Node> {
+    let node = (1..).zip(NAMES).fold(Node::builder(), |node, (n, name)| {
+        let node = node.backend(name, &format!("10.0.0.{n}:8080"));
+        node.backend(&format!("{name}6"), &format!("[fd00::{n}]:8080"))
+    });
+    node.service(app(&[0, 1, 2], affinity)).start()
+}
+
+fn change(node: &Node, app: &Service, backends: usize) -> Result<()> {
+    node.agent.write_services("test.yaml", &Service::file(std::slice::from_ref(app)))?;
+    // Of both families and protocols.
+    node.agent.until_backends("app", |all| all.len() == backends * 4)
+}
+
+fn seen(node: &Node, cgroup: &Path, address: &str, times: u32) -> Result<BTreeMap<String, u32>> {
+    let mut command = node.command_in(cgroup, process::binary("mesh-client")?)?;
+    command.args(["histogram", address, &times.to_string()]);
+    check::printed(command)
+}
+
+/// The one that answers a client.
+fn kept(node: &Node, cgroup: &Path, address: &str) -> Result<String> {
+    let seen = seen(node, cgroup, address, 10)?;
+    ensure!(seen.len() == 1, "{seen:?}");
+    seen.into_keys().next().context("somebody")
+}
+
+/// Each client keeps its own, of each address and protocol; through changes of others, but not of its
+/// own; and moves away from what is drained or down.
+#[test]
+fn a_client_keeps_its_endpoint() -> Result<()> {
+    let affinity = "affinity: {by: client, timeout: 3h}";
+    let mut node = node(affinity)?;
+    let clients: Vec<PathBuf> =
+        (0..20).map(|n| node.cgroup().child(&format!("c{n}"))).collect::<Result<_>>()?;
+    let ask = |node: &Node| -> Result<Vec<String>> {
+        clients.iter().map(|client| kept(node, client, VIP)).collect()
+    };
+    let before = ask(&node)?;
+    ensure!(before.iter().collect::<BTreeSet<_>>().len() == 3, "{before:?}");
+    let six = kept(&node, &clients[0], SIX)?;
+    ensure!(six.ends_with('6'), "{six}");
+    let mut datagrams =
+        Datagrams::start(node.command_in(&clients[0], process::binary("mesh-client")?)?)?;
+    let counts = datagrams.did(&format!("count {VIP} 20"))?.counts;
+    ensure!(counts.len() == 1, "datagrams of one client: {counts:?}");
+
+    // Another one comes and goes, and another algorithm: nobody moves.
+    let more = app(&[0, 1, 2], affinity).key("balance: round-robin");
+    change(&node, &more, 3)?;
+    ensure!(ask(&node)? == before, "another algorithm");
+    // Drained: it takes no new connection, so its clients move; the others stay.
+    let drained = node.agent.mesh(&["drain", "app", "10.0.0.1"])?;
+    ensure!(drained.status.success(), "{drained:?}");
+    let moved = ask(&node)?;
+    for (was, is) in before.iter().zip(&moved) {
+        ensure!(is != "a" && (was == "a" || was == is), "{before:?}, {moved:?}");
+    }
+    let undrained = node.agent.mesh(&["undrain", "app", "10.0.0.1"])?;
+    ensure!(undrained.status.success(), "{undrained:?}");
+    ensure!(ask(&node)? == moved, "where they are now");
+    // Removed.
+    change(&node, &app(&[0, 2], affinity), 2)?;
+    let without = ask(&node)?;
+    for (was, is) in moved.iter().zip(&without) {
+        ensure!(is != "b" && (was == "b" || was == is), "{moved:?}, {without:?}");
+    }
+    // Down: the kernel finds it out.
+    node.kill_server("c")?;
+    for client in &clients {
+        seen(&node, client, VIP, 3)?;
+    }
+    let up: Vec<_> = ask(&node)?;
+    ensure!(up.iter().all(|name| name == "a"), "{up:?}");
+    node.start_server(Kind::Plain, "c", "10.0.0.3:8080")?;
+    ensure!(ask(&node)?.iter().all(|name| name == "a"), "nobody goes back");
+
+    let status: Value = node.agent.json(&["status"])?;
+    ensure!(status["counters"]["no_pin"] == 0, "{}", status["counters"]);
+    node.agent.stop()?;
+    ensure!(kept(&node, &clients[0], VIP)?.contains("ENETUNREACH"), "control");
+    Ok(())
+}
+
+/// Who does not connect for the timeout is balanced anew; who does, keeps on.
+#[test]
+fn for_a_time() -> Result<()> {
+    let node = node("affinity: {timeout: 4s}\n  balance: round-robin")?;
+    let clients = ["idle", "busy"].map(|name| node.cgroup().child(name));
+    let [idle, busy] = clients.map(|client| client.context("a cgroup"));
+    let (idle, busy) = (idle?, busy?);
+    let (first, always) = (kept(&node, &idle, VIP)?, kept(&node, &busy, VIP)?);
+    for _ in 0..16 {
+        sleep(Duration::from_millis(500));
+        ensure!(kept(&node, &busy, VIP)? == always, "it is used all the time");
+    }
+    // Where it goes next is where the turns have got to; somewhere else sooner or later.
+    until("another endpoint", LIMIT, || {
+        let now = kept(&node, &idle, VIP)?;
+        if now == first {
+            sleep(Duration::from_millis(6_500));
+            // Another client's turn in between.
+            seen(&node, &busy, SIX, 1)?;
+            return Ok(None);
+        }
+        Ok(Some(()))
+    })
+}
+
+/// All of a network namespace keep one, and turned off nobody does.
+#[test]
+fn by_namespace_and_off() -> Result<()> {
+    let mut node = node("affinity: {by: namespace}")?;
+    let all: BTreeSet<String> = (0..10)
+        .map(|n| {
+            let cgroup = node.cgroup().child(&format!("c{n}"))?;
+            kept(&node, &cgroup, VIP)
+        })
+        .collect::<Result<_>>()?;
+    ensure!(all.len() == 1, "{all:?}");
+    change(&node, &app(&[0, 1, 2], "balance: random"), 3)?;
+    until("affinity to be off", LIMIT, || {
+        Ok((check::histogram(&node, VIP, 60)?.len() == 3).then_some(()))
+    })?;
+    check::balanced(&mut node, &NAMES, |node| check::who(node, VIP))
+}
