@@ -4,6 +4,7 @@
 //! table word, which names both.
 
 use crate::ejection::Admission;
+use crate::latency::{self, Candidate};
 use crate::layout::{Slot, Table};
 use crate::translate::{Tables, draw};
 
@@ -26,17 +27,21 @@ pub enum Algorithm {
     HashNamespace = 4,
     /// The same for its process.
     HashProcess = 5,
+    /// Of two that are drawn by weight, the one where a connect would wait less: by round-trip times and
+    /// open connections ([`crate::latency`]).
+    Latency = 6,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Random,
         Self::RoundRobin,
         Self::LeastConnections,
         Self::HashClient,
         Self::HashNamespace,
         Self::HashProcess,
+        Self::Latency,
     ];
 
     /// From its number; of an unknown one, [`Algorithm::Random`].
@@ -49,6 +54,7 @@ impl Algorithm {
             3 => Self::HashClient,
             4 => Self::HashNamespace,
             5 => Self::HashProcess,
+            6 => Self::Latency,
             _ => Self::Random,
         }
     }
@@ -61,6 +67,7 @@ impl Algorithm {
             Self::RoundRobin => "round-robin",
             Self::LeastConnections => "least-connections",
             Self::HashClient | Self::HashNamespace | Self::HashProcess => "consistent-hash",
+            Self::Latency => "latency",
         }
     }
 
@@ -187,7 +194,8 @@ fn holder<T: Tables + ?Sized>(tables: &T, table: Table, ticket: u32) -> u32 {
     low
 }
 
-/// Of the slot that was drawn and another one, that with fewer connections for its weight. One that is
+/// Of the slot that was drawn and another one, that with fewer connections for its weight, or where a
+/// connect waits less. One that is
 /// out for this client is none to choose, if the other is not; one that is due for a try is tried when
 /// it is drawn first.
 #[inline(always)]
@@ -195,6 +203,9 @@ pub fn lighter<T: Tables + ?Sized>(tables: &T, table: Table, first: u32) -> u32 
     let second = draw(tables, table);
     let (Some(one), Some(other)) = (tables.slot(first), tables.slot(second)) else { return first };
     let prefers = match (standing(tables, first, one), standing(tables, second, other)) {
+        (Admission::In, Admission::In) if matches!(table.algorithm(), Algorithm::Latency) => {
+            tables.nearer(second, first)
+        }
         (Admission::In, Admission::In) => {
             let load =
                 |of: &Slot, by: &Slot| tables.active(of.backend).wrapping_mul(by.weight.into());
@@ -204,6 +215,18 @@ pub fn lighter<T: Tables + ?Sized>(tables: &T, table: Table, first: u32) -> u32 
         _ => false,
     };
     if prefers { second } else { first }
+}
+
+/// Whether a connect waits less at the backend of one slot than at that of the other.
+#[inline(always)]
+pub fn nearer<T: Tables + ?Sized>(tables: &T, one: u32, other: u32) -> bool {
+    let (Some(one), Some(other)) = (tables.slot(one), tables.slot(other)) else { return false };
+    let candidate = |slot: &Slot| Candidate {
+        latency: tables.latency(slot.backend),
+        active: tables.active(slot.backend),
+        weight: slot.weight,
+    };
+    latency::compare(candidate(one), candidate(other)).is_lt()
 }
 
 /// What this connect may do with the backend of a slot; who connects is asked only if it is out for

@@ -219,8 +219,8 @@ impl Origin {
 /// By which service a socket was given a backend, and what else it has: one word.
 ///
 /// ```text
-/// 31         30 .. 27          26 .. 23       22      0
-/// [ connected ][ further records ][ last used ][ service ]
+/// 31         30 .. 27          26 .. 23       22         21      0
+/// [ connected ][ further records ][ last used ][ measured ][ service ]
 /// ```
 ///
 /// Written like [`Origin`].
@@ -232,6 +232,7 @@ impl Role {
     const CONNECTED: u32 = 1 << 31;
     const MORE_SHIFT: u32 = 27;
     const LAST_SHIFT: u32 = 23;
+    const MEASURED: u32 = 1 << 22;
     const COUNT: u32 = 0xf;
     /// How many further records a datagram socket has at the most: one for each service that it sends
     /// to without being connected.
@@ -243,7 +244,7 @@ impl Role {
     #[must_use]
     pub const fn new(service: u32, connected: bool) -> Self {
         let connected = if connected { Self::CONNECTED } else { 0 };
-        Self(connected | service & ((1 << Self::LAST_SHIFT) - 1))
+        Self(connected | service & (Self::MEASURED - 1))
     }
 
     /// The same, with so many further records.
@@ -262,6 +263,20 @@ impl Role {
         Self(self.0 & !(Self::COUNT << Self::LAST_SHIFT) | index << Self::LAST_SHIFT)
     }
 
+    /// The same of a connection whose round-trip time is to be noted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn measured(self, measured: bool) -> Self {
+        if measured { Self(self.0 | Self::MEASURED) } else { self }
+    }
+
+    /// Whether its round-trip time is to be noted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_measured(self) -> bool {
+        self.0 & Self::MEASURED != 0
+    }
+
     /// The same of a socket that is not connected any more.
     #[inline(always)]
     #[must_use]
@@ -273,7 +288,7 @@ impl Role {
     #[inline(always)]
     #[must_use]
     pub const fn service(self) -> u32 {
-        self.0 & ((1 << Self::LAST_SHIFT) - 1)
+        self.0 & (Self::MEASURED - 1)
     }
 
     /// Whether the socket is connected: what it has a backend for is then its only peer.
@@ -396,7 +411,7 @@ const _: () = {
     assert!(Held::MAX_BACKENDS - 1 == 0xff_ffff);
     assert!(size_of::<Given>() == 56);
     assert!(offset_of!(Given, origin) % 8 == 0);
-    assert!(crate::Limits::MOST.frontends < 1 << Role::LAST_SHIFT);
+    assert!(crate::Limits::MOST.frontends <= Role::MEASURED);
     #[cfg(not(loom))]
     assert!(size_of::<Flow>() == 64);
 };

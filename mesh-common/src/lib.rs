@@ -22,6 +22,7 @@ pub mod datagram;
 pub mod ejection;
 pub mod event;
 pub mod flow;
+pub mod latency;
 pub mod layout;
 pub mod limits;
 pub mod maglev;

@@ -32,11 +32,13 @@ pub enum Field {
     Retransmitted,
     /// 4 bytes: segments that are not acknowledged.
     InFlight,
+    /// 4 bytes: the smoothed round-trip time, in eighths of a microsecond.
+    SmoothedRtt,
 }
 
 impl Field {
     /// All of them: the kernel's struct, and the field in it or in one that it begins with.
-    pub const ALL: [(Self, &str, &str); 12] = [
+    pub const ALL: [(Self, &str, &str); 13] = [
         (Self::Cookie, "sock", "skc_cookie"),
         (Self::State, "sock", "skc_state"),
         (Self::PeerPort, "sock", "skc_dport"),
@@ -49,6 +51,7 @@ impl Field {
         (Self::SegmentsOut, "tcp_sock", "segs_out"),
         (Self::Retransmitted, "tcp_sock", "total_retrans"),
         (Self::InFlight, "tcp_sock", "packets_out"),
+        (Self::SmoothedRtt, "tcp_sock", "srtt_us"),
     ];
 }
 

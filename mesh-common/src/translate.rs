@@ -34,6 +34,12 @@ pub trait Tables {
     fn ejection(&self, backend: u32) -> Ejection;
     /// How many connections of a backend are open. Asked only by [`Algorithm::LeastConnections`].
     fn active(&self, backend: u32) -> u64;
+    /// How far a backend is ([`crate::latency`]), in microseconds; 0 when nothing is known. Asked only by
+    /// [`Algorithm::Latency`].
+    fn latency(&self, backend: u32) -> u64 {
+        let _ = backend;
+        0
+    }
     /// How many turns a service has had, and counts one more. Asked only by
     /// [`Algorithm::RoundRobin`].
     fn position(&self, service: u32) -> u64;
@@ -44,6 +50,10 @@ pub trait Tables {
     /// [`balance::lighter`].
     fn lighter(&self, table: Table, first: u32) -> u32 {
         balance::lighter(self, table, first)
+    }
+    /// [`balance::nearer`].
+    fn nearer(&self, one: u32, other: u32) -> bool {
+        balance::nearer(self, one, other)
     }
     /// [`maglev::look_up`].
     fn look_up(&self, table: Table, key: u64) -> u32 {
@@ -187,7 +197,9 @@ fn choose<'t, T: Tables>(
     let index = match table.algorithm() {
         Algorithm::Random => drawn(tables, table, caller.chance()),
         Algorithm::RoundRobin => tables.turn(service, table),
-        Algorithm::LeastConnections => tables.lighter(table, drawn(tables, table, caller.chance())),
+        Algorithm::LeastConnections | Algorithm::Latency => {
+            tables.lighter(table, drawn(tables, table, caller.chance()))
+        }
         by => tables.look_up(table, caller.key(by)),
     };
     let slot = tables.slot(index);

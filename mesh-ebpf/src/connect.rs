@@ -121,9 +121,15 @@ impl Caller for Connecting<'_> {
 /// before anything was sent leaves its record behind. A socket without a cookie never had one.
 #[inline(always)]
 fn forget(ctx: &SockAddrContext) {
-    if protocol(ctx) == UDP {
-        return datagram::forget(ctx);
+    match protocol(ctx) {
+        UDP => datagram::forget(ctx),
+        _ => forget_connection(ctx),
     }
+}
+
+/// The same for what is no datagram socket.
+#[inline(always)]
+fn forget_connection(ctx: &SockAddrContext) {
     let cookie = sock::cookie_of(ctx);
     if cookie != 0 {
         records::end(cookie);
@@ -184,7 +190,8 @@ pub fn steer<F: Family>(
         peer: peer_hash(addr, port),
         origin: Origin::new(netns, jiffies()),
         client: cgroup(),
-        role: Role::new(service, connected),
+        role: Role::new(service, connected)
+            .measured(matches!(record.table().algorithm(), Algorithm::Latency)),
         generation,
         token,
     };
@@ -237,7 +244,7 @@ pub fn give_back(backend: u32, token: Token) {
 fn refuse_connect(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
     // The kernel goes on with the peer that a datagram socket had.
     if protocol(ctx) != UDP {
-        forget(ctx);
+        forget_connection(ctx);
     }
     refuse(ctx, key, reason, service)
 }

@@ -404,10 +404,21 @@ fn end_further(cookie: u64, more: u32) {
     }
 }
 
-/// Ends all that a datagram socket has.
-#[inline(never)]
+/// Ends all that a datagram socket has. What is called here is called by the program itself, because
+/// each call in a call adds to its stack.
+#[inline(always)]
 pub fn end_all(cookie: u64) {
-    let Some(flow) = records::find(cookie) else { return };
+    if end_rest(cookie)
+        && let Some(flow) = records::find(cookie)
+    {
+        lifecycle::ended_well(cookie, flow);
+    }
+}
+
+/// Ends all of it, but for a record that was connected and whose success matters: then `true`.
+#[inline(never)]
+fn end_rest(cookie: u64) -> bool {
+    let Some(flow) = records::find(cookie) else { return false };
     let more = records::role(flow).more();
     if more > 0 {
         end_further(cookie, more);
@@ -415,9 +426,10 @@ pub fn end_all(cookie: u64) {
     let held = Held(records::held(flow).load());
     let matters = BACKEND_STATS.get(held.backend()).is_some_and(|s| s.awaits_success(held));
     if matters && records::role(flow).is_connected() && !held.is_told() {
-        return lifecycle::ended_well(cookie, flow);
+        return true;
     }
     records::end(cookie);
+    false
 }
 
 /// The same, for the socket of a connect.

@@ -19,7 +19,7 @@ use mesh_common::{
 };
 
 use crate::events;
-use crate::maps::{BACKEND_STATS, Maps, SERVICES, count, mesh_share_allows};
+use crate::maps::{BACKEND_STATS, Maps, SERVICES, count, measure, mesh_share_allows};
 use crate::records::{self, Released};
 use crate::sock::{Sock, TcpSock};
 
@@ -158,6 +158,13 @@ fn destroy(ctx: &BtfTracePointContext) -> i32 {
             return 0;
         };
         let seen = seen(sock, tcp);
+        if records::role(flow).is_measured() && seen.connected {
+            let id = Held(records::held(flow).load()).backend();
+            let generation = records::generation(flow);
+            if BACKEND_STATS.get(id).is_some_and(|stats| stats.is_life(generation)) {
+                measure(id, tcp.round_trip().into());
+            }
+        }
         match judge_end(seen, tcp.has_sent() && !tcp.is_in_flight()) {
             Some(failure) => failed(cookie, flow, failure),
             None => {

@@ -10,12 +10,13 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::macros::btf_map;
 use mesh_common::ejection::{Admission, ticks};
+use mesh_common::latency::Latency;
 use mesh_common::layout::counter;
 use mesh_common::translate::{self, Detour};
 use mesh_common::{
     ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Elsewhere, Event, Flow,
-    FrontendKey, FrontendValue, Limits, Policy, Reason, Service, ServiceStats, Settings, Slot,
-    Table, Tables, Word, balance, chance, maglev,
+    FrontendKey, FrontendValue, Limits, Origin, Policy, Reason, Service, ServiceStats, Settings,
+    Slot, Table, Tables, Word, balance, chance, latency, maglev,
 };
 
 use crate::events;
@@ -52,6 +53,10 @@ pub static BACKENDS: Array<Backend, { LIMITS.backends as usize }, FLAT> = Array:
 
 #[btf_map]
 pub static BACKEND_STATS: Array<BackendStats, { LIMITS.backends as usize }, FLAT> = Array::new();
+
+/// A [`Latency`] for each backend; the agent sets it to 0 when the id is given to another.
+#[btf_map]
+static LATENCIES: Array<Word, { LIMITS.backends as usize }, FLAT> = Array::new();
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1, FLAT> = Array::new();
@@ -128,6 +133,12 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn latency(&self, backend: u32) -> u64 {
+        let word = LATENCIES.get(backend).map_or(0, Word::load);
+        Latency(word).average(jiffies() >> Origin::TIME_SHIFT, half_life())
+    }
+
+    #[inline(always)]
     fn position(&self, service: u32) -> u64 {
         SERVICES.get(service).map_or(0, |service| service.position.next())
     }
@@ -140,6 +151,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn lighter(&self, table: Table, first: u32) -> u32 {
         mesh_lighter(table.0, first.into()) as u32
+    }
+
+    #[inline(always)]
+    fn nearer(&self, one: u32, other: u32) -> bool {
+        mesh_nearer(one.into(), other.into()) != 0
     }
 
     #[inline(always)]
@@ -245,6 +261,31 @@ pub fn chance(cookie: u64) -> u32 {
     chance::mix(cookie, jiffies(), salt)
 }
 
+/// Half of a backend's latency is forgotten in this time, in units of 2^[`Origin::TIME_SHIFT`] jiffies. Set
+/// by the agent, who knows the kernel's `HZ`; this is 10 s for 250.
+#[unsafe(no_mangle)]
+static HALF_LIFE: u64 = 10;
+
+#[inline(always)]
+fn half_life() -> u64 {
+    // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
+    // it has here.
+    unsafe { (&raw const HALF_LIFE).read_volatile() }
+}
+
+/// Notes how long a round trip to a backend took, in microseconds.
+#[inline(never)]
+pub fn measure(backend: u32, time: u64) {
+    let Some(word) = LATENCIES.get(backend) else { return };
+    let now = jiffies() >> Origin::TIME_SHIFT;
+    for _ in 0..latency::ATTEMPTS {
+        let before = word.load();
+        if word.replace(before, Latency(before).with(time, now, half_life()).0) {
+            return;
+        }
+    }
+}
+
 /// `jiffies_64`.
 #[inline(always)]
 pub fn jiffies() -> u64 {
@@ -295,6 +336,13 @@ pub extern "C" fn mesh_turn(service: u64, table: u64) -> u64 {
 #[inline(never)]
 pub extern "C" fn mesh_lighter(table: u64, first: u64) -> u64 {
     balance::lighter(&Maps, Table(table), first as u32).into()
+}
+
+/// [`balance::nearer`], likewise: indices of two slots; 1 or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_nearer(one: u64, other: u64) -> u64 {
+    balance::nearer(&Maps, one as u32, other as u32).into()
 }
 
 /// [`maglev::look_up`], likewise: a [`Table`] and a client's key; index of a slot.

@@ -101,6 +101,12 @@ impl TcpSock {
         read::<u32>(self.0, Field::SegmentsOut) != 0
     }
 
+    /// Its smoothed round-trip time, in microseconds; 0 before there was one.
+    #[inline(always)]
+    pub fn round_trip(self) -> u32 {
+        read::<u32>(self.0, Field::SmoothedRtt) >> 3
+    }
+
     /// Whether it has sent anything more than once.
     #[inline(always)]
     pub fn has_retransmitted(self) -> bool {

@@ -33,6 +33,9 @@ pub enum Way {
     Mptcp,
     /// A socket of `AF_INET6` and the IPv4-mapped form of the address.
     Mapped,
+    /// connect(2) that waits, and a close that waits for nothing to be left: not a reset, as all others
+    /// have it to leave no port behind.
+    Orderly,
     /// A socket of `AF_INET6` that is given an IPv4 address as `sockaddr_in`.
     WrongFamily,
 }
@@ -129,6 +132,9 @@ fn attempt(way: Way, address: SocketAddr, outcome: &mut Outcome) -> Result<(), F
     }
     outcome.peer = peer(&socket)?;
     outcome.backend = Some(exchange(&socket, way != Way::FastOpen)?);
+    if way == Way::Orderly {
+        socket.set_linger(None).at("SO_LINGER")?;
+    }
     if way == Way::FastOpen {
         outcome.question_in_syn = sys::socket::syn_carried_data(&socket).at("TCP_INFO")?;
     }

@@ -19,6 +19,7 @@ pub mod later;
 pub mod mortal;
 pub mod node;
 pub mod process;
+pub mod relay;
 pub mod server;
 pub mod service;
 pub mod storm;

@@ -2,7 +2,7 @@
 //! and goes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::process::{LIMIT, until};
@@ -25,7 +25,7 @@ fn node(balance: &str) -> Result<Node> {
 }
 
 /// Who answers a client in this cgroup: always the same.
-fn always(node: &Node, cgroup: &PathBuf) -> Result<String> {
+fn always(node: &Node, cgroup: &Path) -> Result<String> {
     let mut command = node.command_in(cgroup, process::binary("mesh-client")?)?;
     command.args(["histogram", VIP, "6"]);
     let seen: BTreeMap<String, u32> = check::printed(command)?;

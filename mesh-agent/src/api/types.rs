@@ -86,6 +86,10 @@ pub struct Backend {
     /// The same by reason.
     #[serde(default)]
     pub failures: Failures,
+    /// Round-trip time to it in microseconds, a decaying average; measured for services balanced by
+    /// latency.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_us: Option<u64>,
     /// When it came into its state, RFC 3339.
     pub since: String,
 }

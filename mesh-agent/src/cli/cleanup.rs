@@ -19,7 +19,7 @@ use crate::check::mounts::Mounts;
 use crate::config::Config;
 
 /// What this project pins in a directory `v<N>`, besides what begins with [`PREFIX`].
-const MAPS: [&str; 14] = [
+const MAPS: [&str; 15] = [
     "FRONTENDS",
     "SERVICES",
     "SERVICE_STATS",
@@ -28,6 +28,7 @@ const MAPS: [&str; 14] = [
     "BACKEND_STATS",
     "FLOWS",
     "OVERFLOW",
+    "LATENCIES",
     "AFFINITY",
     "EVENTS",
     "SETTINGS",

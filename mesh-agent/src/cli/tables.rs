@@ -64,7 +64,7 @@ pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> S
     }
     header.push("AGE");
     if style.wide {
-        header.extend(["REFUSED", "TIMEOUT", "UNREACHABLE", "RESET", "ZONE"]);
+        header.extend(["REFUSED", "TIMEOUT", "UNREACHABLE", "RESET", "LATENCY", "ZONE"]);
     }
     header.push("REASON");
     let mut list = style.list(&header);
@@ -87,6 +87,7 @@ pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> S
                 number(backend.failures.timeout),
                 number(backend.failures.unreachable),
                 number(backend.failures.reset),
+                number(backend.latency_us.map_or_else(|| "-".to_owned(), |us| format!("{us}us"))),
                 text(backend.zone.as_deref().unwrap_or("-")),
             ]);
         }

@@ -182,7 +182,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
 }
 
 fn balance(fields: &Fields<'_>, problems: &mut Problems) -> Algorithm {
-    const EXPECTED: &str = "random, round-robin, least-connections or consistent-hash";
+    const EXPECTED: &str = "random, round-robin, least-connections, latency or consistent-hash";
     const BY: &str = "client, namespace or process";
     let by = fields.get("hash-by").and_then(|node| {
         let by = match text(node, BY, problems)? {
@@ -211,13 +211,7 @@ fn balance(fields: &Fields<'_>, problems: &mut Problems) -> Algorithm {
     if let Some(known) = Algorithm::ALL.into_iter().find(|known| known.name() == name) {
         return by.filter(|_| known.is_hash()).unwrap_or(known);
     }
-    problems.add(
-        node.at,
-        match name {
-            "latency" => format!("balance: {name} is not supported yet; expected {EXPECTED}"),
-            other => format!("unknown algorithm {}; expected {EXPECTED}", excerpt(other)),
-        },
-    );
+    problems.add(node.at, format!("unknown algorithm {}; expected {EXPECTED}", excerpt(name)));
     Algorithm::default()
 }
 

@@ -12,6 +12,16 @@ pub fn tick() -> u64 {
     u64::try_from(tick.tv_nsec).unwrap_or_default().max(1)
 }
 
+/// So many seconds in units of 2^[`Origin::TIME_SHIFT`] ticks, at least one.
+pub fn units(seconds: u64) -> u64 {
+    ((seconds * (1_000_000_000 / tick())) >> Origin::TIME_SHIFT).max(1)
+}
+
+/// In what time half of a backend's latency is forgotten, in those units: 10 seconds.
+pub fn half_life() -> u64 {
+    units(10)
+}
+
 /// What `bpf_jiffies64` gives now, to a second or so. It does not begin at 0, but 5 minutes before it
 /// fills 32 bits (`INITIAL_JIFFIES`), and counts the ticks of `CLOCK_MONOTONIC`.
 pub fn jiffies() -> u64 {

@@ -8,8 +8,9 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData};
 use mesh_common::ejection::ticks;
+use mesh_common::latency::Latency;
 use mesh_common::{
-    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Service,
+    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Origin, Service,
     ServiceStats, Settings, Slot, Table, Tables, Word,
 };
 
@@ -61,6 +62,7 @@ pub struct KernelMaps {
     slots: Mapped<Slot>,
     backends: Mapped<Backend>,
     stats: Mapped<BackendStats>,
+    latencies: Mapped<Word>,
     service_stats: Mapped<ServiceStats>,
     settings: Mapped<Settings>,
     virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
@@ -81,6 +83,7 @@ impl KernelMaps {
         let slots: Mapped<Slot> = mapped(ebpf, "SLOTS")?;
         let backends: Mapped<Backend> = mapped(ebpf, "BACKENDS")?;
         let stats: Mapped<BackendStats> = mapped(ebpf, "BACKEND_STATS")?;
+        let latencies: Mapped<Word> = mapped(ebpf, "LATENCIES")?;
         let service_stats: Mapped<ServiceStats> = mapped(ebpf, "SERVICE_STATS")?;
         let capacity = Capacity {
             frontends: entries,
@@ -94,6 +97,7 @@ impl KernelMaps {
             services,
             slots,
             backends,
+            latencies,
             stats,
             service_stats,
             settings: mapped(ebpf, "SETTINGS")?,
@@ -187,6 +191,9 @@ impl Maps for KernelMaps {
     fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
         let stats = [BackendStats::default()];
         self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
+        if let Some(latency) = self.latencies.get(id) {
+            latency.store(0);
+        }
         if let Some(stats) = self.stats.get(id) {
             stats.generation.store(generation.into());
         }
@@ -289,7 +296,8 @@ impl Maps for KernelMaps {
     }
 
     fn counts(&self, id: u32) -> Counts {
-        self.stats.get(id).map(Counts::of).unwrap_or_default()
+        let counts = self.stats.get(id).map(Counts::of).unwrap_or_default();
+        Counts { latency: self.latency_of(id), ..counts }
     }
 
     fn refused(&self, index: u32) -> Refused {
@@ -300,6 +308,14 @@ impl Maps for KernelMaps {
             }
         }
         refused
+    }
+}
+
+impl KernelMaps {
+    /// As the programs see it now.
+    fn latency_of(&self, id: u32) -> u64 {
+        let word = self.latencies.get(id).map_or(0, Word::load);
+        Latency(word).average(clock::jiffies() >> Origin::TIME_SHIFT, clock::half_life())
     }
 }
 
@@ -327,6 +343,10 @@ impl Tables for KernelMaps {
 
     fn ejection(&self, backend: u32) -> Ejection {
         self.stats.get(backend).map_or(Ejection::NONE, BackendStats::ejection)
+    }
+
+    fn latency(&self, backend: u32) -> u64 {
+        self.latency_of(backend)
     }
 
     fn active(&self, backend: u32) -> u64 {

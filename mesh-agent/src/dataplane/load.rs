@@ -12,7 +12,7 @@ use aya::programs::{
 };
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use mesh_common::datagram::IDLE_SECONDS;
-use mesh_common::{ABI_VERSION, Limits, Origin};
+use mesh_common::{ABI_VERSION, Limits};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::btf::{self, BtfError};
@@ -225,7 +225,8 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     // Level 0 lets the verifier prune every log statement.
     let salt = fastrand::u64(..);
     let level: u8 = if options.log { aya_log::Level::Debug as u8 } else { 0 };
-    let idle = (IDLE_SECONDS * (1_000_000_000 / clock::tick())) >> Origin::TIME_SHIFT;
+    let idle = clock::units(IDLE_SECONDS);
+    let half_life = clock::half_life();
     let limits = options.limits;
     let mut loader = EbpfLoader::new();
     for (map, entries) in [
@@ -235,6 +236,7 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
         ("SLOTS", limits.slots()),
         ("BACKENDS", limits.backends),
         ("BACKEND_STATS", limits.backends),
+        ("LATENCIES", limits.backends),
         ("AFFINITY", limits.pins),
         ("FLOWS", limits.records),
         ("OVERFLOW", limits.records),
@@ -247,6 +249,7 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
         .override_global(aya_log::LEVEL, &level, false)
         .override_global("SALT", &salt, true)
         .override_global("DATAGRAM_IDLE", &idle, true)
+        .override_global("HALF_LIFE", &half_life, true)
         .override_global("SOCKET_FIELDS", &places[..], true)
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;

@@ -107,6 +107,8 @@ pub struct Counts {
     pub failed: [u64; 4],
     /// Whether it is out of rotation.
     pub ejection: Ejection,
+    /// How far it is, in microseconds; 0 when nothing is known.
+    pub latency: u64,
 }
 
 impl Counts {
@@ -117,6 +119,7 @@ impl Counts {
             opened: stats.opened.load(),
             failed: [0, 1, 2, 3].map(|reason| stats.failed[reason].load()),
             ejection: stats.ejection(),
+            latency: 0,
         }
     }
 }

@@ -249,6 +249,7 @@ impl Engine {
                     opened: counts.opened,
                     failed: counts.failed.iter().sum(),
                     failures: failures(counts.failed),
+                    latency_us: (counts.latency > 0).then_some(counts.latency),
                     since: timestamp(
                         standing.since.or(known.map(|k| k.since)).unwrap_or_else(SystemTime::now),
                     ),

@@ -160,7 +160,7 @@ impl<'a, T: Tables> Traced<'a, T> {
             }
         }
         let is_in = |slot: &Slot| !self.tables.ejection(slot.backend).is_out_for(self.client);
-        if self.seen().table.unwrap_or_default().algorithm() == Algorithm::LeastConnections {
+        if matches!(table.algorithm(), Algorithm::LeastConnections | Algorithm::Latency) {
             self.choose_of_two(&mut shares);
         }
         let usable: f64 =
@@ -203,8 +203,13 @@ impl<T: Tables> Traced<'_, T> {
     /// out for this client, it is drawn again, by weight.
     fn choose_of_two(&self, shares: &mut [(Slot, f64)]) {
         let is_out = |slot: &Slot| self.tables.ejection(slot.backend).is_out_for(self.client);
-        let load =
-            |slot: &Slot| self.tables.active(slot.backend) as f64 / f64::from(slot.weight.max(1));
+        let by_latency = self.seen().table.unwrap_or_default().algorithm() == Algorithm::Latency;
+        let load = |slot: &Slot| {
+            let (active, latency) =
+                (self.tables.active(slot.backend) as f64, self.tables.latency(slot.backend) as f64);
+            let load = if by_latency { latency * (active + 1.0) } else { active };
+            load / f64::from(slot.weight.max(1))
+        };
         let loads: Vec<_> = shares.iter().map(|(slot, _)| load(slot)).collect();
         let (mut order, out): (Vec<usize>, Vec<usize>) =
             (0..shares.len()).partition(|&index| !is_out(&shares[index].0));
@@ -262,6 +267,10 @@ impl<T: Tables> Tables for Traced<'_, T> {
 
     fn ejection(&self, backend: u32) -> Ejection {
         self.tables.ejection(backend)
+    }
+
+    fn latency(&self, backend: u32) -> u64 {
+        self.tables.latency(backend)
     }
 
     fn active(&self, backend: u32) -> u64 {

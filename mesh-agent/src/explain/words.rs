@@ -160,6 +160,11 @@ impl Story {
                     ),
                 }
             }
+            Algorithm::Latency => format!(
+                "of two drawn by weight, the one where a connect waits less, by round-trip time and \
+                 open connections for its weight; this time: {backend} (probability {percent:.1} % \
+                 as things are)"
+            ),
             Algorithm::LeastConnections => format!(
                 "of two drawn by weight, the one with fewer connections for its weight; this time: \
                  {backend} (probability {percent:.1} % as things are)"

@@ -148,8 +148,12 @@ proptest! {
         connected: bool,
         more in 0..=Role::MOST,
         last in 0..=Role::MOST,
+        measured: bool,
     ) {
+        let role = Role::new(service, connected).measured(measured).with_last(last).with_more(more);
+        prop_assert_eq!(role.is_measured(), measured);
         let role = Role::new(service, connected).with_last(last).with_more(more);
+        prop_assert!(!role.is_measured());
         prop_assert_eq!(role, Role::new(service, connected).with_more(more).with_last(last));
         prop_assert_eq!((role.service(), role.is_connected()), (service, connected));
         prop_assert_eq!((role.more(), role.last()), (more, last));

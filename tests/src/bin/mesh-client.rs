@@ -46,6 +46,9 @@ enum Client {
     },
     /// How often each backend answers, or each error comes.
     Histogram {
+        /// How to connect.
+        #[arg(long, value_enum, default_value = "blocking")]
+        way: Way,
         /// Where to.
         address: SocketAddr,
         /// How often.
@@ -79,10 +82,10 @@ fn main() -> Result<()> {
             Client::Later { address } => return later(address),
             Client::Hold { address, count } => return hold(address, count),
             Client::Datagrams => return datagram::obey(io::stdin().lock()),
-            Client::Histogram { address, times } => {
+            Client::Histogram { way, address, times } => {
                 let mut histogram = BTreeMap::<_, u32>::new();
                 for _ in 0..times {
-                    let outcome = client::ask(Way::Blocking, address);
+                    let outcome = client::ask(way, address);
                     *histogram.entry(outcome.error.or(outcome.backend)).or_default() += 1;
                 }
                 let named: BTreeMap<_, _> =

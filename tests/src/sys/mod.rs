@@ -10,6 +10,7 @@ pub mod fork;
 pub mod netns;
 pub mod process;
 pub mod socket;
+pub mod tun;
 
 use std::io;
 

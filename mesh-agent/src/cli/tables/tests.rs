@@ -73,6 +73,7 @@ fn backends_fit_the_width() {
         opened: 7,
         failed: 2,
         failures: Failures { refused: 2, ..Failures::default() },
+        latency_us: None,
         since: "2026-01-10T00:00:00Z".into(),
     };
     assert_table(
@@ -85,8 +86,8 @@ orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   
     assert_table(
         &backends(std::slice::from_ref(&backend), WIDE, now()),
         "
-SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  ACTIVE  FAILED  AGE  REFUSED  TIMEOUT  UNREACHABLE  RESET  ZONE        REASON
-orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   2        0        0            0      eu-west-1a  connection refused
+SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  ACTIVE  FAILED  AGE  REFUSED  TIMEOUT  UNREACHABLE  RESET  LATENCY  ZONE        REASON
+orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   2        0        0            0      -        eu-west-1a  connection refused
 ",
     );
     let long = Backend {
