@@ -20,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 use crate::api::{server, socket};
 use crate::audit::task::Auditor;
 use crate::check::hooks;
-use crate::config::{Config, Source};
+use crate::config::{Config, Exclude, Source};
+use crate::dataplane::exclusions::Exclusions;
 use crate::dataplane::load::{self, Attachment, Loaded, Options, Programs};
 use crate::dataplane::reconcile::Reconciler;
 use crate::discovery::files;
@@ -70,10 +71,13 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let claim = socket::Claim::take(&config.socket).await?;
     let mut lock = Some(take_cgroup(&cgroup).await?);
 
-    let Loaded { mut programs, maps, grace, records, pins, events: ring } = load::load(options)?;
+    let Loaded { mut programs, maps, grace, records, mut exclusions, pins, events: ring } =
+        load::load(options)?;
     let mut reconciler = Reconciler::new(maps);
     reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
 
+    // Before anybody is balanced.
+    exclusions.refresh(&config.exclude);
     let cancel = CancellationToken::new();
     let mut tasks = Tasks::new();
     if options.log {
@@ -92,6 +96,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let inputs = Inputs { sources, findings, observed };
     let (auditor, audit) = Auditor::new(records, cancel.clone());
     spawn(&mut tasks, "the audit", audit);
+    spawn(&mut tasks, "exclusions", exclude(exclusions, Arc::clone(&config), cancel.clone()));
     let pinned = pins.used();
     spawn(&mut tasks, "affinity", pins.tend(cancel.clone()));
     let (engine, heard, work) = Engine::prepare(
@@ -137,6 +142,26 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         tracing::warn!("some tasks do not end; leaving them");
     }
     result
+}
+
+/// Follows what the agent file excludes: it may be made, removed and made again.
+async fn exclude(mut exclusions: Exclusions, config: Arc<Config>, cancel: CancellationToken) {
+    let mut tick = tokio::time::interval(WATCH);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while cancel.run_until_cancelled(tick.tick()).await.is_some() {
+        if config.exclude == Exclude::default() {
+            return cancel.cancelled().await;
+        }
+        let config = Arc::clone(&config);
+        let refreshed = tokio::task::spawn_blocking(move || {
+            exclusions.refresh(&config.exclude);
+            exclusions
+        });
+        match refreshed.await {
+            Ok(back) => exclusions = back,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
 }
 
 /// Attaches the programs once the sources have been heard, and again whenever they are lost: a

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use mesh_agent::config::{Config, ConfigError, Source};
+use mesh_agent::config::{Config, ConfigError, Exclude, Source};
 use mesh_common::Limits;
 
 fn refused(text: &str) -> Vec<String> {
@@ -26,6 +26,7 @@ fn every_key_is_read() {
     let text = r#"
 node: {name: node-a, zone: eu-west-1a}
 cgroup: /sys/fs/cgroup
+exclude: {cgroups: [/sys/fs/cgroup/a], namespaces: [/run/netns/b]}
 socket: /run/a.sock
 pin-dir: /sys/fs/bpf/a
 virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
@@ -41,6 +42,10 @@ sources:
         node: "node-a".into(),
         zone: Some("eu-west-1a".into()),
         cgroup: Some("/sys/fs/cgroup".into()),
+        exclude: Exclude {
+            cgroups: vec!["/sys/fs/cgroup/a".into()],
+            namespaces: vec!["/run/netns/b".into()],
+        },
         socket: "/run/a.sock".into(),
         pin_dir: "/sys/fs/bpf/a".into(),
         virtual_ips: ["10.96.0.0/16", "fd00:96::/64", "10.97.0.1/32"]
@@ -64,8 +69,8 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
 "#,
     );
     let expected = [
-        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, limits, sources)",
-        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, socket, pin-dir, virtual-ips, limits, sources",
+        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, sources)",
+        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, sources",
         "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
         "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",
         "a:5:15: 10.96.0.1/16 has bits set behind its prefix; write 10.96.0.0/16",

@@ -405,6 +405,31 @@ pub struct Elsewhere {
 pub struct Settings {
     /// How many prefixes `VIRTUAL_IPS` holds; while it is 0 that map is not looked at.
     pub virtual_ips: Word,
+    /// 1 while anybody is excluded; while it is 0 nobody is looked for.
+    pub excludes: Word,
+    /// Ids of cgroups that are excluded, with all below them; 0 is none.
+    pub cgroups: [Word; Self::EXCLUDED],
+    /// Cookies of network namespaces that are excluded; 0 is none.
+    pub namespaces: [Word; Self::EXCLUDED],
+}
+
+impl Settings {
+    /// How many cgroups, and how many network namespaces, may be excluded.
+    pub const EXCLUDED: usize = 8;
+
+    /// Whether a cgroup is excluded by itself.
+    #[inline(always)]
+    #[must_use]
+    pub fn excludes_cgroup(&self, id: u64) -> bool {
+        self.cgroups.iter().any(|excluded| excluded.load() == id)
+    }
+
+    /// Whether a network namespace is excluded.
+    #[inline(always)]
+    #[must_use]
+    pub fn excludes_namespace(&self, cookie: u64) -> bool {
+        self.namespaces.iter().any(|excluded| excluded.load() == cookie)
+    }
 }
 
 /// Why a connect was refused, or what else is counted. The numbers index `COUNTERS`.
@@ -535,7 +560,7 @@ const _: () = {
     assert!(size_of::<Slot>() == 40);
     assert!(size_of::<Backend>() == 32);
     #[cfg(not(loom))]
-    assert!(size_of::<Settings>() == 8);
+    assert!(size_of::<Settings>() == 144);
     assert!(Reason::ALL.len() <= counter::NO_FLOW_RECORD as usize);
 };
 

@@ -22,7 +22,7 @@ use mesh_common::{
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{
     BACKEND_STATS, BACKENDS, Maps, OUT, SERVICES, cgroup, chance, count, count_refused, enter,
-    jiffies, octets,
+    excludes, jiffies, mesh_excluded, octets,
 };
 use crate::{affinity, datagram, events, records, sock};
 
@@ -60,6 +60,9 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         _ => return PROCEED,
     };
     let key = FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: protocol as u8, pad: 0 };
+    if excludes() && is_excluded(ctx) {
+        return PROCEED;
+    }
     let connecting = Connecting { ctx, key: &key, cookie: Cell::new(0) };
     match translate(&Maps, &connecting, &key) {
         Verdict::Pass => {
@@ -69,6 +72,13 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         Verdict::Balance(choice) => balance::<F>(&connecting, choice),
         Verdict::Refuse(reason, service) => refuse_connect(ctx, &key, reason as u32, service),
     }
+}
+
+/// Whether who connects is not to be touched.
+#[inline(always)]
+pub fn is_excluded(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the context is valid.
+    mesh_excluded(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }) != 0
 }
 
 /// A connect, or a datagram that is sent.

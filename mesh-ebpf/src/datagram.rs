@@ -20,9 +20,13 @@ use mesh_common::{
     Token, Verdict, translate,
 };
 
-use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, give_back, refuse, steer};
+use crate::connect::{
+    Connecting, PROCEED, UDP, end_unrecorded, give_back, is_excluded, refuse, steer,
+};
 use crate::context::{Family, V4, V6, port, protocol, set_port};
-use crate::maps::{BACKEND_STATS, BACKENDS, Maps, OVERFLOW, SERVICES, count, counter, jiffies};
+use crate::maps::{
+    BACKEND_STATS, BACKENDS, Maps, OVERFLOW, SERVICES, count, counter, excludes, jiffies,
+};
 use crate::{lifecycle, records};
 
 /// [`IDLE_SECONDS`] in the unit of [`Origin::age`]. Set by the agent, who knows the kernel's `HZ`; this
@@ -68,7 +72,7 @@ pub fn mesh_release(ctx: SockContext) -> i32 {
 
 #[inline(always)]
 fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
-    if protocol(ctx) != UDP {
+    if protocol(ctx) != UDP || excludes() && is_excluded(ctx) {
         return PROCEED;
     }
     let key =

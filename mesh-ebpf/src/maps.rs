@@ -6,7 +6,8 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, RingBuf};
 use aya_ebpf::helpers::{
-    bpf_get_current_cgroup_id, bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_ns,
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_prandom_u32,
+    bpf_jiffies64, bpf_ktime_get_ns,
 };
 use aya_ebpf::macros::btf_map;
 use mesh_common::ejection::{Admission, ticks};
@@ -250,6 +251,37 @@ fn unknown(key: &FrontendKey) -> u32 {
         Some(Reason::NoService) => 1,
         Some(_) => 2,
     }
+}
+
+/// Whether anybody is excluded.
+#[inline(always)]
+pub fn excludes() -> bool {
+    SETTINGS.get(0).is_some_and(|settings| settings.excludes.load() != 0)
+}
+
+/// How deep a cgroup that is excluded may lie in the hierarchy.
+const DEPTH: u64 = 16;
+
+/// Whether the task that runs is in a cgroup that is excluded, or the network namespace is. A global
+/// function, apart from the way of nodes that exclude nobody.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_excluded(netns: u64) -> u64 {
+    let Some(settings) = SETTINGS.get(0) else { return 0 };
+    if settings.excludes_namespace(netns) {
+        return 1;
+    }
+    for level in 0..DEPTH {
+        // SAFETY: the helper takes a number; beyond the task's own cgroup it gives 0.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) };
+        if id == 0 {
+            break;
+        }
+        if settings.excludes_cgroup(id) {
+            return 1;
+        }
+    }
+    0
 }
 
 /// A number for the choice of a socket's backend, even over its 32 bits ([`chance::mix`]).

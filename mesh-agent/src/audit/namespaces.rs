@@ -81,6 +81,18 @@ pub fn current() -> io::Result<u64> {
     netns::cookie(&UnixDatagram::unbound()?)
 }
 
+/// The cookie of the namespace that a file names. A thread of its own enters it.
+///
+/// # Errors
+///
+/// It cannot be opened, is no network namespace, or no thread can be started.
+pub fn cookie_of(path: &Path) -> io::Result<u64> {
+    let namespace = Namespace(File::open(path)?);
+    let looks = move || cookie(&namespace);
+    let thread = std::thread::Builder::new().name("mesh-namespace".to_owned()).spawn(looks)?;
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 fn cookie(namespace: &Namespace) -> io::Result<u64> {
     namespace.enter()?;
     current()

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
-use mesh_common::Limits;
+use mesh_common::{Limits, Settings};
 
 use super::values::{name, network, path};
 use crate::yaml::{
@@ -20,11 +20,13 @@ pub const DEFAULT_SERVICES: &str = "/etc/mesh/services.d";
 
 const AGENT: Keys = Keys {
     of: "the agent file",
-    known: &["node", "cgroup", "socket", "pin-dir", "virtual-ips", "limits", "sources"],
+    known: &["node", "cgroup", "exclude", "socket", "pin-dir", "virtual-ips", "limits", "sources"],
     later: &["state-dir", "metrics"],
 };
 
 const NODE: Keys = Keys { of: "node", known: &["name", "zone"], later: &[] };
+
+const EXCLUDE: Keys = Keys { of: "exclude", known: &["cgroups", "namespaces"], later: &[] };
 
 const LIMITS: Keys = Keys {
     of: "limits",
@@ -50,6 +52,8 @@ pub struct Config {
     /// Sockets created below this cgroup are balanced. It has no default: a node is not taken over
     /// by leaving something out.
     pub cgroup: Option<PathBuf>,
+    /// Who is not touched, though below that cgroup.
+    pub exclude: Exclude,
     /// The API's socket.
     pub socket: PathBuf,
     /// Where programs, links and maps are pinned.
@@ -61,6 +65,15 @@ pub struct Config {
     pub limits: Limits,
     /// In order of precedence; no directory twice.
     pub sources: Vec<Source>,
+}
+
+/// Who is not touched.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Exclude {
+    /// Processes in these cgroups, and below them, by their directories.
+    pub cgroups: Vec<PathBuf>,
+    /// Sockets of these network namespaces, by their files.
+    pub namespaces: Vec<PathBuf>,
 }
 
 /// Where services are defined.
@@ -116,6 +129,7 @@ impl Default for Config {
             node: host_name(),
             zone: None,
             cgroup: None,
+            exclude: Exclude::default(),
             socket: "/run/mesh/agent.sock".into(),
             pin_dir: "/sys/fs/bpf/mesh".into(),
             virtual_ips: Vec::new(),
@@ -195,6 +209,9 @@ impl Config {
         if let Some(node) = top.get("virtual-ips") {
             self.virtual_ips = virtual_ips(node, problems).unwrap_or_default();
         }
+        if let Some(node) = top.get("exclude") {
+            self.exclude = exclude(node, problems).unwrap_or_default();
+        }
         if let Some(node) = top.get("limits") {
             self.limits = limits(node, problems).unwrap_or_default();
         }
@@ -216,6 +233,22 @@ fn virtual_ips(node: &Node, problems: &mut Problems) -> Option<Vec<IpNet>> {
         found.push(network);
     }
     Some(found)
+}
+
+fn exclude(node: &Node, problems: &mut Problems) -> Option<Exclude> {
+    let fields = fields(node, &EXCLUDE, problems)?;
+    let mut list = |key, what| {
+        let Some(node) = fields.get(key) else { return Some(Vec::new()) };
+        let all = items(node, &format!("a list of {what}, or []"), problems)?;
+        if all.len() > Settings::EXCLUDED {
+            let most = Settings::EXCLUDED;
+            problems.add(node.at, format!("{} {key}; at most {most} can be excluded", all.len()));
+        }
+        Some(all.iter().filter_map(|node| path(node, what, problems)).collect())
+    };
+    let cgroups = list("cgroups", "cgroup directories")?;
+    let namespaces = list("namespaces", "files of network namespaces")?;
+    Some(Exclude { cgroups, namespaces })
 }
 
 fn limits(node: &Node, problems: &mut Problems) -> Option<Limits> {

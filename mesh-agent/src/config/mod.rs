@@ -9,5 +9,5 @@ mod service_file;
 mod spread;
 mod values;
 
-pub use agent::{Config, ConfigError, DEFAULT_FILE, DEFAULT_SERVICES, Source};
+pub use agent::{Config, ConfigError, DEFAULT_FILE, DEFAULT_SERVICES, Exclude, Source};
 pub use service_file::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services};

@@ -17,6 +17,7 @@ use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::btf::{self, BtfError};
 use super::clock;
+use super::exclusions::Exclusions;
 use super::kernel::{Grace, KernelMaps, OpenError, typed};
 use super::pins::Pins;
 use super::records::Records;
@@ -208,6 +209,8 @@ pub struct Loaded {
     pub grace: Grace,
     /// The records of sockets.
     pub records: Records,
+    /// Who is not touched.
+    pub exclusions: Exclusions,
     /// What clients keep.
     pub pins: Pins,
     /// What the programs tell.
@@ -265,10 +268,11 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     let records = Records::open(&mut ebpf)?;
     let maps = KernelMaps::open(&mut ebpf)?;
     let grace = Grace::open(&mut ebpf)?;
+    let exclusions = Exclusions::open(&ebpf)?;
     let pins = Pins::open(&mut ebpf)?;
     let events = typed(&mut ebpf, "EVENTS", RingBuf::try_from)?;
     let programs = Programs { ebpf, links: Vec::new(), tracers: Vec::new() };
-    Ok(Loaded { programs, maps, grace, records, pins, events })
+    Ok(Loaded { programs, maps, grace, records, exclusions, pins, events })
 }
 
 fn load_hooked(ebpf: &mut Ebpf, name: &str, hook: Hook) -> Result<(), ProgramError> {

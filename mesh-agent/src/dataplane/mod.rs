@@ -4,6 +4,7 @@
 mod alloc;
 mod btf;
 pub mod clock;
+pub mod exclusions;
 pub mod fault;
 pub mod kernel;
 pub mod load;

@@ -84,7 +84,9 @@ impl Handle {
     async fn client(&self, from: String) -> Result<Option<ClientView>, ViewError> {
         let Some(cgroup) = self.config.cgroup.clone() else { return Ok(None) };
         let name = from.clone();
-        let resolve = tokio::task::spawn_blocking(move || ClientView::resolve(&from, &cgroup));
+        let excluded = self.config.exclude.cgroups.clone();
+        let resolve =
+            tokio::task::spawn_blocking(move || ClientView::resolve(&from, &cgroup, &excluded));
         match tokio::time::timeout(PATIENCE, resolve).await {
             Ok(Ok(client)) => {
                 client.map(Some).map_err(|error| ViewError::BadRequest(error.to_string()))

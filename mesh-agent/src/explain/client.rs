@@ -19,6 +19,8 @@ pub struct ClientView {
     pub balanced: PathBuf,
     /// Whether the one is inside the other.
     pub inside: bool,
+    /// Whether it is excluded, as far as its cgroup says.
+    pub excluded: bool,
     /// The number by which the kernel programs know the cgroup: that of its directory's inode.
     pub id: Option<u64>,
 }
@@ -52,12 +54,16 @@ pub enum UnknownClient {
 
 impl ClientView {
     /// Finds the client that `from` names: a process id, or an absolute cgroup directory.
-    /// `balanced` is the directory of the balanced cgroup.
+    /// `balanced` is the directory of the balanced cgroup, `excluded` are those that are left alone.
     ///
     /// # Errors
     ///
     /// When it does not exist or cannot be looked at.
-    pub fn resolve(from: &str, balanced: &Path) -> Result<Self, UnknownClient> {
+    pub fn resolve(
+        from: &str,
+        balanced: &Path,
+        excluded: &[PathBuf],
+    ) -> Result<Self, UnknownClient> {
         let balanced = Cgroup::open(balanced)?;
         let (name, cgroup) = if let Ok(pid) = from.parse() {
             process(pid)?
@@ -69,7 +75,9 @@ impl ClientView {
         };
         let inside = balanced.contains(&cgroup);
         let id = id(&balanced, &cgroup);
-        Ok(Self { name, cgroup, balanced: balanced.path, inside, id })
+        let outside = excluded.iter().filter_map(|excluded| Cgroup::open(excluded).ok());
+        let excluded = outside.into_iter().any(|outside| outside.contains(&cgroup));
+        Ok(Self { name, cgroup, balanced: balanced.path, inside, excluded, id })
     }
 
     /// Where the client is, in a sentence.
@@ -143,13 +151,14 @@ mod tests {
     fn this_process_is_below_the_mount_point() {
         let mounts = crate::check::mounts::Mounts::read().expect("procfs");
         let top = mounts.points("cgroup2").next().expect("cgroup2 is mounted");
-        let client = ClientView::resolve(&std::process::id().to_string(), top).expect("found");
+        let client = ClientView::resolve(&std::process::id().to_string(), top, &[]).expect("found");
         assert!(client.inside, "{client:?}");
-        let client = ClientView::resolve(&top.display().to_string(), top).expect("found");
-        assert!(client.inside, "{client:?}");
+        let client =
+            ClientView::resolve(&top.display().to_string(), top, &[top.to_owned()]).expect("found");
+        assert!(client.inside && client.excluded, "{client:?}");
         for (from, words) in [("web", "neither"), ("/proc", "not a cgroup2"), ("/none", "No such")]
         {
-            let error = ClientView::resolve(from, top).expect_err(from).to_string();
+            let error = ClientView::resolve(from, top, &[]).expect_err(from).to_string();
             assert!(error.contains(words), "{error}");
         }
     }

@@ -78,6 +78,9 @@ pub fn explain(
     if !client.is_none_or(|client| client.inside) {
         return story.not_balanced();
     }
+    if client.is_some_and(|client| client.excluded) {
+        return story.excluded();
+    }
     let cgroup = client.and_then(|client| client.id);
     let id = cgroup.map_or(Client::NOBODY, Client::of_cgroup);
     let traced = Traced::new(tables, cgroup);

@@ -248,6 +248,7 @@ fn a_client_outside_is_not_balanced() {
         cgroup: "/other".into(),
         balanced: "/web".into(),
         inside: false,
+        excluded: false,
         id: None,
     };
     let explanation = explain(query(ORDERS), Some(&client), &tables, &names);

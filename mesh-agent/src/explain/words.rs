@@ -72,6 +72,12 @@ impl Story {
         self.explanation
     }
 
+    /// The client is left alone.
+    pub(super) fn excluded(mut self) -> Explanation {
+        self.step("answer", "not balanced: the agent file excludes this client's cgroup");
+        self.explanation
+    }
+
     /// What the look-ups found.
     pub(super) fn looked_up(&mut self, seen: &Seen) {
         if seen.retries > 0 {
