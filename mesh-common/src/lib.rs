@@ -26,6 +26,7 @@ pub mod latency;
 pub mod layout;
 pub mod limits;
 pub mod maglev;
+pub mod reason;
 pub mod socket;
 pub mod stats;
 pub mod translate;
