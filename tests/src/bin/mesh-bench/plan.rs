@@ -11,16 +11,29 @@ pub enum Variant {
     Direct,
     /// A backend, from another cgroup than the agent's: what the agent costs everybody else.
     Beside,
-    /// The only service.
+    /// The only service, whose backends are chosen at random.
     One,
-    /// The only service, whose backends are chosen in turn.
-    RoundRobin,
-    /// The only service, of whose backends the lighter of two is chosen.
-    LeastConnections,
+    /// The same, whose backends are chosen otherwise.
+    By(Choice),
     /// One of 10,000 services, always the same.
     Many,
     /// Any of 10,000 services.
     Random,
+}
+
+/// How else a backend is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Choice {
+    /// In turn.
+    RoundRobin,
+    /// The lighter of two.
+    LeastConnections,
+    /// The nearer of two.
+    Latency,
+    /// Always the same for one client.
+    ConsistentHash,
+    /// At random, and then the one that the client has.
+    Affinity,
 }
 
 /// The state of the agent's table of records.
@@ -37,10 +50,8 @@ pub enum Table {
 pub enum Services {
     /// It has one service.
     One,
-    /// It has the same, chosen from in turn.
-    RoundRobin,
-    /// It has the same, chosen from by two draws.
-    LeastConnections,
+    /// It has the same, chosen from otherwise.
+    By(Choice),
     /// It has 10,000.
     Many,
 }
@@ -77,24 +88,25 @@ pub const ROUNDS: u32 = 4;
 const FILL_EVERY: u32 = 2;
 
 const DIRECT: Block = Block { services: None, table: Table::Fresh, variants: &[Variant::Direct] };
-const FRESH: [Block; 8] = [
+const fn by(choice: Choice, variants: &'static [Variant]) -> Block {
+    Block { services: Some(Services::By(choice)), table: Table::Fresh, variants }
+}
+const FRESH: [Block; 14] = [
     Block {
         services: Some(Services::One),
         table: Table::Fresh,
         variants: &[Variant::One, Variant::Beside],
     },
     DIRECT,
-    Block {
-        services: Some(Services::RoundRobin),
-        table: Table::Fresh,
-        variants: &[Variant::RoundRobin],
-    },
+    by(Choice::RoundRobin, &[Variant::By(Choice::RoundRobin)]),
     DIRECT,
-    Block {
-        services: Some(Services::LeastConnections),
-        table: Table::Fresh,
-        variants: &[Variant::LeastConnections],
-    },
+    by(Choice::LeastConnections, &[Variant::By(Choice::LeastConnections)]),
+    DIRECT,
+    by(Choice::Latency, &[Variant::By(Choice::Latency)]),
+    DIRECT,
+    by(Choice::ConsistentHash, &[Variant::By(Choice::ConsistentHash)]),
+    DIRECT,
+    by(Choice::Affinity, &[Variant::By(Choice::Affinity)]),
     DIRECT,
     Block {
         services: Some(Services::Many),
@@ -139,7 +151,7 @@ pub fn subjects() -> Vec<Subject> {
             subjects.push(subject);
         }
     }
-    subjects.sort_by_key(|subject| (subject.table as u8, subject.threads, subject.variant as u8));
+    subjects.sort_by_key(|subject| (subject.table as u8, subject.threads, subject.variant.order()));
     subjects
 }
 
@@ -161,8 +173,7 @@ impl Block {
         let services = match self.services {
             None => "no agent",
             Some(Services::One) => "1 service",
-            Some(Services::RoundRobin) => "1 service in turn",
-            Some(Services::LeastConnections) => "1 service by two choices",
+            Some(Services::By(choice)) => return format!("1 service, {}{table}", choice.name()),
             Some(Services::Many) => "10,000 services",
         };
         format!("{services}{table}")
@@ -181,16 +192,59 @@ impl Subject {
 // === impl Variant ===
 
 impl Variant {
+    /// Its place in tables.
+    fn order(self) -> u8 {
+        match self {
+            Self::Direct => 0,
+            Self::Beside => 1,
+            Self::One => 2,
+            Self::By(choice) => 3 + choice as u8,
+            Self::Many => 20,
+            Self::Random => 21,
+        }
+    }
+
     /// The name in tables and JSON.
     pub fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
             Self::Beside => "direct-beside-agent",
             Self::One => "1-service",
-            Self::RoundRobin => "round-robin",
-            Self::LeastConnections => "least-connections",
+            Self::By(choice) => choice.name(),
             Self::Many => "10k-services",
             Self::Random => "10k-services-random",
+        }
+    }
+}
+
+// === impl Choice ===
+
+impl Choice {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::RoundRobin,
+        Self::LeastConnections,
+        Self::Latency,
+        Self::ConsistentHash,
+        Self::Affinity,
+    ];
+
+    /// The name in tables and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RoundRobin => "round-robin",
+            Self::LeastConnections => "least-connections",
+            Self::Latency => "latency",
+            Self::ConsistentHash => "consistent-hash",
+            Self::Affinity => "affinity",
+        }
+    }
+
+    /// What a service says that wants it.
+    pub fn key(self) -> String {
+        match self {
+            Self::Affinity => "affinity: {by: client}".to_owned(),
+            other => format!("balance: {}", other.name()),
         }
     }
 }
@@ -233,7 +287,7 @@ mod tests {
     fn every_subject_has_its_baseline() {
         let subjects = subjects();
         assert!(subjects.iter().all(|subject| subjects.contains(&subject.baseline())));
-        // Seven with a fresh table and four with a full one.
-        assert_eq!(subjects.len(), (7 + 4) * THREADS.len());
+        // Ten with a fresh table and four with a full one.
+        assert_eq!(subjects.len(), (10 + 4) * THREADS.len());
     }
 }

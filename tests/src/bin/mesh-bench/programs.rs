@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::sys::bpf::{self, StatsGuard};
 use serde::Serialize;
 
-use crate::plan::{Block, Services, Table, Variant};
+use crate::plan::{Block, Choice, Services, Table, Variant};
 use crate::setup::{Setup, span};
 
 /// Connections of each case.
@@ -82,12 +82,19 @@ struct Case {
     order: &'static str,
 }
 
-const CASES: [Case; 8] = [
+const fn by(choice: Choice) -> Case {
+    Case { variant: Variant::By(choice), table: Table::Fresh, family: "IPv4", order: "live" }
+}
+
+const CASES: [Case; 11] = [
     Case { variant: Variant::One, table: Table::Fresh, family: "IPv4", order: "live" },
     Case { variant: Variant::One, table: Table::Fresh, family: "IPv6", order: "live6" },
     Case { variant: Variant::One, table: Table::Full, family: "IPv4", order: "live" },
-    Case { variant: Variant::RoundRobin, table: Table::Fresh, family: "IPv4", order: "live" },
-    Case { variant: Variant::LeastConnections, table: Table::Fresh, family: "IPv4", order: "live" },
+    by(Choice::RoundRobin),
+    by(Choice::LeastConnections),
+    by(Choice::Latency),
+    by(Choice::ConsistentHash),
+    by(Choice::Affinity),
     Case { variant: Variant::Many, table: Table::Fresh, family: "IPv4", order: "live" },
     Case { variant: Variant::Random, table: Table::Fresh, family: "IPv4", order: "live" },
     Case { variant: Variant::Random, table: Table::Full, family: "IPv4", order: "live" },
@@ -112,8 +119,7 @@ pub fn measure(setup: &mut Setup) -> Result<Costs> {
     for case in CASES {
         let services = match case.variant {
             Variant::One => Services::One,
-            Variant::RoundRobin => Services::RoundRobin,
-            Variant::LeastConnections => Services::LeastConnections,
+            Variant::By(choice) => Services::By(choice),
             _ => Services::Many,
         };
         setup.enter(Block { services: Some(services), table: case.table, variants: &[] })?;
@@ -158,10 +164,12 @@ impl Costs {
         };
         for ran in ran(setup, order)? {
             let is_tracer = ran.hook.starts_with("tp_btf/");
+            // The accepted sockets are closed there too.
+            let both_ends = ran.hook == "cgroup/sock_release";
             // What ran for anything else would be part of the figure. The tracers do run for other
             // sockets of the machine; how often they ran is in the report.
             ensure!(
-                is_tracer || ran.runs == 0 || ran.runs == u64::from(CONNECTIONS),
+                is_tracer || both_ends || ran.runs == 0 || ran.runs == u64::from(CONNECTIONS),
                 "{} ran {} times for {CONNECTIONS} connections: is another process in the \
                  benchmark's cgroup?",
                 ran.name,

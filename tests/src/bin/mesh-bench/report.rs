@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::plan::{Subject, Table, Variant, subjects};
+use crate::plan::{Choice, Subject, Table, Variant, subjects};
 use crate::programs::Costs;
 use crate::timeline::{Percentile, Ratio, Timeline};
 
@@ -16,6 +16,9 @@ pub struct Report {
     p50_ratio: f64,
     p50_ratio_round_robin: f64,
     p50_ratio_least_connections: f64,
+    p50_ratio_latency: f64,
+    p50_ratio_consistent_hash: f64,
+    p50_ratio_affinity: f64,
     p50_ratio_10k: f64,
     p50_ratio_10k_random: f64,
     p99_ratio: f64,
@@ -68,11 +71,15 @@ impl Report {
             timeline.ratio(Subject { variant, table, threads }, percentile).median
         };
         let p50 = |variant, threads, table| ratio(Percentile::P50, variant, threads, table);
+        let by = |choice| p50(Variant::By(choice), 1, Table::Fresh);
         let p99 = |variant| ratio(Percentile::P99, variant, 1, Table::Fresh);
         Self {
             p50_ratio: p50(Variant::One, 1, Table::Fresh),
-            p50_ratio_round_robin: p50(Variant::RoundRobin, 1, Table::Fresh),
-            p50_ratio_least_connections: p50(Variant::LeastConnections, 1, Table::Fresh),
+            p50_ratio_round_robin: by(Choice::RoundRobin),
+            p50_ratio_least_connections: by(Choice::LeastConnections),
+            p50_ratio_latency: by(Choice::Latency),
+            p50_ratio_consistent_hash: by(Choice::ConsistentHash),
+            p50_ratio_affinity: by(Choice::Affinity),
             p50_ratio_10k: p50(Variant::Many, 1, Table::Fresh),
             p50_ratio_10k_random: p50(Variant::Random, 1, Table::Fresh),
             p99_ratio: p99(Variant::One),

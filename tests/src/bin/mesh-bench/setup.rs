@@ -12,7 +12,7 @@ use mesh_tests::process::{Echo, until};
 use mesh_tests::{Agent, Node, Service};
 use serde::Deserialize;
 
-use crate::plan::{Block, Services, Subject, Table, Variant};
+use crate::plan::{Block, Choice, Services, Subject, Table, Variant};
 use crate::worker;
 
 /// Connects of each thread in a round.
@@ -47,8 +47,8 @@ pub struct Setup {
     /// Whether they have them now.
     held: bool,
     one: Agent,
-    round_robin: Agent,
-    least_connections: Agent,
+    /// By [`Choice`].
+    others: Vec<Agent>,
     many: Agent,
     running: Option<Services>,
     _nodes: Vec<Node>,
@@ -120,10 +120,12 @@ impl Setup {
             balanced: Worker::start(&lanes, &cgroup, TARGET_PORT, &dialled)?,
             holders: holders.collect::<Result<_>>()?,
             held: false,
-            one: agent(&first, &cgroup, "one", 1, "random")?,
-            round_robin: agent(&first, &cgroup, "turns", 1, "round-robin")?,
-            least_connections: agent(&first, &cgroup, "least", 1, "least-connections")?,
-            many: agent(&first, &cgroup, "many", MANY, "random")?,
+            one: agent(&first, &cgroup, "one", 1, "balance: random")?,
+            others: Choice::ALL
+                .into_iter()
+                .map(|choice| agent(&first, &cgroup, choice.name(), 1, &choice.key()))
+                .collect::<Result<_>>()?,
+            many: agent(&first, &cgroup, "many", MANY, "balance: random")?,
             running: None,
             _nodes: around.into_iter().chain([first, second]).collect(),
         })
@@ -196,8 +198,7 @@ impl Setup {
     pub fn status(&self) -> Result<Status> {
         let agent = match self.running.context("no agent runs")? {
             Services::One => &self.one,
-            Services::RoundRobin => &self.round_robin,
-            Services::LeastConnections => &self.least_connections,
+            Services::By(choice) => &self.others[choice as usize],
             Services::Many => &self.many,
         };
         agent.get("/v1/status")
@@ -229,8 +230,7 @@ impl Setup {
     fn agent_of(&mut self, services: Services) -> &mut Agent {
         match services {
             Services::One => &mut self.one,
-            Services::RoundRobin => &mut self.round_robin,
-            Services::LeastConnections => &mut self.least_connections,
+            Services::By(choice) => &mut self.others[choice as usize],
             Services::Many => &mut self.many,
         }
     }
@@ -318,13 +318,12 @@ fn namespace(node: &Node) -> PathBuf {
     format!("/proc/{}/fd/{descriptor}", std::process::id()).into()
 }
 
-/// An agent with this many services of one algorithm, not running.
-fn agent(node: &Node, cgroup: &Path, name: &str, services: u32, balance: &str) -> Result<Agent> {
+/// An agent with this many services that have this key, not running.
+fn agent(node: &Node, cgroup: &Path, name: &str, services: u32, key: &str) -> Result<Agent> {
     let agent = Agent::new(&node.directory().join(name), cgroup, node.namespace(), &[], Echo::Off)?;
     for first in (0..services).step_by(PER_FILE as usize) {
         let numbers = first..services.min(first + PER_FILE);
-        let balance = format!("balance: {balance}");
-        let file: Vec<_> = numbers.map(|number| service(number).key(&balance)).collect();
+        let file: Vec<_> = numbers.map(|number| service(number).key(key)).collect();
         agent.write_services(&format!("{first:05}.yaml"), &Service::file(&file))?;
     }
     Ok(agent)
