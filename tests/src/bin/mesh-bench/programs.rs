@@ -62,7 +62,7 @@ pub struct Connection {
 /// What the kernel programs cost.
 #[derive(Debug, Default, Serialize)]
 pub struct Costs {
-    /// A run of a connect program that returns at its first look: almost only the kernel's
+    /// A run of a program at a cgroup's hook that returns at its first look (the end of a TCP socket): almost only the kernel's
     /// measuring, which every run includes. Nanoseconds.
     pub empty_run_ns: f64,
     /// A run of a tracer for a socket without a record, likewise.
@@ -124,7 +124,7 @@ pub fn measure(setup: &mut Setup) -> Result<Costs> {
         };
         setup.enter(Block { services: Some(services), table: case.table, variants: &[] })?;
         if costs.programs.is_empty() {
-            costs.empty_run_ns = empty(setup, "pass", "cgroup/connect4")?;
+            costs.empty_run_ns = empty(setup, "idle", "cgroup/sock_release")?;
             costs.empty_tracer_run_ns = empty(setup, "idle", "tp_btf/tcp_destroy_sock")?;
         }
         costs.add(setup, &case)?;

@@ -183,9 +183,9 @@ impl Report {
         println!();
         println!(
             "Runs are for each connection: socket, connect, getpeername, close by both ends; tracers\n\
-             run at both ends. Times are the kernel's (BPF_ENABLE_STATS) and include its measuring;\n\
-             net of that is less {:.0} ns a run, as a run takes that returns at once (connect of a\n\
-             UDP socket), and {:.0} ns for tracers (the end of a TCP socket without a record). The\n\
+             and mesh_release run at both ends. Times are the kernel's (BPF_ENABLE_STATS) and include its measuring;\n\
+             net of that is less {:.0} ns a run, as a run of mesh_release takes for a TCP\n\
+             socket, and {:.0} ns for tracers (the end of a TCP socket without a record). The\n\
              sums are nanoseconds for a whole connection. What it takes to call a program is in neither:\n\
              that is in the ratios, and for the tracers alone in that of direct-beside-agent.",
             self.costs.empty_run_ns, self.costs.empty_tracer_run_ns

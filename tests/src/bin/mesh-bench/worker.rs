@@ -30,7 +30,6 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 ///   order), those of the first thread first.
 /// * `live CONNECTIONS SPAN` and `live6 CONNECTIONS`: so many whole connections, each with one
 ///   getpeername(2), to one of the first SPAN addresses by chance, or to the IPv6 address.
-/// * `pass COUNT`: so many connects of UDP to loopback, which are not balanced.
 /// * `idle COUNT`: so many TCP sockets that are opened and closed and do nothing else.
 /// * `hold CONNECTIONS SPAN`: so many more connections that stay open.
 /// * `release`: closes what is held.
@@ -113,10 +112,6 @@ pub fn serve(arguments: &Arguments) -> Result<()> {
                 let count = count.parse()?;
                 let to = addresses.iter().find(|a| a.is_ipv6()).context("no IPv6 address")?;
                 first.inside(|| repeat(count, || live(&first.v6, to)))?;
-            }
-            ["pass", count] => {
-                let count = count.parse()?;
-                first.inside(|| repeat(count, || pass(arguments.port)))?;
             }
             ["idle", count] => {
                 let count = count.parse()?;
@@ -277,13 +272,6 @@ fn hold(listener: &Socket, address: &SockAddr) -> Result<Socket> {
     client.set_linger(Some(Duration::ZERO))?;
     drop(accept(listener)?);
     Ok(client)
-}
-
-/// One connect of UDP. The program sees the protocol and returns: no run of it can be shorter.
-fn pass(port: u16) -> Result<()> {
-    let client = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
-    let place = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    client.connect(&place.into()).with_context(|| format!("UDP, connect to {place}"))
 }
 
 /// One socket without a record that ends: the program that sees it has nothing to do.
