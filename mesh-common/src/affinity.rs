@@ -1,7 +1,6 @@
 //! Affinity: a client keeps its backend of a service for a time, whatever the algorithm says.
 
 use crate::Word;
-use crate::layout::State;
 
 /// What clients of a service keep: one word of its record. 0 is nothing.
 ///
@@ -95,14 +94,6 @@ impl Pin {
     }
 }
 
-/// Whether a client may go on with a backend in this state: not with one that drains, when there is
-/// another.
-#[inline(always)]
-#[must_use]
-pub const fn keeps(state: State, weight: u32) -> bool {
-    state.is_usable() && weight != 0
-}
-
 /// Both halves of [`Pin::backend`].
 #[inline(always)]
 #[must_use]
@@ -145,8 +136,5 @@ mod tests {
         assert_eq!(pin.of(&key), Some((6 << 32 | 5, 100)));
         assert_eq!(pin.of(&PinKey { client: 8, ..key }), None);
         assert_eq!(pin.of(&PinKey { service: 8, ..key }), None);
-        assert!(keeps(State::Healthy, 1) && keeps(State::Unknown, 1));
-        assert!(!keeps(State::Draining, 1) && !keeps(State::Unhealthy, 1));
-        assert!(!keeps(State::Healthy, 0));
     }
 }

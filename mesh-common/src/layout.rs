@@ -10,7 +10,7 @@ use crate::{Addr, Affinity, Algorithm, Policy, Word, maglev};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -369,7 +369,7 @@ impl State {
 }
 
 /// A record of `BACKENDS`. Writer: the agent. The programs for datagrams read it, of ids that a record of
-/// theirs names and whose generation is still the same: then only `state` and `weight` can change, and
+/// theirs names and whose generation is still the same: then only `state`, `weight` and `listed` can change, and
 /// what is written over the rest is what is there.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -386,8 +386,8 @@ pub struct Backend {
     pub generation: u32,
     /// Weight, 0 to 65,535.
     pub weight: u32,
-    /// Zero.
-    pub pad: u32,
+    /// 1 while a table in force leads there: then clients may keep it ([`crate::affinity`]).
+    pub listed: u32,
 }
 
 /// The key of `OVERFLOW`: records that do not lie at the place that their socket's cookie names.

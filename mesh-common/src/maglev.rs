@@ -116,14 +116,19 @@ pub const fn name(high: u64, low: u64, port: u16) -> u64 {
 
 /// Fills `table`, whose length is a power of two, with the columns of backends that have these names and
 /// weights. What names a backend is the same in each table that has it. `turns` is as long as `names`, and
-/// so is `weights`; not all of the latter are 0. The same input gives the same table.
-pub fn build(names: &[u64], weights: &[u16], table: &mut [u16], turns: &mut [Turn]) {
+/// so is `weights`. The same input gives the same table.
+///
+/// `false` when it cannot: without any weight, or with more than 65,535 backends. Weights count as at
+/// least a [`LEAST`]th of the greatest, which bounds the time that this takes.
+pub fn build(names: &[u64], weights: &[u16], table: &mut [u16], turns: &mut [Turn]) -> bool {
     const FREE: u16 = u16::MAX;
-    let greatest = u64::from(weights.iter().copied().max().unwrap_or(0));
+    let greatest = weights.iter().copied().max().unwrap_or(0);
     let mask = (table.len() as u64).wrapping_sub(1);
     if greatest == 0 || table.is_empty() || names.len() > usize::from(FREE) {
-        return;
+        return false;
     }
+    let (least, greatest) = (counted(1, greatest), u64::from(greatest));
+    let weights = weights.iter().map(|&weight| if weight == 0 { 0 } else { weight.max(least) });
     for (turn, &name) in turns.iter_mut().zip(names) {
         let step = mix(name ^ 0x5851_f42d_4c95_7f2d) | 1;
         *turn = Turn { at: mix(name), step, due: 0 };
@@ -131,19 +136,19 @@ pub fn build(names: &[u64], weights: &[u16], table: &mut [u16], turns: &mut [Tur
     table.fill(FREE);
     let mut filled = 0;
     for round in 1u64.. {
-        for (column, (turn, &weight)) in (0u16..).zip(turns.iter_mut().zip(weights)) {
+        for (column, (turn, weight)) in (0u16..FREE).zip(turns.iter_mut().zip(weights.clone())) {
             if weight == 0 || round.wrapping_mul(weight.into()) <= turn.due {
                 continue;
             }
             turn.due = turn.due.wrapping_add(greatest);
             // The next free entry on its way, which visits all.
             let place = loop {
-                let Ok(place) = usize::try_from(turn.at & mask) else { return };
+                let Ok(place) = usize::try_from(turn.at & mask) else { return false };
                 turn.at = turn.at.wrapping_add(turn.step);
                 match table.get(place) {
                     Some(&FREE) => break place,
                     Some(_) => {}
-                    None => return,
+                    None => return false,
                 }
             };
             if let Some(entry) = table.get_mut(place) {
@@ -151,11 +156,21 @@ pub fn build(names: &[u64], weights: &[u16], table: &mut [u16], turns: &mut [Tur
             }
             filled += 1;
             if filled == table.len() {
-                return;
+                return true;
             }
         }
     }
+    false
 }
+
+/// What a weight counts as beside the greatest one.
+const fn counted(weight: u16, greatest: u16) -> u16 {
+    let least = greatest / LEAST;
+    if weight < least { least } else { weight }
+}
+
+/// Smaller parts of the greatest weight than this are not told apart.
+pub const LEAST: u16 = 256;
 
 /// Where a backend is on its way through a table: working space of [`build`].
 #[derive(Clone, Copy, Debug, Default)]
@@ -186,7 +201,7 @@ mod tests {
 
     fn sized(names: &[u64], weights: &[u16], size: Size) -> Vec<u16> {
         let mut table = vec![0; size.entries() as usize];
-        build(names, weights, &mut table, &mut vec![Turn::default(); names.len()]);
+        assert!(build(names, weights, &mut table, &mut vec![Turn::default(); names.len()]));
         table
     }
 
@@ -219,6 +234,13 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_had() {
+        let turns = &mut vec![Turn::default(); 65_536];
+        assert!(!build(&[1], &[0], &mut [0; 256], turns));
+        assert!(!build(&vec![1; 65_536], &vec![1; 65_536], &mut [0; 256], turns));
+    }
+
+    #[test]
     fn little_moves_when_one_goes() {
         for (count, gone) in [
             (3, [0, 1, 2]),
@@ -243,10 +265,12 @@ mod tests {
                 .prop_filter("one has a weight", |weights| weights.iter().any(|w| *w > 0)),
         ) {
             let table = table(&names(weights.len() as u64), &weights);
-            let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
+            let greatest = weights.iter().copied().max().unwrap_or(0);
+            let counts = |w: u16| if w == 0 { 0.0 } else { f64::from(counted(w, greatest)) };
+            let total: f64 = weights.iter().map(|w| counts(*w)).sum();
             for (column, &weight) in (0u16..).zip(&weights) {
                 let has = table.iter().filter(|entry| **entry == column).count() as f64;
-                let due = table.len() as f64 * f64::from(weight) / total;
+                let due = table.len() as f64 * counts(weight) / total;
                 prop_assert!((has - due).abs() <= 1.0 + weights.len() as f64, "{} of {}: {} for {}", column, weight, has, due);
                 prop_assert!(weight > 0 || has == 0.0);
             }

@@ -3,12 +3,12 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::HashMap;
 use aya_ebpf::macros::btf_map;
-use mesh_common::affinity::{keeps, pack};
+use mesh_common::affinity::pack;
 use mesh_common::datagram;
 use mesh_common::layout::counter;
 use mesh_common::{Limits, Origin, Pin, PinKey, State, Tables as _, Word};
 
-use crate::maps::{BACKEND_STATS, BACKENDS, Maps, count, jiffies};
+use crate::maps::{BACKEND_STATS, BACKENDS, Maps, count, jiffies, serves};
 
 #[btf_map]
 static AFFINITY: HashMap<
@@ -22,10 +22,10 @@ static AFFINITY: HashMap<
 pub const NONE: u64 = u64::MAX;
 
 /// The backend that a client keeps ([`pack`]), whose time begins anew; [`NONE`] when it has none, or may
-/// not go on with it. The backend's record can be used as long as this program runs: its id is another's
+/// not go on with it, and `chosen` is better. The backend's record can be used as long as this program runs: its id is another's
 /// only after a grace period.
 #[inline(never)]
-pub fn pinned(client: u64, service: u64, timeout: u64) -> u64 {
+pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     let key = PinKey { client, service };
     // SAFETY: the element may be reused while it is read: `Pin::of` finds that out.
     let Some(pin) = (unsafe { AFFINITY.get(&key) }) else { return NONE };
@@ -36,11 +36,13 @@ pub fn pinned(client: u64, service: u64, timeout: u64) -> u64 {
         return NONE;
     };
     let state = State::from_number(backend.state);
-    let may = until >= now
-        && stats.is_life(generation)
-        && keeps(state, backend.weight)
-        && datagram::serves(state, stats.ejection(), || Maps.client());
-    if !may {
+    if until < now || !stats.is_life(generation) {
+        return NONE;
+    }
+    // What drains is in no table while there is another.
+    let good = backend.listed != 0 && datagram::serves(state, stats.ejection(), || Maps.client());
+    // When all are down, or out, nobody is sent from one to the other.
+    if !good && (serves(chosen) || backend.listed == 0) {
         return NONE;
     }
     // Not with every connect.

@@ -219,12 +219,16 @@ pub fn steer<F: Family>(
 fn keep(ctx: &SockAddrContext, service: u32, chosen: u64) -> u64 {
     let Some(service) = SERVICES.get(service) else { return chosen };
     let (affinity, generation) = (service.affinity(), service.generation());
+    // Retired just now.
+    if generation == 0 {
+        return chosen;
+    }
     let client = match affinity.by() {
         By::Client => cgroup(),
         // SAFETY: the context is valid.
         By::Namespace => unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
     };
-    let kept = affinity::pinned(client, generation, affinity.timeout());
+    let kept = affinity::pinned(client, generation, affinity.timeout(), chosen as u32);
     if kept != affinity::NONE {
         return kept;
     }

@@ -13,19 +13,17 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps, serves};
+use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps};
 use mesh_common::layout::counter;
 use mesh_common::{
     Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, State, Tables as _,
     Token, Verdict, translate,
 };
 
-use crate::connect::{
-    Connecting, PROCEED, UDP, end_unrecorded, give_back, is_excluded, refuse, steer,
-};
+use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, is_excluded, refuse, steer};
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{
-    BACKEND_STATS, BACKENDS, Maps, OVERFLOW, SERVICES, count, counter, excludes, jiffies,
+    BACKEND_STATS, BACKENDS, Maps, OVERFLOW, SERVICES, count, counter, excludes, jiffies, serves,
 };
 use crate::{lifecycle, records};
 
@@ -106,11 +104,10 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
         Verdict::Refuse(reason, service) => refuse_datagram(ctx, &key, reason as u32, service),
         Verdict::Balance(choice) => {
             let service = choice.service;
-            if there == Way::Leave && !is_better(choice.slot.backend) {
+            // One that is tried may be better, which only the try can tell.
+            let is_try = choice.token.is_some();
+            if there == Way::Leave && !is_try && !serves(choice.slot.backend) {
                 // Found once more: a pointer would be too much for the verifier to keep.
-                if choice.token.is_some() {
-                    give_back(choice.slot.backend, choice.token);
-                }
                 if let Some(own) = records::find(cookie)
                     && let Some((_, flow)) = found(own, cookie, &key)
                     && leads::<F>(ctx, flow)
@@ -153,15 +150,6 @@ fn is_connected(ctx: &SockAddrContext) -> bool {
     let sk = unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() };
     // SAFETY: the context of a socket's hook has its socket; a load of the field's own width.
     !sk.is_null() && unsafe { (&raw const (*sk).state).read_volatile() } == 1
-}
-
-/// Whether a backend that was chosen is better than one to be left.
-#[inline(always)]
-fn is_better(id: u32) -> bool {
-    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
-        return false;
-    };
-    serves(State::from_number(backend.state), stats.ejection(), || Maps.client())
 }
 
 /// Whether the socket goes on with the backend of this record.

@@ -35,6 +35,9 @@ pub fn mesh_reset_too(ctx: BtfTracePointContext) -> i32 {
     reset(&ctx)
 }
 
+/// What a failed connection counts as, in microseconds.
+const FAILED: u64 = 1_000_000;
+
 /// A socket has an error, also when that is only that it was disconnected.
 #[btf_tracepoint(function = "inet_sk_error_report")]
 pub fn mesh_error(ctx: BtfTracePointContext) -> i32 {
@@ -258,6 +261,10 @@ fn ended(cookie: u64, flow: *mut Flow, connected: bool) {
 fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
     let given = records::given(flow);
     let Some(Released { held, stats, token }) = records::release(flow, cookie) else { return };
+    // Otherwise what fails would be forgotten to be far, and be the nearest.
+    if given.role.is_measured() {
+        measure(held.backend(), FAILED);
+    }
     let (policy, table) = rules(&given);
     let client = Client::of_cgroup(given.client);
     let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);

@@ -17,7 +17,7 @@ use mesh_common::translate::{self, Detour};
 use mesh_common::{
     ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Elsewhere, Event, Flow,
     FrontendKey, FrontendValue, Limits, Origin, Policy, Reason, Service, ServiceStats, Settings,
-    Slot, Table, Tables, Word, balance, chance, latency, maglev,
+    Slot, State, Table, Tables, Word, balance, chance, datagram, latency, maglev,
 };
 
 use crate::events;
@@ -251,6 +251,15 @@ fn unknown(key: &FrontendKey) -> u32 {
         Some(Reason::NoService) => 1,
         Some(_) => 2,
     }
+}
+
+/// Whether a backend is one to go to, for this client ([`datagram::serves`]).
+#[inline(always)]
+pub fn serves(id: u32) -> bool {
+    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
+        return false;
+    };
+    datagram::serves(State::from_number(backend.state), stats.ejection(), || Maps.client())
 }
 
 /// Whether anybody is excluded.

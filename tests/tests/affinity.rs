@@ -149,3 +149,30 @@ fn by_namespace_and_off() -> Result<()> {
     })?;
     check::balanced(&mut node, &NAMES, |node| check::who(node, VIP))
 }
+
+/// An address that goes to another service takes nobody with it: neither who keeps an endpoint, nor a
+/// datagram socket that has one.
+#[test]
+fn an_address_that_changes_hands() -> Result<()> {
+    let of = |name: &str, address: &str, number: usize| {
+        let service = Service::new(name).address(address).port(80, 8080).udp(80, 8080);
+        service.key("affinity: {by: client}").endpoint(&format!("10.0.0.{number}"))
+    };
+    let node = Node::builder().backend("a", "10.0.0.1:8080").backend("b", "10.0.0.2:8080");
+    let node = node.service(of("blue", "10.96.0.10", 1)).service(of("green", "10.96.0.11", 2));
+    let node = node.start()?;
+    let client = node.cgroup().child("client")?;
+    ensure!(kept(&node, &client, VIP)? == "a", "blue");
+    let mut datagrams = Datagrams::start(check::mesh_client(&node)?)?;
+    ensure!(datagrams.ask(&format!("ask {VIP}"))?.0 == "a", "blue");
+    let swapped = [of("blue", "10.96.0.11", 1), of("green", "10.96.0.10", 2)];
+    node.agent.write_services("test.yaml", &Service::file(&swapped))?;
+    until("the address to be green's", LIMIT, || {
+        let explained: Value = node.agent.json(&["explain", VIP])?;
+        Ok((explained["service"] == "green").then_some(()))
+    })?;
+    ensure!(kept(&node, &client, VIP)? == "b", "the client kept blue's endpoint");
+    ensure!(datagrams.ask(&format!("ask {VIP}"))?.0 == "b", "the socket kept blue's endpoint");
+    ensure!(kept(&node, &client, "10.96.0.11:80")? == "a", "and the other way round");
+    Ok(())
+}

@@ -39,8 +39,28 @@ fn cases() -> Vec<Case> {
         ),
         Case(
             "a key that is not supported yet",
-            service("10.96.0.10", PORT, ENDPOINT) + "  affinity: {by: client}\n",
-            &["test.yaml:7:3:", "affinity", "not supported yet"],
+            service("10.96.0.10", PORT, ENDPOINT) + "  health: {http: {path: /}}\n",
+            &["test.yaml:7:12:", "http", "not supported yet"],
+        ),
+        Case(
+            "an unknown client of affinity",
+            service("10.96.0.10", PORT, ENDPOINT) + "  affinity: {by: address}\n",
+            &["test.yaml:7:18:", "by", "client or namespace", "address"],
+        ),
+        Case(
+            "an unknown algorithm",
+            service("10.96.0.10", PORT, ENDPOINT) + "  balance: fastest\n",
+            &["test.yaml:7:12:", "fastest", "round-robin"],
+        ),
+        Case(
+            "a weight that is too large",
+            service("10.96.0.10", PORT, "address: 10.0.0.1, weight: 65536"),
+            &["test.yaml:6:", "weight", "65535", "65536"],
+        ),
+        Case(
+            "a fallback to itself",
+            service("10.96.0.10", PORT, ENDPOINT) + "  fallback: {service: app}\n",
+            &["test.yaml:7:23:", "itself"],
         ),
         Case(
             "a wrong type",

@@ -52,6 +52,7 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
         key: BackendKey { port: 80, protocol: Protocol::Tcp, address: endpoint(n) },
         weight: 1 + u16::from(n),
         state: State::Healthy,
+        listed: true,
     };
     let backends: Vec<Backend> = endpoints.iter().map(backend).collect();
     let rows = (0..).zip(&backends).map(|(place, b)| Candidate { place, weight: b.weight });

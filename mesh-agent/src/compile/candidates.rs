@@ -57,7 +57,8 @@ pub(super) fn rows(
             if all.is_empty() { Rows::Refuse(Reason::AllUnhealthy) } else { Rows::Candidates(all) }
         }
     };
-    (rows, None)
+    // What was used before counts when any is usable again.
+    (rows, before)
 }
 
 /// With its own weight.
@@ -71,8 +72,8 @@ const fn serves(condition: Condition) -> bool {
 }
 
 /// The group that is used: the first of which a large enough share serves, by weight; a larger one is
-/// needed to come back from a later group than to stay. If there is none, the first of which any is
-/// usable, and none if no endpoint is.
+/// needed to come back from a later group than to stay. If there is none, the first of which any serves,
+/// then the first of which any is usable, and none if no endpoint is.
 fn group(found: &[Found], places: &[usize], policy: Fallback, before: Option<u8>) -> Option<u8> {
     let mut groups: Vec<u8> = places.iter().map(|&i| found[i].group).collect();
     groups.sort_unstable();
@@ -90,7 +91,9 @@ fn group(found: &[Found], places: &[usize], policy: Fallback, before: Option<u8>
     };
     let is_usable = |&group: &u8| members(group).any(|found| found.condition.state.is_usable());
     let fits = if groups.len() > 1 { groups.iter().copied().find(suffices) } else { None };
-    fits.or_else(|| groups.into_iter().find(is_usable))
+    let any_serves = |&group: &u8| members(group).any(|found| serves(found.condition));
+    fits.or_else(|| groups.iter().copied().find(any_serves))
+        .or_else(|| groups.into_iter().find(is_usable))
 }
 
 /// The usable ones of a group, with their weights.

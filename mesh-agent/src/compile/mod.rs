@@ -36,6 +36,8 @@ pub struct Backend {
     pub weight: u16,
     /// State.
     pub state: State,
+    /// Whether a table in force leads there.
+    pub listed: bool,
 }
 
 /// Which table of a service: endpoints are balanced within their address family.
@@ -137,7 +139,7 @@ impl Rows {
 /// All that the kernel is to hold for one service; the default is nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Tables {
-    /// Every backend, in the order of their keys, also those that no table uses now.
+    /// Every backend, in an order that depends on nothing else, also those that no table uses now.
     pub backends: Vec<Backend>,
     /// The tables, in the order of their keys.
     pub tables: Vec<(TableKey, Rows)>,
@@ -189,7 +191,8 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
             let address = target(endpoint, listens);
             let key = BackendKey { port: port.port, protocol: port.protocol, address };
             let condition = condition(of, address);
-            let backend = Backend { key, weight: endpoint.weight, state: condition.state };
+            let (weight, state) = (endpoint.weight, condition.state);
+            let backend = Backend { key, weight, state, listed: false };
             let group = group.unwrap_or(endpoint.priority);
             Found { backend, condition, group, distance: distance(here, endpoint) }
         })
@@ -198,7 +201,12 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
     found.sort_by_key(|found| (found.backend.key, found.group == FALLBACK));
     // Two endpoints of one address whose ports come out the same are one backend.
     found.dedup_by_key(|found| found.backend.key);
-    let backends: Vec<Backend> = found.iter().map(|found| found.backend).collect();
+    // Of each port, the other service's come last: when not all can be had, its own can.
+    found.sort_by_key(|found| {
+        let BackendKey { port, protocol, address } = found.backend.key;
+        (port, protocol, found.group == FALLBACK, address)
+    });
+    let mut backends: Vec<Backend> = found.iter().map(|found| found.backend).collect();
 
     let mut keys: Vec<(FrontendKey, TableKey)> = frontends
         .iter()
@@ -219,6 +227,11 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
             let (rows, group) = candidates::rows(&found, table, service, before);
             if group.is_some_and(|group| group > 0) {
                 groups.extend(group.map(|group| (table, group)));
+            }
+            if let Rows::Candidates(candidates) = &rows {
+                for candidate in candidates.iter().filter(|candidate| candidate.weight > 0) {
+                    backends[candidate.place].listed = true;
+                }
             }
             tables.push((table, rows));
         }
@@ -282,14 +295,15 @@ pub fn columns(weights: impl Iterator<Item = u16>) -> Vec<Column> {
     columns
 }
 
-/// The slots that hold the entries of a consistent hash over backends with these names and weights; not
-/// all of the latter are 0.
+/// The slots that hold the entries of a consistent hash over backends with these names and weights;
+/// nothing when there are too many of them.
 #[must_use]
-pub fn entries(names: &[u64], weights: &[u16], size: Size) -> Vec<Slot> {
+pub fn entries(names: &[u64], weights: &[u16], size: Size) -> Option<Vec<Slot>> {
     let mut entries = vec![0; size.entries() as usize];
-    maglev::build(names, weights, &mut entries, &mut vec![Turn::default(); names.len()]);
+    let mut turns = vec![Turn::default(); names.len()];
+    let built = maglev::build(names, weights, &mut entries, &mut turns);
     let (chunks, _) = entries.as_chunks();
-    chunks.iter().map(|chunk| maglev::slot(*chunk)).collect()
+    built.then(|| chunks.iter().map(|chunk| maglev::slot(*chunk)).collect())
 }
 
 /// Where the tickets of each of these weights end.

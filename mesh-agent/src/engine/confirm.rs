@@ -124,7 +124,7 @@ impl Engine {
             detail: "out for all clients: the agent's own connect failed as well".to_owned(),
             ..journal::event("ejected", SystemTime::now())
         });
-        self.reconsider(&service, None);
+        self.reconsider(vec![(service, None)]);
     }
 
     /// What is ejected for all comes before what single clients suspect: when more than the share of

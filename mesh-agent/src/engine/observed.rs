@@ -44,7 +44,11 @@ impl Engine {
             if matches!(observed.kind, Kind::Ejected | Kind::Recovered)
                 && let Some(service) = service.cloned()
             {
-                let back = (observed.kind == Kind::Recovered).then(|| self.backend_at(&observed));
+                // What was out for one client only was in for all others.
+                let known = (observed.event.backend, observed.event.generation);
+                let for_all = self.suspect(known.0, known.1).is_none();
+                let back = (observed.kind == Kind::Recovered && for_all)
+                    .then(|| self.backend_at(&observed));
                 moved.push((service, back.flatten()));
             }
             self.confirm(&observed);
@@ -53,9 +57,11 @@ impl Engine {
             }
             self.note_suspect(observed);
         }
-        for (service, back) in moved {
-            self.reconsider(&service, back);
+        if lost > 0 {
+            // One of them may have said that something went out, or came back.
+            moved.extend(self.catalog.iter().map(|(name, _)| (name.clone(), None)));
         }
+        self.reconsider(moved);
     }
 
     /// Where the backend of an event is, if it is still the one that was meant.

@@ -16,9 +16,9 @@ use crate::api::types::Event;
 use crate::audit::sockets::{self, Socket};
 use crate::audit::task::Auditor;
 use crate::audit::{self, Found, Record};
-use crate::compile;
+use crate::compile::{self, BackendKey};
 use crate::dataplane::reconcile::LetGo;
-use crate::model::ServiceName;
+use crate::model::{Service, ServiceName, ServicePort};
 
 /// A connect that had its backend already when that was removed has its record by then.
 const SOON: Duration = Duration::from_millis(100);
@@ -77,6 +77,11 @@ impl Removed {
         let since = Instant::now();
         self.gone.extend(gone.into_iter().map(|what| Gone { what, since, again: false }));
         self.gone.retain(|gone| due(gone, &self.timeouts).is_some());
+    }
+
+    /// The services of what will be ended.
+    fn services(&self) -> impl Iterator<Item = &ServiceName> {
+        self.gone.iter().map(|gone| &gone.what.service)
     }
 
     /// Waits until there is something to do.
@@ -213,6 +218,30 @@ fn leads_to(socket: &Socket, address: SocketAddr) -> bool {
 }
 
 impl Engine {
+    /// Every backend that a service defines, those of the service that it falls back to included.
+    fn keys(&self, name: &ServiceName) -> HashSet<BackendKey> {
+        let Some(entry) = self.catalog.get(name.as_str()) else { return HashSet::new() };
+        let behind = self.behind(entry).map(|(_, entry)| &entry.service);
+        let mut keys = HashSet::new();
+        for port in &entry.service.ports {
+            let mut add = |service: &Service, listens: &ServicePort| {
+                keys.extend(service.endpoints.iter().map(|end| BackendKey {
+                    port: port.port,
+                    protocol: port.protocol,
+                    address: compile::target(end, listens),
+                }));
+            };
+            add(&entry.service, port);
+            let same = |p: &&ServicePort| (p.port, p.protocol) == (port.port, port.protocol);
+            if let Some(other) = behind
+                && let Some(listens) = other.ports.iter().find(same)
+            {
+                add(other, listens);
+            }
+        }
+        keys
+    }
+
     /// Takes note of what services have let go of.
     pub(super) fn take_let_go(&mut self) {
         let gone = self.reconciler.take_let_go();
@@ -226,17 +255,11 @@ impl Engine {
         match next {
             Next::Due => {
                 // What is defined again goes on, under another number.
+                let services: HashSet<&ServiceName> = self.removed.services().collect();
+                let defined: HashMap<ServiceName, HashSet<BackendKey>> =
+                    services.into_iter().map(|name| (name.clone(), self.keys(name))).collect();
                 let is_back = |gone: &LetGo| {
-                    let entry = self.catalog.get(gone.service.as_str());
-                    entry.is_some_and(|entry| {
-                        let ports = entry.service.ports.iter();
-                        let mut ports = ports
-                            .filter(|p| (p.port, p.protocol) == (gone.key.port, gone.key.protocol));
-                        ports.any(|port| {
-                            let mut ends = entry.service.endpoints.iter();
-                            ends.any(|end| compile::target(end, port) == gone.key.address)
-                        })
-                    })
+                    defined.get(&gone.service).is_some_and(|keys| keys.contains(&gone.key))
                 };
                 let is_defined = |name: &ServiceName| self.catalog.get(name.as_str()).is_some();
                 let due = self.removed.take_due(is_back, is_defined);

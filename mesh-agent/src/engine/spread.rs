@@ -130,24 +130,29 @@ pub(super) fn fallback_note(name: &ServiceName, catalog: &Catalog) -> Option<Str
 }
 
 impl Engine {
-    /// A backend of this service went out for all, or came back: what is preferred may change.
-    pub(super) fn reconsider(&mut self, name: &ServiceName, recovered: Option<SocketAddr>) {
-        let Some(entry) = self.catalog.get(name.as_str()) else { return };
-        let service = &entry.service;
-        let concerned = service.locality.is_some()
-            || service.slow_start.is_some()
-            || service.fallback_service.is_some()
-            || service.endpoints.iter().any(|endpoint| endpoint.priority > 0);
-        if !concerned {
-            return;
+    /// Backends of these services went out for all, or came back: what is preferred may change. Of what
+    /// came back its address is named.
+    pub(super) fn reconsider(&mut self, moved: Vec<(ServiceName, Option<SocketAddr>)>) {
+        let mut concerned = BTreeSet::new();
+        for (name, recovered) in moved {
+            let Some(entry) = self.catalog.get(name.as_str()) else { continue };
+            let service = &entry.service;
+            let matters = service.locality.is_some()
+                || service.slow_start.is_some()
+                || service.fallback_service.is_some()
+                || service.endpoints.iter().any(|endpoint| endpoint.priority > 0);
+            if !matters {
+                continue;
+            }
+            if let Some(address) = recovered
+                && let Some(health) = self.health.get_mut(&name)
+                && let Some(known) = health.endpoints.get_mut(&address)
+            {
+                known.usable_since = Instant::now();
+            }
+            concerned.insert(name);
         }
-        if let Some(address) = recovered
-            && let Some(health) = self.health.get_mut(name)
-            && let Some(known) = health.endpoints.get_mut(&address)
-        {
-            known.usable_since = Instant::now();
-        }
-        self.update(BTreeSet::from([name.clone()]));
+        self.update(concerned);
     }
 
     /// Notes which groups of endpoints a service uses, and tells what has changed.

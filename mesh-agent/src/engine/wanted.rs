@@ -1,5 +1,6 @@
 //! What the kernel is to hold of each service: its definition, with what is known of its endpoints.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -41,6 +42,7 @@ impl Engine {
         if names.is_empty() {
             return;
         }
+        let names = self.spread.with_dependents(names);
         // Before any is compiled: one may fall back to another.
         for name in &names {
             self.follow(name);
@@ -85,16 +87,19 @@ impl Engine {
             .collect();
         let maps = self.reconciler.maps();
         let is_out = |&(_, id): &(_, u32)| out::is_out(maps.counts(id).ejection, Client::NOBODY);
-        let out: HashSet<SocketAddr> = match service.locality.is_some() || behind.is_some() {
-            false if service.endpoints.iter().all(|endpoint| endpoint.priority == 0) => {
-                HashSet::new()
-            }
-            _ => {
+        // Without ejection nothing is out, whatever is left of it.
+        let matters = service.ejection.is_some()
+            && (service.locality.is_some()
+                || behind.is_some()
+                || service.endpoints.iter().any(|endpoint| endpoint.priority > 0));
+        let out: HashSet<SocketAddr> = match matters {
+            false => HashSet::new(),
+            true => {
                 let backends = self.reconciler.backends(name);
                 backends.filter(is_out).map(|(key, _)| key.address).collect()
             }
         };
-        let mut ramps = BTreeSet::new();
+        let ramps = RefCell::new(BTreeSet::new());
         let condition = |of: &ServiceName, address: SocketAddr| {
             let known = self.health.get(of).and_then(|health| health.endpoints.get(&address));
             let drains = drained.get(of).is_some_and(|drained| drained.contains_key(&address));
@@ -102,7 +107,11 @@ impl Engine {
             let ramp = known.map_or(Condition::FULL, |known| {
                 spread::ramp(service.slow_start, known.usable_since)
             });
-            Condition { state: drains::state(found, drains), is_out: out.contains(&address), ramp }
+            let state = drains::state(found, drains);
+            if state.is_usable() {
+                ramps.borrow_mut().insert(ramp);
+            }
+            Condition { state, is_out: out.contains(&address), ramp }
         };
         let none = BTreeMap::new();
         let frontends = keys(entry);
@@ -118,13 +127,9 @@ impl Engine {
             before: self.spread.groups.get(name).unwrap_or(&none),
         };
         let tables = compile::compile(input, |of, address| condition(&of.name, address));
-        if service.slow_start.is_some() {
-            let usable = tables.backends.iter().filter(|backend| backend.state.is_usable());
-            ramps.extend(usable.map(|backend| condition(name, backend.key.address).ramp));
-        }
         let service = Arc::clone(service);
         // While all are alike, nothing would change.
-        self.spread.set_step(&service, ramps.len() > 1);
+        self.spread.set_step(&service, ramps.into_inner().len() > 1);
         self.set_groups(name, &tables.groups);
         tables
     }

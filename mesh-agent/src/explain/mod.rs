@@ -150,8 +150,13 @@ impl<'a, T: Tables> Traced<'a, T> {
             .collect();
         let mut shares: Vec<_> = slots.iter().map(|slot| (*slot, 0.0)).collect();
         let whole = 2f64.powi(32);
+        let is_in = |slot: &Slot| !self.tables.ejection(slot.backend).is_out_for(self.client);
         if table.algorithm().is_hash() {
-            return self.hashed(table, shares);
+            let hashed = self.hashed(table, shares.clone());
+            // What it leads to may be out; then it is drawn as by chance.
+            if hashed.iter().all(|(slot, share)| *share == 0.0 || is_in(slot)) {
+                return hashed;
+            }
         }
         for (column, slot) in slots.iter().enumerate() {
             // A column that is its own alias is all its own, see `mesh_common::alias`.
@@ -162,7 +167,6 @@ impl<'a, T: Tables> Traced<'a, T> {
                 alias.1 += (1.0 - own) / len;
             }
         }
-        let is_in = |slot: &Slot| !self.tables.ejection(slot.backend).is_out_for(self.client);
         if matches!(table.algorithm(), Algorithm::LeastConnections | Algorithm::Latency) {
             self.choose_of_two(&mut shares);
         }
@@ -210,6 +214,8 @@ impl<T: Tables> Traced<'_, T> {
         let load = |slot: &Slot| {
             let (active, latency) =
                 (self.tables.active(slot.backend) as f64, self.tables.latency(slot.backend) as f64);
+            // Of one that nothing is known of one connect finds out; beside others it counts as near.
+            let latency = if latency == 0.0 && active > 0.0 { 1.0 } else { latency };
             let load = if by_latency { latency * (active + 1.0) } else { active };
             load / f64::from(slot.weight.max(1))
         };

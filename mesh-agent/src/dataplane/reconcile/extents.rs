@@ -48,7 +48,7 @@ pub struct Extents {
     pool: ExtentPool,
     /// How many slots may be used for what is no backend, so that each backend has its own.
     entries: u32,
-    /// How many are.
+    /// How many are, of those that are in force.
     entries_used: u32,
     /// Live extents by base, and the number of their holders.
     live: HashMap<u32, (Extent, u32)>,
@@ -84,11 +84,25 @@ impl Extents {
             && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
     }
 
-    /// Writes slots into a new extent, which the caller holds.
-    pub fn write<M: Maps>(&mut self, maps: &mut M, content: &Content) -> Result<Written, MapError> {
+    /// Whether a table begins with exactly these backends.
+    pub fn begins<M: Maps>(&self, maps: &M, table: Table, slots: &[Slot]) -> bool {
+        table.len() as usize == slots.len()
+            && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
+    }
+
+    /// Writes slots into a new extent, which the caller holds, perhaps in place of one that is in force
+    /// until then.
+    pub fn write<M: Maps>(
+        &mut self,
+        maps: &mut M,
+        content: &Content,
+        replaced: Option<Table>,
+    ) -> Result<Written, MapError> {
         let Content { slots, backends, size } = content;
         let entries = u32::try_from(slots.len() - backends).unwrap_or(u32::MAX);
-        if entries > self.entries - self.entries_used {
+        // What it replaces is free as soon as it is written, but for a grace period.
+        let freed = replaced.map_or(0, |table| table.extent() - table.len());
+        if entries > self.entries.saturating_sub(self.entries_used).saturating_add(freed) {
             return Ok(Written::Room(u32::try_from(*backends).unwrap_or(u32::MAX)));
         }
         let taken = match u32::try_from(slots.len()) {
@@ -148,6 +162,7 @@ impl Extents {
         };
         *holders -= 1;
         if *holders == 0 {
+            self.entries_used = self.entries_used.saturating_sub(extent.len - extent.backends);
             self.retired.push(*extent);
             self.live.remove(&table.base());
         }
@@ -199,7 +214,6 @@ impl Extents {
                 }
             }
             self.pool.give(base, len);
-            self.entries_used -= len - backends;
         }
     }
 }

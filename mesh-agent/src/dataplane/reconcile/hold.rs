@@ -118,7 +118,7 @@ impl<M: Maps> Reconciler<M> {
             state: wanted.state as u8,
             generation,
             weight: u32::from(wanted.weight),
-            pad: 0,
+            listed: wanted.listed.into(),
         };
         if let Some(backend) = held.backends.get_mut(&wanted.key) {
             let record = record(backend.record.generation);
@@ -204,7 +204,17 @@ impl<M: Maps> Reconciler<M> {
             let is_hash = algorithm.is_hash();
             let same = now.filter(|now| !now.is_empty() && now.algorithm().is_hash() == is_hash);
             let same = same.map(|now| now.by(algorithm));
-            let content = content(&rows, algorithm, size);
+            // The same backends in the same order have the same entries, which take a while to find.
+            if let Some(same) = same.filter(|same| is_hash && same.size() == size)
+                && self.extents.begins(&self.maps, same, &slots(&rows))
+            {
+                return Ok((Some(same), all.len() - rows.len()));
+            }
+            let Some(content) = content(&rows, algorithm, size) else {
+                problems.push(Problem::Entries { limit: self.maps.capacity().slots });
+                algorithm = Algorithm::Random;
+                continue;
+            };
             let left_out = all.len() - content.backends;
             if content.slots.is_empty() {
                 return Ok((Some(Table::refuse(Reason::NoRoom)), left_out));
@@ -214,7 +224,7 @@ impl<M: Maps> Reconciler<M> {
             {
                 return Ok((Some(same), left_out));
             }
-            let room = match self.extents.write(&mut self.maps, &content)? {
+            let room = match self.extents.write(&mut self.maps, &content, now)? {
                 Written::Table(table) => return Ok((Some(table.by(algorithm)), left_out)),
                 Written::Room(room) => room,
                 Written::Busy => {
@@ -287,6 +297,11 @@ impl<M: Maps> Reconciler<M> {
         table: Table,
         rules: Rules,
     ) -> Result<bool, MapError> {
+        if self.frontends.get(&key).is_some_and(|held| held.owner != *name && held.named)
+            && self.take_over(name, key, table, rules)?
+        {
+            return Ok(true);
+        }
         if let Some(held) = self.frontends.get_mut(&key) {
             if held.rules != rules {
                 self.maps.set_rules(held.index, rules)?;
@@ -300,13 +315,9 @@ impl<M: Maps> Reconciler<M> {
             }
             if held.owner != *name {
                 let loser = std::mem::replace(&mut held.owner, name.clone());
-                if let Some(others) = self.services.get_mut(&loser) {
-                    others.frontends.remove(&key);
-                    if others.is_empty() {
-                        self.services.remove(&loser);
-                    }
-                }
+                self.disown(&loser, &key);
             }
+            let Some(held) = self.frontends.get_mut(&key) else { return Ok(true) };
             if !held.named {
                 let value =
                     FrontendValue { service: held.index, pad: 0, generation: held.generation };
@@ -333,6 +344,44 @@ impl<M: Maps> Reconciler<M> {
         let held = HeldFrontend { owner, index, generation, table, rules, named: true };
         self.frontends.insert(key, held);
         Ok(true)
+    }
+
+    /// Gives a frontend of another service a record of its own, with a generation of its own: what clients
+    /// and sockets have of the former owner is not this service's. `false` when there is no record left.
+    fn take_over(
+        &mut self,
+        name: &ServiceName,
+        key: FrontendKey,
+        table: Table,
+        rules: Rules,
+    ) -> Result<bool, MapError> {
+        let Some(index) = self.records.take() else { return Ok(false) };
+        self.generation += 1;
+        let generation = self.generation;
+        if let Err(error) = self.name(&key, index, generation, table, rules) {
+            // The entry still names the other record.
+            self.records.give(index);
+            return Err(error);
+        }
+        self.extents.acquire(table);
+        let owner = name.clone();
+        let held = HeldFrontend { owner, index, generation, table, rules, named: true };
+        let Some(former) = self.frontends.insert(key, held) else { return Ok(true) };
+        self.disown(&former.owner, &key);
+        self.extents.release(former.table);
+        self.retired_records.push(former.index);
+        self.maps.retire_service(former.index)?;
+        Ok(true)
+    }
+
+    /// A frontend is another service's now.
+    fn disown(&mut self, loser: &ServiceName, key: &FrontendKey) {
+        if let Some(others) = self.services.get_mut(loser) {
+            others.frontends.remove(key);
+            if others.is_empty() {
+                self.services.remove(loser);
+            }
+        }
     }
 
     /// Writes a new record and the entry that names it.
@@ -364,16 +413,17 @@ struct Row<'a> {
     id: (u32, u32),
 }
 
-/// What a table is to hold; nothing when no row has a weight.
-fn content(rows: &[Row<'_>], algorithm: Algorithm, size: Size) -> Content {
+/// What a table is to hold; no slot when no row has a weight, and nothing at all when there are too many
+/// for a consistent hash.
+fn content(rows: &[Row<'_>], algorithm: Algorithm, size: Size) -> Option<Content> {
     let mut slots = slots(rows);
     let backends = slots.len();
     if algorithm.is_hash() && backends > 0 {
         let names: Vec<u64> = rows.iter().map(|row| name(row.backend.key.address)).collect();
         let weights: Vec<u16> = rows.iter().map(|row| row.weight).collect();
-        slots.extend(compile::entries(&names, &weights, size));
+        slots.extend(compile::entries(&names, &weights, size)?);
     }
-    Content { slots, backends, size }
+    Some(Content { slots, backends, size })
 }
 
 /// What a backend is called in the tables of consistent hashes, on every node alike.
