@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -213,4 +214,58 @@ fn count(address: SocketAddr, times: u32, counts: &mut BTreeMap<String, u32>) ->
         *counts.entry(name).or_default() += 1;
     }
     Ok(())
+}
+
+/// How many sockets a thread of [`spray`] has at the most.
+const SOCKETS: usize = 24;
+
+/// Does with datagram sockets whatever can be done with them, in random order, from so many threads, for
+/// so long: opens, connects, disconnects, sends by name and without, receives, closes. What fails, fails.
+/// Gives how often something was done.
+///
+/// # Errors
+///
+/// A thread panicked.
+pub fn spray(addresses: &[SocketAddr], threads: u64, duration: Duration) -> Result<u64> {
+    let end = Instant::now() + duration;
+    thread::scope(|scope| {
+        let spray = |seed| scope.spawn(move || one_spray(addresses, seed, end));
+        let threads: Vec<_> = (0..threads).map(spray).collect();
+        let done = threads.into_iter().map(thread::ScopedJoinHandle::join);
+        done.map(|done| done.map_err(|_| anyhow!("a thread panicked"))).sum()
+    })
+}
+
+fn one_spray(addresses: &[SocketAddr], seed: u64, end: Instant) -> u64 {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let (mut sockets, mut done): (Vec<Socket>, u64) = (Vec::new(), 0);
+    while Instant::now() < end {
+        done += 1;
+        let (what, address) = (random.u8(..16), random.choice(addresses).copied());
+        let Some(address) = address else { break };
+        if sockets.is_empty() || what == 0 && sockets.len() < SOCKETS {
+            let family = if random.bool() { Domain::IPV4 } else { Domain::IPV6 };
+            if let Ok(socket) = open(family) {
+                let _ = socket.set_nonblocking(true);
+                sockets.push(socket);
+            }
+            continue;
+        }
+        let place = random.usize(..sockets.len());
+        let socket = &sockets[place];
+        let Ok(to) = target(socket, &address.to_string()) else { continue };
+        let result = match what {
+            1 => {
+                drop(sockets.swap_remove(place));
+                Ok(())
+            }
+            2 | 3 => socket.connect(&to.into()),
+            4 => sys::socket::disconnect(socket),
+            5 | 6 => socket.send(QUESTION).map(drop),
+            7..=12 => socket.send_to(QUESTION, &to.into()).map(drop),
+            _ => receive(socket, &mut Reply::default()),
+        };
+        drop(result);
+    }
+    done
 }

@@ -54,6 +54,18 @@ enum Client {
         /// How often.
         times: u32,
     },
+    /// Datagram sockets in random use, for so many seconds.
+    Spray {
+        /// Where to.
+        #[arg(required = true)]
+        addresses: Vec<SocketAddr>,
+        /// Threads.
+        #[arg(long, default_value_t = 4)]
+        threads: u64,
+        /// Seconds.
+        #[arg(long, default_value_t = 5)]
+        seconds: u64,
+    },
     /// A datagram socket that does what the lines of its input say.
     Datagrams,
     /// Connects without pause until standard input ends.
@@ -81,6 +93,9 @@ fn main() -> Result<()> {
             }
             Client::Later { address } => return later(address),
             Client::Hold { address, count } => return hold(address, count),
+            Client::Spray { addresses, threads, seconds } => serde_json::to_string(
+                &datagram::spray(&addresses, threads, Duration::from_secs(seconds))?,
+            ),
             Client::Datagrams => return datagram::obey(io::stdin().lock()),
             Client::Histogram { way, address, times } => {
                 let mut histogram = BTreeMap::<_, u32>::new();
