@@ -28,7 +28,7 @@ pub const NONE: u64 = u64::MAX;
 pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     let key = PinKey { client, service };
     // SAFETY: the element may be reused while it is read: `Pin::of` finds that out.
-    let Some(pin) = (unsafe { AFFINITY.get(&key) }) else { return NONE };
+    let Some(pin) = (unsafe { AFFINITY.get(key) }) else { return NONE };
     let Some((packed, until)) = pin.of(&key) else { return NONE };
     let now = jiffies() >> Origin::TIME_SHIFT;
     let (id, generation) = (packed as u32, (packed >> 32) as u32);

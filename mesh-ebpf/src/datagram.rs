@@ -30,7 +30,7 @@ use crate::{lifecycle, records};
 /// [`IDLE_SECONDS`] in the unit of [`Origin::age`]. Set by the agent, who knows the kernel's `HZ`; this
 /// is for 250.
 #[unsafe(no_mangle)]
-static DATAGRAM_IDLE: u64 = IDLE_SECONDS * 250 >> Origin::TIME_SHIFT;
+static DATAGRAM_IDLE: u64 = (IDLE_SECONDS * 250) >> Origin::TIME_SHIFT;
 
 /// A datagram to an `AF_INET` address that the call names.
 #[cgroup_sock_addr(sendmsg4)]

@@ -29,8 +29,8 @@ pub fn mesh_peername6(ctx: SockAddrContext) -> i32 {
 /// has been connected elsewhere since has another peer, or no record.
 #[inline(always)]
 fn peer<F: Family>(ctx: &SockAddrContext) -> i32 {
-    // SAFETY: the context is valid.
     let cookie = match protocol(ctx) {
+        // SAFETY: the context is valid.
         UDP => unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
         _ => sock::cookie_of(ctx),
     };
