@@ -11,6 +11,8 @@ use mesh_tests::sys::socket::monotonic_nanos;
 use mesh_tests::{Builder, Node, Service, check, storm};
 
 const VIP: &str = "10.96.0.10:80";
+/// `MESH_UPDATES=10000` for more, and `MESH_BALANCE` for another algorithm (one that lets one client meet
+/// all endpoints).
 const UPDATES: u32 = 1_000;
 const BACKENDS: u8 = 8;
 
@@ -24,22 +26,26 @@ struct Update {
 
 #[test]
 fn no_connect_fails_and_none_goes_to_a_removed_endpoint() -> Result<()> {
+    let count = match std::env::var("MESH_UPDATES") {
+        Ok(count) => count.parse()?,
+        Err(_) => UPDATES,
+    };
     let mut node = node().start()?;
     let storm = check::Storm::start(&node, VIP)?;
     let mut random = fastrand::Rng::with_seed(2);
     let mut updates = vec![Update { written: 0, applied: 0, backends: (0..BACKENDS).collect() }];
-    for number in 0..UPDATES {
+    for number in 0..count {
         updates.push(update(&node, number, &mut random)?);
         // Long enough for connects to start while exactly this holds.
         sleep(Duration::from_millis(1));
     }
     let (report, connects) = storm.finish()?;
     ensure!(report.failed.is_empty(), "connects failed: {report:?}");
-    ensure!(report.connects > u64::from(UPDATES), "too few connects to tell: {report:?}");
+    ensure!(report.connects > u64::from(count), "too few connects to tell: {report:?}");
     ensure!(report.by_backend.len() == usize::from(BACKENDS), "{report:?}");
 
     let certain = ensure_none_late(&connects, &updates)?;
-    ensure!(certain > u64::from(UPDATES) / 2, "only {certain} connects between two updates");
+    ensure!(certain > u64::from(count) / 2, "only {certain} connects between two updates");
     println!("{} connects, {certain} of them while one update was in force alone", connects.len());
 
     let last = app().endpoint(&place(0)).endpoint(&place(1));
@@ -112,7 +118,9 @@ fn node() -> Builder {
 }
 
 fn app() -> Service {
-    Service::new("app").address("10.96.0.10").port(80, 8080)
+    let balance = std::env::var("MESH_BALANCE").unwrap_or_else(|_| "random".to_owned());
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080);
+    app.key(&format!("balance: {balance}"))
 }
 
 fn place(backend: u8) -> String {
