@@ -22,8 +22,8 @@ static AFFINITY: HashMap<
 pub const NONE: u64 = u64::MAX;
 
 /// The backend that a client keeps ([`pack`]), whose time begins anew; [`NONE`] when it has none, or may
-/// not go on with it, and `chosen` is better. The backend's record can be used as long as this program runs: its id is another's
-/// only after a grace period.
+/// not go on with it, and `chosen` is better. The backend's record can be used as long as this program
+/// runs: its id is another's only after a grace period.
 #[inline(never)]
 pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     let key = PinKey { client, service };

@@ -94,8 +94,11 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
             }
             // The kernel would drop what another backend answers.
             if index == 0 && records::role(own).is_connected() {
-                let (reason, service) = (Reason::NoEndpoint as u32, records::role(own).service());
-                return refuse_datagram(ctx, &key, reason, service);
+                let index = records::role(own).service();
+                // It may be another frontend's by now.
+                let is_ours = SERVICES.get(index).is_some_and(|service| service.key == key);
+                let service = if is_ours { index } else { u32::MAX };
+                return refuse_datagram(ctx, &key, Reason::NoEndpoint as u32, service);
             }
         }
     }

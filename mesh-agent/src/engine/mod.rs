@@ -333,7 +333,6 @@ impl Engine {
             known.turn(state, reason);
             changed.insert(service);
         }
-        let changed = self.spread.with_dependents(changed);
         self.update(changed);
     }
 

@@ -330,7 +330,22 @@ impl<M: Maps> Reconciler<M> {
         if self.usage().frontends + 1 + new_address > self.maps.capacity().frontends {
             return Ok(false);
         }
-        let Some(index) = self.records.take() else { return Ok(false) };
+        let Some(held) = self.make_frontend(name, key, table, rules)? else { return Ok(false) };
+        *self.addresses.entry(key.addr).or_default() += 1;
+        self.frontends.insert(key, held);
+        Ok(true)
+    }
+
+    /// A new record, and the entry that names it, perhaps in place of one that names another. Nothing
+    /// when there is no record left.
+    fn make_frontend(
+        &mut self,
+        name: &ServiceName,
+        key: FrontendKey,
+        table: Table,
+        rules: Rules,
+    ) -> Result<Option<HeldFrontend>, MapError> {
+        let Some(index) = self.records.take() else { return Ok(None) };
         self.generation += 1;
         let generation = self.generation;
         if let Err(error) = self.name(&key, index, generation, table, rules) {
@@ -338,12 +353,9 @@ impl<M: Maps> Reconciler<M> {
             self.records.give(index);
             return Err(error);
         }
-        *self.addresses.entry(key.addr).or_default() += 1;
         self.extents.acquire(table);
         let owner = name.clone();
-        let held = HeldFrontend { owner, index, generation, table, rules, named: true };
-        self.frontends.insert(key, held);
-        Ok(true)
+        Ok(Some(HeldFrontend { owner, index, generation, table, rules, named: true }))
     }
 
     /// Gives a frontend of another service a record of its own, with a generation of its own: what clients
@@ -355,17 +367,7 @@ impl<M: Maps> Reconciler<M> {
         table: Table,
         rules: Rules,
     ) -> Result<bool, MapError> {
-        let Some(index) = self.records.take() else { return Ok(false) };
-        self.generation += 1;
-        let generation = self.generation;
-        if let Err(error) = self.name(&key, index, generation, table, rules) {
-            // The entry still names the other record.
-            self.records.give(index);
-            return Err(error);
-        }
-        self.extents.acquire(table);
-        let owner = name.clone();
-        let held = HeldFrontend { owner, index, generation, table, rules, named: true };
+        let Some(held) = self.make_frontend(name, key, table, rules)? else { return Ok(false) };
         let Some(former) = self.frontends.insert(key, held) else { return Ok(true) };
         self.disown(&former.owner, &key);
         self.extents.release(former.table);
