@@ -3,7 +3,6 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::HashMap;
 use aya_ebpf::macros::btf_map;
-use mesh_common::affinity::pack;
 use mesh_common::datagram;
 use mesh_common::layout::counter;
 use mesh_common::{Limits, Origin, Pin, PinKey, State, Tables as _, Word};
@@ -21,9 +20,9 @@ static AFFINITY: HashMap<
 /// What [`pinned`] gives for none: no backend has this id.
 pub const NONE: u64 = u64::MAX;
 
-/// The backend that a client keeps ([`pack`]), whose time begins anew; [`NONE`] when it has none, or may
-/// not go on with it, and `chosen` is better. The backend's record can be used as long as this program
-/// runs: its id is another's only after a grace period.
+/// The backend that a client keeps ([`mesh_common::affinity::pack`]), whose time begins anew; [`NONE`]
+/// when it has none, or may not go on with it, and `chosen` is better. The backend's record can be used
+/// as long as this program runs: its id is another's only after a grace period.
 #[inline(never)]
 pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     let key = PinKey { client, service };
@@ -52,14 +51,14 @@ pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     packed
 }
 
-/// Notes which backend a client keeps from now on.
+/// Notes which backend ([`mesh_common::affinity::pack`]) a client keeps from now on.
 #[inline(never)]
 pub fn pin(client: u64, service: u64, timeout: u64, backend: u64) {
     let until = (jiffies() >> Origin::TIME_SHIFT) + timeout;
     let pin = Pin {
         client: Word::new(client),
         service: Word::new(service),
-        backend: Word::new(pack(backend as u32, (backend >> 32) as u32)),
+        backend: Word::new(backend),
         until: Word::new(until),
     };
     if AFFINITY.insert(PinKey { client, service }, &pin, u64::from(BPF_ANY)).is_err() {
