@@ -105,7 +105,7 @@ fn listen(place: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// All of very many. `MESH_CONNECTIONS=100000` for as many as the issue names, which takes 1 GiB.
+/// All of very many. `MESH_CONNECTIONS=100000` for those of a busy node, which takes 1 GiB.
 #[test]
 fn exact_when_there_are_many() -> Result<()> {
     let many = match std::env::var("MESH_CONNECTIONS") {

@@ -28,7 +28,7 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.step("tidy", || tidy::check(workspace))?;
     times.step("clippy", || clippy_host(workspace))?;
     times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
-    times.step("test", || test::run(workspace, None, &[], yes))?;
+    times.step("test", || test::run(workspace, &test::Selection::default(), yes))?;
     times.step("kernels", || kernels::run(workspace, None, yes))?;
     times.step("demo", || {
         process::run(&mut test::program(workspace, "mesh-demo", Profile::Dev, &[], yes)?)

@@ -61,11 +61,8 @@ enum Task {
     /// Works in network namespaces and cgroups of its own, and fails when one of them is left
     /// behind.
     Test {
-        /// Only tests whose name contains this.
-        filter: Option<String>,
-        /// For the test programs, for instance `-- --nocapture`.
-        #[arg(last = true)]
-        arguments: Vec<String>,
+        #[command(flatten)]
+        selection: test::Selection,
     },
     /// Boot older kernels in an emulator and see the agent balance there.
     Kernels {
@@ -125,9 +122,7 @@ fn run(cli: Cli) -> Result<()> {
             println!("{}", agent.display());
             Ok(())
         }
-        Task::Test { filter, arguments } => {
-            test::run(workspace, filter.as_deref(), &arguments, yes)
-        }
+        Task::Test { selection } => test::run(workspace, &selection, yes),
         Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
         Task::Tidy => tidy::check(workspace),
         Task::Demo { arguments } => {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
@@ -21,18 +22,49 @@ const BINARIES_VARIABLE: &str = "MESH_TEST_BIN_DIR";
 /// the second name.
 const CLIENT: (&str, &str) = ("mesh-client", "mesh-client-static");
 
-/// Builds everything and runs the tests whose name contains `filter`.
+/// The test program that runs every interleaving: built in a way of its own.
+const MODELS: &str = "loom";
+
+/// Which tests.
+#[derive(Default, clap::Args)]
+pub(crate) struct Selection {
+    /// Only this test program: a name in tests/tests, for instance `churn`, or `loom` for the models.
+    #[arg(long = "test", value_name = "PROGRAM")]
+    program: Option<String>,
+    /// Only tests whose name contains this.
+    filter: Option<String>,
+    /// For the test programs, for instance `-- --nocapture`.
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
+impl Selection {
+    /// Whether the models are among them, and whether anything else is.
+    fn kinds(&self) -> (bool, bool) {
+        let program = self.program.as_deref();
+        (program.is_none_or(|name| name == MODELS), program != Some(MODELS))
+    }
+
+    /// Adds the filter and the arguments to a `cargo test`.
+    fn narrow(&self, cargo: &mut Command) {
+        cargo.args(&self.filter);
+        if !self.arguments.is_empty() {
+            cargo.arg("--").args(&self.arguments);
+        }
+    }
+}
+
+/// Builds everything and runs the tests that are selected.
 ///
 /// # Errors
 ///
 /// When not root, when something does not build, when a test fails, or when the tests left
 /// something on the machine.
-pub(crate) fn run(
-    workspace: &Workspace,
-    filter: Option<&str>,
-    arguments: &[String],
-    yes: bool,
-) -> Result<()> {
+pub(crate) fn run(workspace: &Workspace, selection: &Selection, yes: bool) -> Result<()> {
+    let (models, others) = selection.kinds();
+    if !others {
+        return process::step("checking the models", || run_models(workspace, selection));
+    }
     process::require_root("`cargo xtask test`")?;
     let compiler = setup::ensure(workspace, &[Group::Build, Group::Show, Group::Test], yes)?;
     let profile = Profile::Dev;
@@ -45,15 +77,18 @@ pub(crate) fn run(
     let before = Leftovers::now(&workspace.target)?;
     let mut cargo = ebpf::host_cargo(workspace);
     cargo.args(["test", "--workspace", "--exclude", "mesh-ebpf", "--no-fail-fast"]);
-    cargo.args(filter);
-    if !arguments.is_empty() {
-        cargo.arg("--").args(arguments);
+    if let Some(program) = &selection.program {
+        cargo.args(["--test", program]);
     }
+    selection.narrow(&mut cargo);
     cargo.env(AGENT_VARIABLE, &agent).env(BINARIES_VARIABLE, &binaries);
     let tests = process::step("running the tests", || process::run(&mut cargo));
     let leftovers = before.assert_none_since();
-    let models = process::step("checking the models", || models(workspace, filter, arguments));
-    tests.and(leftovers).and(models)
+    let ended = tests.and(leftovers);
+    if !models {
+        return ended;
+    }
+    ended.and(process::step("checking the models", || run_models(workspace, selection)))
 }
 
 /// Runs what `mesh-common` shares between programs under every interleaving.
@@ -61,15 +96,12 @@ pub(crate) fn run(
 /// In a target directory of its own: all that it is built from is compiled with loom's flag, and
 /// cargo would otherwise build everything again at each change. Optimised, because it runs tens of
 /// thousands of executions.
-fn models(workspace: &Workspace, filter: Option<&str>, arguments: &[String]) -> Result<()> {
+fn run_models(workspace: &Workspace, selection: &Selection) -> Result<()> {
     let mut cargo = process::cargo();
     cargo.current_dir(&workspace.root);
-    cargo.args(["test", "--package", "mesh-common", "--release", "--test", "loom"]);
+    cargo.args(["test", "--package", "mesh-common", "--release", "--test", MODELS]);
     cargo.arg("--target-dir").arg(workspace.target.join("loom"));
-    cargo.args(filter);
-    if !arguments.is_empty() {
-        cargo.arg("--").args(arguments);
-    }
+    selection.narrow(&mut cargo);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", "--cfg=loom");
     process::run(&mut cargo)
 }
@@ -86,12 +118,12 @@ pub(crate) fn program(
     profile: Profile,
     arguments: &[String],
     yes: bool,
-) -> Result<std::process::Command> {
+) -> Result<Command> {
     process::require_root("this")?;
     let compiler = setup::ensure(workspace, &[Group::Build, Group::Show], yes)?;
     let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
     let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
-    let mut command = std::process::Command::new(binaries.join(name));
+    let mut command = Command::new(binaries.join(name));
     command.args(arguments).env(AGENT_VARIABLE, agent).env(BINARIES_VARIABLE, binaries);
     process::clean(&mut command);
     Ok(command)
