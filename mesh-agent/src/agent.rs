@@ -94,7 +94,8 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     spawn(&mut tasks, "the kernel programs' events", watch);
     let journal = Journal::default();
     let inputs = Inputs { sources, findings, observed };
-    let (auditor, audit) = Auditor::new(records, cancel.clone());
+    let grace = Arc::new(grace);
+    let (auditor, audit) = Auditor::new(records, Arc::clone(&grace), cancel.clone());
     spawn(&mut tasks, "the audit", audit);
     spawn(&mut tasks, "exclusions", exclude(exclusions, Arc::clone(&config), cancel.clone()));
     let pinned = pins.used();

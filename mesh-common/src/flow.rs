@@ -106,6 +106,65 @@ impl Held {
     }
 }
 
+/// Where the records of sockets are: one word of `SETTINGS`, which the agent writes.
+///
+/// The table can grow while sockets have records in it. A socket that connects from then on has its record
+/// at the place among so many more; what was recorded before stays where it is until it is released, so
+/// whoever looks for a record looks at both places, until the agent has seen that no record is left at a
+/// place that it would not be given now.
+///
+/// ```text
+/// 63                          32 31                           0
+/// [ records when it last settled ] [ records, a power of two   ]
+/// ```
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Places(pub u64);
+
+impl Places {
+    /// A table of `records`, a power of two, in which every record is at its place.
+    #[must_use]
+    pub const fn settled(records: u32) -> Self {
+        Self::grown(records, records)
+    }
+
+    /// A table that had `former` records, and now has `records`.
+    #[must_use]
+    pub const fn grown(former: u32, records: u32) -> Self {
+        Self((former as u64) << 32 | records as u64)
+    }
+
+    /// Where the socket with this cookie has its record, if it connects now.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(self, cookie: u64) -> u32 {
+        Self::masked(cookie, self.0 & Self::LOW)
+    }
+
+    /// Where else it may have one, from before the table grew.
+    #[inline(always)]
+    #[must_use]
+    pub const fn former(self, cookie: u64) -> Option<u32> {
+        let place = Self::masked(cookie, self.0 >> 32);
+        if place == self.of(cookie) { None } else { Some(place) }
+    }
+
+    /// Whether records may be at former places.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_former(self) -> bool {
+        self.0 >> 32 != self.0 & Self::LOW
+    }
+
+    const LOW: u64 = u32::MAX as u64;
+
+    #[expect(clippy::cast_possible_truncation, reason = "it is below the number of records")]
+    #[inline(always)]
+    const fn masked(cookie: u64, records: u64) -> u32 {
+        (cookie & records.wrapping_sub(1)) as u32
+    }
+}
+
 /// A record of `FLOWS`.
 ///
 /// `held` is shared, as the table above says. Everything else is written by the connect program

@@ -10,7 +10,7 @@ use crate::{Addr, Affinity, Algorithm, Policy, Word, maglev};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -408,6 +408,8 @@ pub struct Settings {
     pub virtual_ips: Word,
     /// 1 while anybody is excluded; while it is 0 nobody is looked for.
     pub excludes: Word,
+    /// [`crate::Places`]: where the records of sockets are.
+    pub places: Word,
     /// Ids of cgroups that are excluded, with all below them; 0 is none.
     pub cgroups: [Word; Self::EXCLUDED],
     /// Cookies of network namespaces that are excluded; 0 is none.
@@ -475,7 +477,7 @@ const _: () = {
     assert!(size_of::<Slot>() == 40);
     assert!(size_of::<Backend>() == 32);
     #[cfg(not(loom))]
-    assert!(size_of::<Settings>() == 144);
+    assert!(size_of::<Settings>() == 152);
     assert!(Reason::ALL.len() <= counter::NO_FLOW_RECORD as usize);
 };
 

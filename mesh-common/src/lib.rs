@@ -37,12 +37,12 @@ pub use affinity::{Affinity, Pin, PinKey};
 pub use balance::Algorithm;
 pub use ejection::{Client, Ejection, Policy, Token};
 pub use event::Event;
-pub use flow::{Flow, Given, Held, Origin, Role};
+pub use flow::{Flow, Given, Held, Origin, Places, Role};
 pub use layout::{
     ABI_VERSION, Backend, Elsewhere, FrontendKey, FrontendValue, Protocol, Reason, Service,
     Settings, Slot, State, Table,
 };
-pub use limits::Limits;
+pub use limits::{Limits, chunk};
 pub use stats::{BackendStats, Failure, ServiceStats};
 pub use translate::{Caller, Choice, Tables, Verdict, translate};
 pub use word::Word;

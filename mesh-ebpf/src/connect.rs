@@ -21,8 +21,8 @@ use mesh_common::{
 
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{
-    BACKEND_STATS, BACKENDS, Maps, OUT, SERVICES, cgroup, chance, count, count_refused, enter,
-    excludes, jiffies, mesh_excluded, octets,
+    BACKEND_STATS, BACKENDS, Maps, OUT, Records as _, SERVICES, cgroup, chance, count,
+    count_refused, enter, excludes, jiffies, mesh_excluded, octets,
 };
 use crate::{affinity, datagram, events, records, sock};
 
@@ -173,10 +173,10 @@ pub fn steer<F: Family>(
     let (ctx, Choice { slot, service, mut token }) = (connecting.ctx, choice);
     let (mut addr, mut port) = (slot.addr, slot.port);
     let (mut backend, mut generation) = (slot.backend, slot.generation);
-    let record = SERVICES.get(service)?;
+    let record = SERVICES.at(service)?;
     if record.affinity().is_on() {
         let kept = keep(ctx, service, pack(backend, generation));
-        if let Some(there) = BACKENDS.get(kept as u32)
+        if let Some(there) = BACKENDS.at(kept as u32)
             && kept as u32 != backend
         {
             if token.is_some() {
@@ -206,7 +206,7 @@ pub fn steer<F: Family>(
         token,
     };
     // Opened before it can end.
-    if let Some(stats) = BACKEND_STATS.get(backend) {
+    if let Some(stats) = BACKEND_STATS.at(backend) {
         stats.opened.increment();
     }
     let held = Held::new(cookie, backend, token.is_some());
@@ -217,7 +217,7 @@ pub fn steer<F: Family>(
 /// ([`pack`]).
 #[inline(never)]
 fn keep(ctx: &SockAddrContext, service: u32, chosen: u64) -> u64 {
-    let Some(service) = SERVICES.get(service) else { return chosen };
+    let Some(service) = SERVICES.at(service) else { return chosen };
     let (affinity, generation) = (service.affinity(), service.generation());
     // Retired just now.
     if generation == 0 {
@@ -239,7 +239,7 @@ fn keep(ctx: &SockAddrContext, service: u32, chosen: u64) -> u64 {
 /// A connection that nobody will see end.
 #[inline(never)]
 pub fn end_unrecorded(backend: u32, token: Token) {
-    if let Some(stats) = BACKEND_STATS.get(backend) {
+    if let Some(stats) = BACKEND_STATS.at(backend) {
         stats.end(token, || Maps.now());
     }
 }
@@ -247,7 +247,7 @@ pub fn end_unrecorded(backend: u32, token: Token) {
 /// A token that is not used.
 #[inline(never)]
 pub fn give_back(backend: u32, token: Token) {
-    if let Some(stats) = BACKEND_STATS.get(backend) {
+    if let Some(stats) = BACKEND_STATS.at(backend) {
         let now = Maps.now();
         change(&stats.ejection, |ejection| ejection.give_back(token, now));
     }

@@ -23,7 +23,8 @@ use mesh_common::{
 use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, is_excluded, refuse, steer};
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{
-    BACKEND_STATS, BACKENDS, Maps, OVERFLOW, SERVICES, count, counter, excludes, jiffies, serves,
+    BACKEND_STATS, BACKENDS, Maps, OVERFLOW, Records as _, SERVICES, count, counter, excludes,
+    jiffies, serves,
 };
 use crate::{lifecycle, records};
 
@@ -96,7 +97,7 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
             if index == 0 && records::role(own).is_connected() {
                 let index = records::role(own).service();
                 // It may be another frontend's by now.
-                let is_ours = SERVICES.get(index).is_some_and(|service| service.key == key);
+                let is_ours = SERVICES.at(index).is_some_and(|service| service.key == key);
                 let service = if is_ours { index } else { u32::MAX };
                 return refuse_datagram(ctx, &key, Reason::NoEndpoint as u32, service);
             }
@@ -161,9 +162,9 @@ fn way(flow: *mut Flow) -> Way {
     let given = records::given(flow);
     let held = Held(records::held(flow).load());
     let id = held.backend();
-    let Some(stats) = BACKEND_STATS.get(id) else { return Way::None };
-    let Some(backend) = BACKENDS.get(id) else { return Way::None };
-    let Some(service) = SERVICES.get(given.role.service()) else { return Way::None };
+    let Some(stats) = BACKEND_STATS.at(id) else { return Way::None };
+    let Some(backend) = BACKENDS.at(id) else { return Way::None };
+    let Some(service) = SERVICES.at(given.role.service()) else { return Way::None };
     // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
     // it has here.
     let most = unsafe { (&raw const DATAGRAM_IDLE).read_volatile() };
@@ -190,7 +191,7 @@ fn way(flow: *mut Flow) -> Way {
 #[inline(always)]
 fn leads<F: Family>(ctx: &SockAddrContext, flow: *mut Flow) -> bool {
     let id = Held(records::held(flow).load()).backend();
-    let Some(backend) = BACKENDS.get(id) else { return false };
+    let Some(backend) = BACKENDS.at(id) else { return false };
     if !F::set_addr(ctx, backend.addr) {
         return false;
     }
@@ -237,7 +238,7 @@ fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn is_from(flow: *mut Flow, addr: &Addr, port: u16) -> bool {
     let id = Held(records::held(flow).load()).backend();
-    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
+    let (Some(stats), Some(backend)) = (BACKEND_STATS.at(id), BACKENDS.at(id)) else {
         return false;
     };
     backend.port == port && backend.addr == *addr && stats.is_life(records::generation(flow))
@@ -382,7 +383,7 @@ fn end_one(cookie: u64, index: u64) {
         records.decrement();
     }
     let token = if held.has_token() { token } else { Token::NONE };
-    if let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|stats| stats.is_life(generation))
+    if let Some(stats) = BACKEND_STATS.at(held.backend()).filter(|stats| stats.is_life(generation))
     {
         stats.end(token, || Maps.now());
     }
@@ -419,7 +420,7 @@ fn end_rest(cookie: u64) -> bool {
         end_further(cookie, more);
     }
     let held = Held(records::held(flow).load());
-    let matters = BACKEND_STATS.get(held.backend()).is_some_and(|s| s.awaits_success(held));
+    let matters = BACKEND_STATS.at(held.backend()).is_some_and(|s| s.awaits_success(held));
     if matters && records::role(flow).is_connected() && !held.is_told() {
         return true;
     }

@@ -7,12 +7,18 @@ use mesh_common::{
     BackendStats, Elsewhere, Flow, Given, Held, Origin, Role, Tables as _, Token, Word, flow,
 };
 
-use crate::maps::{self, BACKEND_STATS, FLOWS, Maps, OVERFLOW, count, counter};
+use crate::maps::{self, BACKEND_STATS, FLOWS, Maps, OVERFLOW, Records as _, count, counter};
 
-/// Where a socket's record is, or would be.
+/// Where a socket's record is that it has now, or would have.
 #[inline(always)]
 fn place(cookie: u64) -> Option<*mut Flow> {
-    FLOWS.get_ptr_mut(maps::place(cookie))
+    FLOWS.at_mut(maps::places().of(cookie))
+}
+
+/// Where it may be from before the table grew.
+#[inline(always)]
+fn former_place(cookie: u64) -> Option<*mut Flow> {
+    FLOWS.at_mut(maps::places().former(cookie)?)
 }
 
 /// The key of a record whose place was taken.
@@ -79,11 +85,22 @@ pub fn token(flow: *mut Flow) -> Token {
     unsafe { (&raw const (*flow).given.token).read_volatile() }
 }
 
+/// Whether a socket may have a record anywhere but at its place.
+#[inline(always)]
+fn scattered() -> bool {
+    overflowed() || maps::places().has_former()
+}
+
 /// The record of the socket with this cookie.
 #[inline(always)]
 pub fn find(cookie: u64) -> Option<*mut Flow> {
     let flow = place(cookie)?;
     if Held(held(flow).load()).is_of(cookie) {
+        return Some(flow);
+    }
+    if let Some(flow) = former_place(cookie)
+        && Held(held(flow).load()).is_of(cookie)
+    {
         return Some(flow);
     }
     if !overflowed() {
@@ -97,7 +114,7 @@ pub fn find(cookie: u64) -> Option<*mut Flow> {
 pub fn record(cookie: u64, mine: &Flow) -> bool {
     let Some(flow) = place(cookie) else { return false };
     // A socket's first connect finds its place free, and no record elsewhere.
-    if held(flow).load() != 0 || overflowed() {
+    if held(flow).load() != 0 || scattered() {
         end_before(cookie);
     }
     if flow::claim(held(flow)) == flow::Claim::Taken {
@@ -144,11 +161,18 @@ pub struct Released {
     pub token: Token,
 }
 
+/// Whether this record of the socket is in `FLOWS`. When the table settles between the search and this, it
+/// is none of the socket's any more, in either table.
+#[inline(always)]
+fn is_in_array(flow: *mut Flow, cookie: u64) -> bool {
+    place(cookie) == Some(flow) || former_place(cookie) == Some(flow)
+}
+
 /// Releases this record, which is where the socket with this cookie has its own.
 #[inline(always)]
 pub fn release(flow: *mut Flow, cookie: u64) -> Option<Released> {
     let (generation, token) = (generation(flow), token(flow));
-    let held = if place(cookie) == Some(flow) {
+    let held = if is_in_array(flow, cookie) {
         flow::release(held(flow), cookie)?
     } else {
         // An element of a hash map can be another socket's at any time, so its word decides nothing:
@@ -159,7 +183,7 @@ pub fn release(flow: *mut Flow, cookie: u64) -> Option<Released> {
         }
         held
     };
-    let stats = BACKEND_STATS.get(held.backend()).filter(|stats| stats.is_life(generation))?;
+    let stats = BACKEND_STATS.at(held.backend()).filter(|stats| stats.is_life(generation))?;
     Some(Released { held, stats, token: if held.has_token() { token } else { Token::NONE } })
 }
 

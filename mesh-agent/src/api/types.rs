@@ -155,6 +155,9 @@ pub struct Status {
     pub sources: Vec<Source>,
     /// Maps.
     pub maps: Vec<Map>,
+    /// Memory of the agent and its maps.
+    #[serde(default)]
+    pub memory: Memory,
     /// Counters of the data plane since the programs were loaded.
     pub counters: Counters,
     /// What the last audit of records found; `null` before the first.
@@ -233,8 +236,20 @@ pub struct Map {
     pub name: String,
     /// Entries used.
     pub used: u64,
+    /// Entries for which there is memory now.
+    #[serde(default)]
+    pub size: u64,
     /// Entries it can hold.
     pub max: u64,
+}
+
+/// Memory, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Debug, Default)]
+pub struct Memory {
+    /// Anonymous memory of the agent that is resident.
+    pub anonymous: u64,
+    /// What the kernel has taken for the maps.
+    pub maps: u64,
 }
 
 /// Counters of the data plane.

@@ -8,10 +8,14 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::{Audit, Record, Report};
-use crate::dataplane::records::Records;
+use crate::dataplane::kernel::Grace;
+use crate::dataplane::records::{Records, Used};
 
 /// How often it is made by itself.
 const INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often it is looked whether the table of records is too small.
+const CROWDED: Duration = Duration::from_secs(1);
 
 /// What the last pass found, and how it was dealt with.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -45,12 +49,13 @@ impl Auditor {
     /// The auditor, and its work until `cancel`.
     pub fn new(
         records: Records,
+        grace: Arc<Grace>,
         cancel: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let records = Arc::new(Mutex::new(records));
         let (asks, asked) = mpsc::channel(8);
         let (told, last) = watch::channel(None);
-        let work = work(Arc::clone(&records), asked, told, cancel);
+        let work = work(Arc::clone(&records), grace, asked, told, cancel);
         (Self { records, asks, last }, work)
     }
 
@@ -79,17 +84,16 @@ impl Auditor {
         lock(&self.records).still(record)
     }
 
-    /// How many records are in use in each of the two tables, and how many each holds.
+    /// How many records are in use in each of the two tables.
     #[must_use]
-    pub fn used(&self) -> [(u32, u32); 2] {
-        let records = lock(&self.records);
-        let (array, overflow) = records.used();
-        [(array, records.capacity()), (overflow, records.capacity())]
+    pub fn used(&self) -> [Used; 2] {
+        lock(&self.records).used()
     }
 }
 
 async fn work(
     records: Shared,
+    grace: Arc<Grace>,
     mut asked: mpsc::Receiver<oneshot::Sender<Audited>>,
     told: watch::Sender<Option<Audited>>,
     cancel: CancellationToken,
@@ -100,12 +104,19 @@ async fn work(
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first is due at once.
     tick.tick().await;
+    let mut look = tokio::time::interval(CROWDED);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let asker = tokio::select! {
             () = cancel.cancelled() => return,
+            _ = look.tick() => {
+                grow(&records).await;
+                continue;
+            }
             _ = tick.tick() => None,
             Some(asker) = asked.recv() => Some(asker),
         };
+        settle(&records, &grace).await;
         let snapshot = lock(&records).snapshot();
         let still = |record: &_| lock(&records).still(record);
         let pass = cancel.run_until_cancelled(audit.pass(snapshot, still));
@@ -130,6 +141,36 @@ async fn work(
             // Whoever asked may have gone.
             let _ = asker.send(audited);
         }
+    }
+}
+
+/// Makes the table of records larger when that is due.
+async fn grow(records: &Shared) {
+    if !lock(records).is_crowded() {
+        return;
+    }
+    let growing = Arc::clone(records);
+    // The kernel clears the memory, and waits for running programs.
+    match tokio::task::spawn_blocking(move || lock(&growing).grow()).await {
+        Ok(Ok((from, to))) => tracing::info!(from, to, "the table of records of sockets has grown"),
+        Ok(Err(error)) => tracing::warn!(
+            %error,
+            "the table of records of sockets cannot grow; further ones go to OVERFLOW"
+        ),
+        // It panicked, and has said so.
+        Err(_) => {}
+    }
+}
+
+/// Ends that programs look for records where they were before the table grew, when none is there.
+async fn settle(records: &Shared, grace: &Arc<Grace>) {
+    if !lock(records).has_former() {
+        return;
+    }
+    let (records, grace) = (Arc::clone(records), Arc::clone(grace));
+    let settling = move || grace.wait().map(|()| lock(&records).settle());
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(settling).await {
+        tracing::warn!(%error, "waiting for running programs");
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::output::{Style, age, brief, clean, coloured, lines, number, text};
 use crate::api::types::{
-    Answer, Audit, Backend, Connection, Explanation, Frontend, Service, Status,
+    Answer, Audit, Backend, Connection, Explanation, Frontend, Memory, Service, Status,
 };
 use crate::check::Check;
 
@@ -162,6 +162,9 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
         |last| format!("{} ago: {}", age(&last.time, now), last.error),
     );
     head.row([text("last error"), text(last_error)]);
+    let Memory { anonymous, maps } = status.memory;
+    let memory = format!("{} of the agent, {} of maps", mebibytes(anonymous), mebibytes(maps));
+    head.row([text("memory"), text(memory)]);
     let mut out = head.finish();
 
     let mut programs = style.list(&["PROGRAM", "HOOK", "ATTACHED"]);
@@ -179,10 +182,11 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
             lines(source.error.as_deref().unwrap_or("-")),
         ]);
     }
-    let mut maps = style.list(&["MAP", "USED", "MAX", "FULL"]);
+    let mut maps = style.list(&["MAP", "USED", "SIZE", "MAX", "FULL"]);
     for map in &status.maps {
         let full = (map.used * 100).checked_div(map.max).unwrap_or(0);
-        maps.row([text(&map.name), number(map.used), number(map.max), number(format!("{full}%"))]);
+        let [used, size, max] = [map.used, map.size, map.max].map(number);
+        maps.row([text(&map.name), used, size, max, number(format!("{full}%"))]);
     }
     let mut counters = style.list(&["CONNECTS", "COUNT"]);
     counters.row([text("balanced"), number(status.counters.balanced)]);
@@ -206,6 +210,10 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
         out.push_str(&part.finish());
     }
     out
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// `explain`.

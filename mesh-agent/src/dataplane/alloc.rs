@@ -2,14 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// Ids from 0 up to a limit. An id that was given back is used again as late as possible: fresh
-/// ids come first, then the one that has been free for longest.
+/// Ids from 0 up to a limit. An id that was given back rests until [`RESTING`] others were, or no fresh
+/// one is left: what is late for its former life is then rare, and the ids in use stay few, since the
+/// arrays that they name grow with the highest.
 #[derive(Debug)]
 pub struct IdPool {
     limit: u32,
     fresh: u32,
     free: VecDeque<u32>,
 }
+
+/// How many ids that were given back are kept while there are fresh ones.
+const RESTING: u32 = 1_024;
 
 impl IdPool {
     /// A pool of `limit` ids.
@@ -19,7 +23,7 @@ impl IdPool {
 
     /// Takes an id; nothing when all are in use.
     pub fn take(&mut self) -> Option<u32> {
-        if self.fresh < self.limit {
+        if self.fresh < self.limit && self.free.len() < RESTING as usize {
             self.fresh += 1;
             return Some(self.fresh - 1);
         }
@@ -124,6 +128,23 @@ mod tests {
         pool.give(1);
         assert_eq!((pool.take(), pool.take(), pool.take()), (Some(2), Some(0), Some(1)));
         assert_eq!((pool.take(), pool.used()), (None, 3));
+    }
+
+    #[test]
+    fn not_more_rest_than_have_to() {
+        let mut pool = IdPool::new(100_000);
+        for _ in 0..RESTING {
+            pool.take();
+        }
+        for id in 0..RESTING {
+            pool.give(id);
+        }
+        // One after the other, as a service changes its endpoints: no fresh id is needed any more.
+        for _ in 0..50_000 {
+            let id = pool.take().expect("an id");
+            assert!(id <= RESTING, "{id}");
+            pool.give(id);
+        }
     }
 
     proptest! {

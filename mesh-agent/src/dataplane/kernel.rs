@@ -10,10 +10,11 @@ use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::latency::Latency;
 use mesh_common::{
-    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Origin, Service,
-    ServiceStats, Settings, Slot, Table, Tables, Word,
+    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Limits, Origin,
+    Service, ServiceStats, Settings, Slot, Table, Tables, Word, chunk,
 };
 
+use super::chunks::Chunks;
 use super::clock;
 use super::maps::{Capacity, Counts, MapError, Maps, Refused};
 use super::sys::{Flat, Mapped};
@@ -58,12 +59,12 @@ pub enum OpenError {
 /// The kernel's maps. There is one owner: the reconciler.
 pub struct KernelMaps {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
-    services: Mapped<Service>,
-    slots: Mapped<Slot>,
-    backends: Mapped<Backend>,
-    stats: Mapped<BackendStats>,
-    latencies: Mapped<Word>,
-    service_stats: Mapped<ServiceStats>,
+    services: Chunks<Service>,
+    slots: Chunks<Slot>,
+    backends: Chunks<Backend>,
+    stats: Chunks<BackendStats>,
+    latencies: Chunks<Word>,
+    service_stats: Chunks<ServiceStats>,
     settings: Mapped<Settings>,
     virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
     counters: Mapped<Word>,
@@ -71,35 +72,30 @@ pub struct KernelMaps {
 }
 
 impl KernelMaps {
-    /// Takes the maps out of a loaded object.
+    /// Takes the maps out of a loaded object. They will hold as much as `limits` says.
     ///
     /// # Errors
     ///
-    /// When a map is missing or has another layout than this agent's.
-    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
+    /// When a map is missing or has another layout than this agent's, or cannot be made.
+    pub fn open(ebpf: &mut Ebpf, limits: Limits) -> Result<Self, OpenError> {
         let (frontends, entries) = sized(ebpf, "FRONTENDS", HashMap::try_from)?;
         let (virtual_ips, ranges) = sized(ebpf, "VIRTUAL_IPS", LpmTrie::try_from)?;
-        let services: Mapped<Service> = mapped(ebpf, "SERVICES")?;
-        let slots: Mapped<Slot> = mapped(ebpf, "SLOTS")?;
-        let backends: Mapped<Backend> = mapped(ebpf, "BACKENDS")?;
-        let stats: Mapped<BackendStats> = mapped(ebpf, "BACKEND_STATS")?;
-        let latencies: Mapped<Word> = mapped(ebpf, "LATENCIES")?;
-        let service_stats: Mapped<ServiceStats> = mapped(ebpf, "SERVICE_STATS")?;
         let capacity = Capacity {
             frontends: entries,
-            services: services.capacity().min(service_stats.capacity()),
-            slots: slots.capacity(),
-            backends: backends.capacity().min(stats.capacity()),
+            services: limits.frontends,
+            slots: limits.slots(),
+            backends: limits.backends,
             virtual_ips: ranges,
         };
+        let (services, backends) = (capacity.services, capacity.backends);
         Ok(Self {
             frontends,
-            services,
-            slots,
-            backends,
-            latencies,
-            stats,
-            service_stats,
+            services: Chunks::open(ebpf, "SERVICES", chunk::SERVICES, services)?,
+            service_stats: Chunks::open(ebpf, "SERVICE_STATS", chunk::SERVICES, services)?,
+            slots: Chunks::open(ebpf, "SLOTS", chunk::SLOTS, capacity.slots)?,
+            backends: Chunks::open(ebpf, "BACKENDS", chunk::BACKENDS, backends)?,
+            stats: Chunks::open(ebpf, "BACKEND_STATS", chunk::BACKENDS, backends)?,
+            latencies: Chunks::open(ebpf, "LATENCIES", chunk::BACKENDS, backends)?,
             settings: mapped(ebpf, "SETTINGS")?,
             virtual_ips,
             counters: mapped(ebpf, "COUNTERS")?,
@@ -111,6 +107,16 @@ impl KernelMaps {
     /// [`mesh_common::Reason`].
     pub fn counter(&self, index: u32) -> u64 {
         self.counters.get(index).map_or(0, Word::load)
+    }
+
+    /// For how many entries there is memory now.
+    pub fn sizes(&self) -> Capacity {
+        Capacity {
+            services: self.services.size(),
+            slots: self.slots.size(),
+            backends: self.backends.size(),
+            ..self.capacity
+        }
     }
 
     /// What is known of failures of a backend, to change it.
@@ -173,8 +179,8 @@ fn map_error(operation: &'static str) -> impl FnOnce(aya::maps::MapError) -> Map
     }
 }
 
-/// Names the mapped array in which a write did not fit.
-fn out_of_range(operation: &'static str) -> impl FnOnce(io::Error) -> MapError {
+/// Names the array for which there was no room, or in which a write did not fit.
+fn no_room(operation: &'static str) -> impl FnOnce(io::Error) -> MapError {
     move |source| MapError { operation, source }
 }
 
@@ -185,12 +191,13 @@ impl Maps for KernelMaps {
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
         let records = std::slice::from_ref(backend);
-        self.backends.write(id, records).map_err(out_of_range("writing BACKENDS"))
+        self.backends.write(id, records).map_err(no_room("writing BACKENDS"))
     }
 
     fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
         let stats = [BackendStats::default()];
-        self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
+        self.stats.write(id, &stats).map_err(no_room("writing BACKEND_STATS"))?;
+        self.latencies.reach(id.saturating_add(1)).map_err(no_room("writing LATENCIES"))?;
         if let Some(latency) = self.latencies.get(id) {
             latency.store(0);
         }
@@ -213,7 +220,7 @@ impl Maps for KernelMaps {
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
-        self.slots.write(base, slots).map_err(out_of_range("writing SLOTS"))
+        self.slots.write(base, slots).map_err(no_room("writing SLOTS"))
     }
 
     fn write_service(
@@ -234,8 +241,8 @@ impl Maps for KernelMaps {
             affinity: Word::new(rules.affinity.0),
         }];
         let stats = [ServiceStats::default()];
-        self.service_stats.write(index, &stats).map_err(out_of_range("writing SERVICE_STATS"))?;
-        self.services.write(index, &record).map_err(out_of_range("writing SERVICES"))
+        self.service_stats.write(index, &stats).map_err(no_room("writing SERVICE_STATS"))?;
+        self.services.write(index, &record).map_err(no_room("writing SERVICES"))
     }
 
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {

@@ -232,22 +232,12 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     let half_life = clock::half_life();
     let limits = options.limits;
     let mut loader = EbpfLoader::new();
-    for (map, entries) in [
-        ("FRONTENDS", limits.frontends),
-        ("SERVICES", limits.frontends),
-        ("SERVICE_STATS", limits.frontends),
-        ("SLOTS", limits.slots()),
-        ("BACKENDS", limits.backends),
-        ("BACKEND_STATS", limits.backends),
-        ("LATENCIES", limits.backends),
-        ("AFFINITY", limits.pins),
-        ("FLOWS", limits.records),
-        ("OVERFLOW", limits.records),
-    ] {
+    for (map, entries) in
+        [("FRONTENDS", limits.frontends), ("AFFINITY", limits.pins), ("OVERFLOW", limits.records)]
+    {
         loader.map_max_entries(map, entries);
     }
     let mut ebpf = loader
-        .override_global("RECORDS", &limits.records, true)
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global(aya_log::LEVEL, &level, false)
         .override_global("SALT", &salt, true)
@@ -265,8 +255,8 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
         load_tracer(&mut ebpf, program, tracer, &btf)
             .map_err(|source| LoadError::Program { program, source: Box::new(source) })?;
     }
-    let records = Records::open(&mut ebpf)?;
-    let maps = KernelMaps::open(&mut ebpf)?;
+    let records = Records::open(&mut ebpf, limits)?;
+    let maps = KernelMaps::open(&mut ebpf, limits)?;
     let grace = Grace::open(&mut ebpf)?;
     let exclusions = Exclusions::open(&ebpf)?;
     let pins = Pins::open(&mut ebpf)?;

@@ -3,9 +3,11 @@
 
 mod alloc;
 mod btf;
+mod chunks;
 pub mod clock;
 pub mod exclusions;
 pub mod fault;
+pub mod footprint;
 pub mod kernel;
 pub mod load;
 pub mod maps;

@@ -2,14 +2,18 @@
 //! exist, and to end those whose socket is gone.
 
 use std::collections::HashSet;
+use std::io;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::flow::release_seen;
 use mesh_common::layout::counter;
-use mesh_common::{BackendStats, Elsewhere, Flow, Given, Held, Token, Word};
+use mesh_common::{
+    BackendStats, Elsewhere, Flow, Given, Held, Limits, Places, Settings, Token, Word, chunk,
+};
 
+use super::chunks::Chunks;
 use super::clock;
 use super::kernel::{OpenError, mapped, typed};
 use super::sys::Mapped;
@@ -20,11 +24,17 @@ const WORDS: usize = size_of::<Flow>() / 8;
 
 /// All records.
 pub struct Records {
-    flows: Mapped<[Word; WORDS]>,
+    flows: Chunks<[Word; WORDS]>,
     overflow: HashMap<MapData, Elsewhere, [u64; WORDS]>,
-    stats: Mapped<BackendStats>,
+    stats: Chunks<BackendStats>,
     counters: Mapped<Word>,
+    settings: Mapped<Settings>,
 }
+
+/// The table grows when one in so many places was found taken.
+const CROWDED: u32 = 64;
+/// So many times as large.
+const GROWTH: u32 = 4;
 
 impl Records {
     /// Takes the maps out of a loaded object.
@@ -32,19 +42,75 @@ impl Records {
     /// # Errors
     ///
     /// When a map is missing or has another layout.
-    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
-        Ok(Self {
-            flows: mapped(ebpf, "FLOWS")?,
-            stats: mapped(ebpf, "BACKEND_STATS")?,
+    pub fn open(ebpf: &mut Ebpf, limits: Limits) -> Result<Self, OpenError> {
+        let records = Self {
+            flows: Chunks::open(ebpf, "FLOWS", chunk::FLOWS, limits.records)?,
+            stats: Chunks::look(ebpf, "BACKEND_STATS", chunk::BACKENDS, limits.backends)?,
             counters: mapped(ebpf, "COUNTERS")?,
+            settings: mapped(ebpf, "SETTINGS")?,
             overflow: typed(ebpf, "OVERFLOW", HashMap::try_from)?,
-        })
+        };
+        records.publish(Places::settled(records.flows.size()));
+        Ok(records)
     }
 
-    /// How many records the first array holds.
+    /// Tells the programs where records are: one store, after the chunks that it speaks of.
+    fn publish(&self, places: Places) {
+        if let Some(settings) = self.settings.get(0) {
+            settings.places.store(places.0);
+        }
+    }
+
+    fn places(&self) -> Places {
+        Places(self.settings.get(0).map_or(0, |settings| settings.places.load()))
+    }
+
+    /// Whether programs look for records at former places.
     #[must_use]
-    pub fn capacity(&self) -> u32 {
-        self.flows.capacity()
+    pub fn has_former(&self) -> bool {
+        self.places().has_former()
+    }
+
+    /// Whether the table should grow: records found their place taken, there may be more places, and none
+    /// is left where it was before the table grew the last time.
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
+        let overflowed = self.counters.get(counter::OVERFLOWED).map_or(0, Word::load);
+        let size = self.flows.size();
+        size < self.flows.limit() && !self.has_former() && overflowed > u64::from(size / CROWDED)
+    }
+
+    /// Makes the table larger. Sockets that connect from then on have their records at new places, and
+    /// programs look for the others at the former ones.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says to more chunks: then all is as before.
+    pub fn grow(&mut self) -> io::Result<(u32, u32)> {
+        let former = self.flows.size();
+        let size = former.saturating_mul(GROWTH).min(self.flows.limit());
+        self.flows.reach(size)?;
+        // Both are powers of two.
+        self.publish(Places::grown(former, size));
+        Ok((former, size))
+    }
+
+    /// Ends that programs look at former places, when no record is at one. The caller has waited for a
+    /// grace period since the table grew: no program makes a record at a former place any more.
+    pub fn settle(&self) {
+        let places = self.places();
+        if !places.has_former() {
+            return;
+        }
+        let misplaced = |place: &u32| {
+            self.flows.get(*place).is_some_and(|[held, ..]| {
+                let held = Held(held.load());
+                held.is_used() && places.of(held.cookie(*place)) != *place
+            })
+        };
+        if !(0..self.flows.size()).any(|place| misplaced(&place)) {
+            self.publish(Places::settled(self.flows.size()));
+        }
     }
 
     /// Every record in use, at some time during the call: a record is claimed and released while
@@ -52,11 +118,11 @@ impl Records {
     #[must_use]
     pub fn snapshot(&self) -> Vec<Record> {
         let mut records: Vec<Record> =
-            (0..self.flows.capacity()).filter_map(|place| self.at(place)).collect();
+            (0..self.flows.size()).filter_map(|place| self.at(place)).collect();
         if self.elsewhere() != 0 {
             // An element that is deleted meanwhile makes the kernel begin again, or end early; what
             // was missed is seen the next time, and what comes twice counts once.
-            let entries = self.overflow.iter().take(2 * self.flows.capacity() as usize);
+            let entries = self.overflow.iter().take(2 * self.flows.limit() as usize);
             let mut seen = HashSet::new();
             records.extend(
                 entries
@@ -126,6 +192,7 @@ impl Records {
         };
         let Some(held) = released else { return false };
         let given = given(words);
+        self.stats.follow(held.backend());
         if let Some(stats) = self.stats.get(held.backend())
             && stats.is_life(given.generation)
         {
@@ -153,14 +220,25 @@ impl Records {
     /// How many records are in use in each table: the array, and the one for those that found their
     /// place taken and for further ones of datagram sockets.
     #[must_use]
-    pub fn used(&self) -> (u32, u32) {
+    pub fn used(&self) -> [Used; 2] {
+        let size = self.flows.size();
         let in_use = |&place: &u32| {
             self.flows.get(place).is_some_and(|[held, ..]| Held(held.load()).is_used())
         };
-        let used = (0..self.flows.capacity()).filter(in_use).count();
-        let elsewhere = self.elsewhere();
-        (u32::try_from(used).unwrap_or(u32::MAX), u32::try_from(elsewhere).unwrap_or(u32::MAX))
+        let number = |used| u32::try_from(used).unwrap_or(u32::MAX);
+        let used = number((0..size).filter(in_use).count() as u64);
+        let overflow = Used { used: number(self.elsewhere()), size: self.flows.limit() };
+        [Used { used, size }, overflow]
     }
+}
+
+/// How full a table of records is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Used {
+    /// Records in use.
+    pub used: u32,
+    /// Records for which there is room now.
+    pub size: u32,
 }
 
 fn record(place: Place, cookie: u64, words: [u64; WORDS]) -> Record {

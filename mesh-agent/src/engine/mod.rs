@@ -131,7 +131,7 @@ impl Engine {
     pub fn prepare(
         config: &Arc<Config>,
         reconciler: Reconciler<KernelMaps>,
-        grace: Grace,
+        grace: Arc<Grace>,
         monitor: Monitor,
         inputs: Inputs,
         watchers: Watchers,
@@ -155,7 +155,7 @@ impl Engine {
             last_error: None,
             attachment: None,
             lost: None,
-            grace: Arc::new(grace),
+            grace,
             waiting: None,
             grace_pause: Pause::default(),
             retry: Pause::default(),

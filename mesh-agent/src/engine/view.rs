@@ -24,6 +24,7 @@ use crate::catalog::{self, Entry};
 use crate::compile;
 use crate::config::Config;
 use crate::dataplane::clock;
+use crate::dataplane::footprint;
 use crate::dataplane::load::{self, Attachment};
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::maps::{self, Counts};
@@ -129,7 +130,9 @@ impl View for Handle {
     }
 
     async fn status(&self) -> Result<types::Status, ViewError> {
-        self.ask(|engine| engine.status()).await
+        let status = self.ask(|engine| engine.status()).await?;
+        let memory = tokio::task::spawn_blocking(footprint::measure).await.unwrap_or_default();
+        Ok(types::Status { memory, ..status })
     }
 
     async fn audit(&self) -> Result<types::Audit, ViewError> {
@@ -312,6 +315,7 @@ impl Engine {
                 .collect(),
             sources: self.source_states(),
             maps: self.maps(),
+            memory: types::Memory::default(),
             counters: self.counters(),
             audit: self.auditor.last().map(|audited| audit(&audited)),
             last_error: self.last_error.as_ref().map(|(time, error)| types::LastError {
@@ -382,21 +386,25 @@ impl Engine {
     }
 
     fn maps(&self) -> Vec<types::Map> {
-        let (used, max) = (self.reconciler.usage(), self.reconciler.maps().capacity());
+        let (used, maps) = (self.reconciler.usage(), self.reconciler.maps());
+        let (size, max) = (maps.sizes(), maps.capacity());
         let [flows, overflow] = self.auditor.used();
+        let pinned = self.pinned.load(Ordering::Relaxed);
+        let limits = self.config.limits;
         [
-            ("FRONTENDS", used.frontends, max.frontends),
-            ("SERVICES", used.services, max.services),
-            ("SLOTS", used.slots, max.slots),
-            ("BACKENDS", used.backends, max.backends),
-            ("VIRTUAL_IPS", used.virtual_ips, max.virtual_ips),
-            ("FLOWS", flows.0, flows.1),
-            ("OVERFLOW", overflow.0, overflow.1),
-            ("AFFINITY", self.pinned.load(Ordering::Relaxed), self.config.limits.pins),
+            ("FRONTENDS", used.frontends, size.frontends, max.frontends),
+            ("SERVICES", used.services, size.services, max.services),
+            ("SLOTS", used.slots, size.slots, max.slots),
+            ("BACKENDS", used.backends, size.backends, max.backends),
+            ("VIRTUAL_IPS", used.virtual_ips, size.virtual_ips, max.virtual_ips),
+            ("FLOWS", flows.used, flows.size, limits.records),
+            ("OVERFLOW", overflow.used, overflow.size, limits.records),
+            ("AFFINITY", pinned, limits.pins, limits.pins),
         ]
-        .map(|(name, used, max)| types::Map {
+        .map(|(name, used, size, max)| types::Map {
             name: name.to_owned(),
             used: used.into(),
+            size: size.into(),
             max: max.into(),
         })
         .into()

@@ -226,3 +226,24 @@ fn peers_are_told_apart() {
     // 327,680 of 2^32: a random hash has 12.5 pairs.
     assert!(shared <= 30, "{shared} share a hash");
 }
+
+/// Who looks at the place of now and at the former one finds every record, whenever it was made.
+#[test]
+fn a_record_is_found_however_the_table_has_grown() {
+    let sizes =
+        [Places::settled(1 << 16), Places::grown(1 << 16, 1 << 18), Places::settled(1 << 18)];
+    for cookie in (1..5_000_000u64).step_by(4_099) {
+        let [before, growing, after] = sizes;
+        assert!(!before.has_former() && before.former(cookie).is_none());
+        // Made before it grew, and found after.
+        let made = before.of(cookie);
+        assert!(growing.of(cookie) == made || growing.former(cookie) == Some(made));
+        // Made since, and found when it has settled.
+        assert!(growing.has_former() && !after.has_former());
+        assert_eq!(growing.of(cookie), after.of(cookie));
+        // A record says by itself whose it is, at either place, so nobody takes it for another's.
+        let held = Held::new(cookie, 7, false);
+        assert_eq!(held.cookie(made), held.cookie(after.of(cookie)));
+        assert_eq!(held.cookie(made), cookie);
+    }
+}

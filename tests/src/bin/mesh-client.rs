@@ -1,7 +1,7 @@
 //! Clients for the tests: each prints what came of it as one line of JSON.
 
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
 use std::{fs, io};
@@ -43,6 +43,9 @@ enum Client {
         address: SocketAddr,
         /// How many.
         count: usize,
+        /// Of datagrams, from this address: its ports last for so many.
+        #[arg(long)]
+        datagrams_from: Option<IpAddr>,
     },
     /// How often each backend answers, or each error comes.
     Histogram {
@@ -92,7 +95,16 @@ fn main() -> Result<()> {
                 serde_json::to_string(&client::reconnect(first, second))
             }
             Client::Later { address } => return later(address),
-            Client::Hold { address, count } => return hold(address, count),
+            Client::Hold { address, count, datagrams_from: None } => {
+                return hold(count, || TcpStream::connect(address));
+            }
+            Client::Hold { address, count, datagrams_from: Some(from) } => {
+                return hold(count, || {
+                    let socket = UdpSocket::bind((from, 0))?;
+                    socket.connect(address)?;
+                    Ok(socket)
+                });
+            }
             Client::Spray { addresses, threads, seconds } => serde_json::to_string(
                 &datagram::spray(&addresses, threads, Duration::from_secs(seconds))?,
             ),
@@ -115,12 +127,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn hold(address: SocketAddr, count: usize) -> Result<()> {
+fn hold<S>(count: usize, connect: impl Fn() -> io::Result<S>) -> Result<()> {
     // Beyond what a process has at first.
     let files = Some(count as u64 + 100);
     rustix::process::setrlimit(Resource::Nofile, Rlimit { current: files, maximum: files })?;
-    let held: Vec<_> =
-        (0..count).map(|_| TcpStream::connect(address)).collect::<io::Result<_>>()?;
+    let held: Vec<_> = (0..count).map(|_| connect()).collect::<io::Result<_>>()?;
     println!("held");
     io::copy(&mut io::stdin(), &mut io::sink())?;
     drop(held);

@@ -135,7 +135,8 @@ fn status_names_everything_that_is_wrong() {
                 services: 3,
                 error: Some("/etc/mesh/services.d/a.yaml:3:9: port 0; expected 1 to 65535".into()),
             }],
-            maps: vec![Map { name: "SLOTS".into(), used: 512, max: 1024 }],
+            maps: vec![Map { name: "SLOTS".into(), used: 512, size: 1024, max: 2048 }],
+            memory: Memory { anonymous: 6_500_000, maps: 13 << 20 },
             counters: Counters {
                 balanced: 10,
                 refused: vec![Refused { reason: "no-port".into(), count: 2 }],
@@ -159,6 +160,7 @@ ready       no
 reason      the source files /etc/mesh/services.d was never read
 cgroup      /sys/fs/cgroup/web.slice
 last error  3m ago: waiting for running programs: membarrier failed
+memory      6.2 MiB of the agent, 13.0 MiB of maps
 
 PROGRAM        HOOK      ATTACHED
 mesh_connect4  connect4  yes
@@ -167,8 +169,8 @@ SOURCE                      STATE  SERVICES  ERROR
 files /etc/mesh/services.d  error  3         /etc/mesh/services.d/a.yaml:3:9: port 0; expected 1
                                              to 65535
 
-MAP    USED  MAX   FULL
-SLOTS  512   1024  50%
+MAP    USED  SIZE  MAX   FULL
+SLOTS  512   1024  2048  25%
 
 CONNECTS                   COUNT
 balanced                   10

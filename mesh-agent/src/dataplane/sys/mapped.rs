@@ -34,14 +34,17 @@ unsafe impl Flat for Settings {}
 // SAFETY: one word.
 unsafe impl Flat for Word {}
 
-/// A mapped array of `T`.
+/// A mapped array of `T`, or several that lie one behind the other.
 ///
 /// One owner in the agent writes it (`&mut self`). The kernel programs read at any time, so the
 /// caller writes only records that no program can be reading, besides the words in them.
 #[derive(Debug)]
 pub struct Mapped<T> {
     records: NonNull<T>,
+    /// How many are mapped.
     len: u32,
+    /// For how many bytes there is address space.
+    reserved: usize,
 }
 
 // SAFETY: it is plain memory that belongs to this value; shared access only reads, or goes through
@@ -63,15 +66,26 @@ impl<T: Flat> Mapped<T> {
     ///
     /// What `mmap(2)` says: `EINVAL` when the map was made without `BPF_F_MMAPABLE`.
     pub fn new(map: BorrowedFd<'_>, len: u32) -> io::Result<Self> {
-        let bytes = Self::RECORD * len as usize;
-        // SAFETY: a new mapping of a file descriptor that is open; nothing else is touched.
+        let mut mapped = Self::reserve(len)?;
+        mapped.append(map, len)?;
+        Ok(mapped)
+    }
+
+    /// Address space for arrays of so many records together, of which none is there yet.
+    ///
+    /// # Errors
+    ///
+    /// What `mmap(2)` says.
+    pub fn reserve(len: u32) -> io::Result<Self> {
+        let reserved = Self::RECORD * len as usize;
+        // SAFETY: a new mapping that nobody can read or write; nothing else is touched.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                map.as_raw_fd(),
+                reserved,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
                 0,
             )
         };
@@ -79,10 +93,46 @@ impl<T: Flat> Mapped<T> {
             return Err(io::Error::last_os_error());
         }
         let records = NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
-        Ok(Self { records, len })
+        Ok(Self { records, len: 0, reserved })
     }
 
-    /// Number of records.
+    /// Maps an array of `len` records behind those that are there. Its records are whole pages, unless
+    /// it is the last; otherwise as for [`Mapped::new`].
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when it does not fit into what was reserved, and what `mmap(2)` says.
+    pub fn append(&mut self, map: BorrowedFd<'_>, len: u32) -> io::Result<()> {
+        let (offset, bytes) = (Self::RECORD * self.len as usize, Self::RECORD * len as usize);
+        if offset.checked_add(bytes).is_none_or(|end| end > self.reserved) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        // SAFETY: inside the reserved range (checked above).
+        let place = unsafe { self.records.byte_add(offset) };
+        // SAFETY: it replaces pages of this value's own reservation, to which no reference exists:
+        // they lie beyond `len`. Should the kernel round up to pages, what follows is reserved, too.
+        let address = unsafe {
+            libc::mmap(
+                place.as_ptr().cast(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                map.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            // The kernel may have taken the pages away before it failed. What lies there from now on may
+            // be another's, so it is never touched again, and left when the rest is unmapped.
+            self.reserved = offset;
+            return Err(error);
+        }
+        self.len += len;
+        Ok(())
+    }
+
+    /// Number of records that are mapped.
     pub fn capacity(&self) -> u32 {
         self.len
     }
@@ -123,7 +173,7 @@ impl<T: Flat> Mapped<T> {
 
 impl<T> Drop for Mapped<T> {
     fn drop(&mut self) {
-        // SAFETY: made by `new` with this address and length; nothing borrows from it any more.
-        unsafe { libc::munmap(self.records.as_ptr().cast(), size_of::<T>() * self.len as usize) };
+        // SAFETY: made by `reserve` with this address and length; nothing borrows from it any more.
+        unsafe { libc::munmap(self.records.as_ptr().cast(), self.reserved) };
     }
 }

@@ -3,7 +3,9 @@
 #![expect(unsafe_code, reason = "the system calls that no crate offers are made here")]
 
 pub mod attached;
+mod chunks;
 mod mapped;
 pub mod netns;
 
+pub use chunks::set_maps;
 pub use mapped::{Flat, Mapped};

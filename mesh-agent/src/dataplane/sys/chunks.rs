@@ -1,0 +1,37 @@
+//! Several elements of an array of maps at once (`BPF_MAP_UPDATE_BATCH`, for maps of maps Linux 5.19): one
+//! by one, the kernel would wait for all running programs after each.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use aya_obj::generated::{bpf_attr, bpf_cmd};
+
+/// Makes `inner` the elements of `outer` from `first` on. After an error some of them may be.
+///
+/// # Errors
+///
+/// What `bpf(2)` says: `E2BIG` beyond the array's end, `EINVAL` when a map is not like the others in it.
+pub fn set_maps(outer: BorrowedFd<'_>, first: u32, inner: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let count = u32::try_from(inner.len()).map_err(io::Error::other)?;
+    let end = first.checked_add(count).ok_or(io::ErrorKind::InvalidInput)?;
+    let keys: Vec<u32> = (first..end).collect();
+    let values: Vec<i32> = inner.iter().map(AsRawFd::as_raw_fd).collect();
+    // SAFETY: `bpf_attr` is a union of plain integers, for which all zero is a value.
+    let mut attr = unsafe { std::mem::zeroed::<bpf_attr>() };
+    attr.batch.map_fd = u32::try_from(outer.as_raw_fd()).map_err(io::Error::other)?;
+    attr.batch.keys = keys.as_ptr() as u64;
+    attr.batch.values = values.as_ptr() as u64;
+    attr.batch.count = count;
+    // SAFETY: `attr` is valid and writable for the length given with it. For this command the kernel
+    // (`generic_map_update_batch`) reads `count` keys and values of 4 bytes each, which is what both
+    // vectors hold; they and the descriptors outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            bpf_cmd::BPF_MAP_UPDATE_BATCH as libc::c_long,
+            &raw mut attr,
+            size_of::<bpf_attr>(),
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
