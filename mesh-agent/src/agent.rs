@@ -12,7 +12,8 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use rustix::process::Resource;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot::error::RecvError;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -71,7 +72,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let claim = socket::Claim::take(&config.socket).await?;
     let mut lock = Some(take_cgroup(&cgroup).await?);
 
-    let Loaded { mut programs, maps, grace, records, mut exclusions, pins, events: ring } =
+    let Loaded { mut programs, maps, grace, records, mut exclusions, pins, units, events: ring } =
         load::load(options)?;
     let mut reconciler = Reconciler::new(maps);
     reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
@@ -98,6 +99,10 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let (auditor, audit) = Auditor::new(records, Arc::clone(&grace), cancel.clone());
     spawn(&mut tasks, "the audit", audit);
     spawn(&mut tasks, "exclusions", exclude(exclusions, Arc::clone(&config), cancel.clone()));
+    let ((units_wanted, wanted), (sender, units_there)) =
+        (watch::channel(false), watch::channel(false));
+    let follow = observe::units::follow(units, cgroup.clone(), wanted, sender, cancel.clone());
+    spawn(&mut tasks, "the units of cgroups", follow);
     let pinned = pins.used();
     spawn(&mut tasks, "affinity", pins.tend(cancel.clone()));
     let (engine, heard, work) = Engine::prepare(
@@ -106,7 +111,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         grace,
         monitor,
         inputs,
-        Watchers { journal: journal.clone(), auditor, pinned },
+        Watchers { journal: journal.clone(), auditor, pinned, units: units_wanted.clone() },
         cancel.clone(),
     );
     spawn(&mut tasks, "the health checks", checks);
@@ -120,6 +125,15 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             }
         });
     }
+    let begin = async move {
+        let result = heard.await;
+        // Clients that are told apart by unit, are from the first connect on.
+        if *units_wanted.borrow() {
+            let mut there = units_there;
+            let _ = there.wait_for(|there| *there).await;
+        }
+        result
+    };
     let serve = server::serve(claim.listen()?, engine.clone(), journal, cancel.clone());
     spawn(&mut tasks, "the API", async {
         if let Err(error) = serve.await {
@@ -133,7 +147,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             Ok(())
         }
         ended = tasks.join_next() => Err(ended_early(ended)),
-        error = balance(&mut programs, &cgroup, &mut lock, &engine, heard) => Err(error),
+        error = balance(&mut programs, &cgroup, &mut lock, &engine, begin) => Err(error),
     };
     // No new connect is balanced from here on; what is open stays as it is.
     drop(programs);
@@ -172,7 +186,7 @@ async fn balance(
     cgroup: &Path,
     lock: &mut Option<File>,
     engine: &Handle,
-    heard: oneshot::Receiver<()>,
+    heard: impl Future<Output = Result<(), RecvError>>,
 ) -> anyhow::Error {
     match tokio::time::timeout(PATIENCE, heard).await {
         Ok(Ok(())) => {}

@@ -30,11 +30,14 @@ pub enum Algorithm {
     /// Of two that are drawn by weight, the one where a connect would wait less: by round-trip times and
     /// open connections ([`crate::latency`]).
     Latency = 6,
+    /// The same as [`Algorithm::HashClient`] for the unit that the cgroup is part of, which the agent knows: what
+    /// lasts when its processes are started again.
+    HashUnit = 7,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Random,
         Self::RoundRobin,
         Self::LeastConnections,
@@ -42,6 +45,7 @@ impl Algorithm {
         Self::HashNamespace,
         Self::HashProcess,
         Self::Latency,
+        Self::HashUnit,
     ];
 
     /// From its number; of an unknown one, [`Algorithm::Random`].
@@ -55,6 +59,7 @@ impl Algorithm {
             4 => Self::HashNamespace,
             5 => Self::HashProcess,
             6 => Self::Latency,
+            7 => Self::HashUnit,
             _ => Self::Random,
         }
     }
@@ -66,7 +71,9 @@ impl Algorithm {
             Self::Random => "random",
             Self::RoundRobin => "round-robin",
             Self::LeastConnections => "least-connections",
-            Self::HashClient | Self::HashNamespace | Self::HashProcess => "consistent-hash",
+            Self::HashClient | Self::HashNamespace | Self::HashProcess | Self::HashUnit => {
+                "consistent-hash"
+            }
             Self::Latency => "latency",
         }
     }
@@ -75,7 +82,7 @@ impl Algorithm {
     #[inline(always)]
     #[must_use]
     pub const fn is_hash(self) -> bool {
-        matches!(self, Self::HashClient | Self::HashNamespace | Self::HashProcess)
+        matches!(self, Self::HashClient | Self::HashNamespace | Self::HashProcess | Self::HashUnit)
     }
 }
 

@@ -22,7 +22,7 @@ use mesh_common::{
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{
     BACKEND_STATS, BACKENDS, Maps, OUT, Records as _, SERVICES, cgroup, chance, count,
-    count_refused, enter, excludes, jiffies, mesh_excluded, octets,
+    count_refused, enter, excludes, jiffies, mesh_excluded, octets, unit,
 };
 use crate::{affinity, datagram, events, records, sock};
 
@@ -114,6 +114,7 @@ impl Caller for Connecting<'_> {
             // SAFETY: the context is valid.
             Algorithm::HashNamespace => unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) },
             Algorithm::HashProcess => bpf_get_current_pid_tgid() >> 32,
+            Algorithm::HashUnit => unit(),
             _ => cgroup(),
         }
     }

@@ -104,6 +104,10 @@ pub static FLOWS: Chunks<Flow, { chunk::FLOWS }, { chunk::most(MOST.records, chu
 #[btf_map]
 pub static OVERFLOW: HashMap<Elsewhere, Flow, { LIMITS.records as usize }, SPARSE> = HashMap::new();
 
+/// What cgroups are part of, by their ids.
+#[btf_map]
+static UNITS: HashMap<u64, u64, 32_768, SPARSE> = HashMap::new();
+
 #[btf_map]
 pub static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
 
@@ -451,6 +455,14 @@ pub fn cgroup() -> u64 {
 #[inline(always)]
 pub fn places() -> Places {
     Places(SETTINGS.get(0).map_or(0, |settings| settings.places.load()))
+}
+
+/// The key of the unit that this cgroup is part of; one that the agent has not seen yet is one by itself.
+#[inline(never)]
+pub fn unit() -> u64 {
+    let cgroup = cgroup();
+    // SAFETY: an entry is not reused while its cgroup exists, and the task that runs is in it.
+    unsafe { UNITS.get(cgroup) }.copied().unwrap_or(cgroup)
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`.

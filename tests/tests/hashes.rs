@@ -2,6 +2,8 @@
 //! and goes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -103,6 +105,69 @@ fn by_process_and_namespace() -> Result<()> {
     ensure!(one_each(&node)?.len() == 3, "other processes, other backends");
     change(&node, &app(3, "balance: consistent-hash\n  hash-by: namespace"), 3)?;
     until("the namespace to count", LIMIT, || Ok((one_each(&node)?.len() == 1).then_some(())))
+}
+
+/// By unit: a service that is started again, in a cgroup with another number, keeps its backend, and so do
+/// the containers of one pod; other units have others. By cgroup they would not.
+#[test]
+fn by_unit() -> Result<()> {
+    let mut node = node("balance: consistent-hash\n  hash-by: unit")?;
+    // While it is being seen it may change in the middle.
+    let who = |node: &Node, cgroup: &Path| always(node, cgroup).ok();
+    // Until it has been seen a cgroup is a client of its own, so what is due is asked of `explain`.
+    let explained = |node: &Node, cgroup: &Path| -> Result<String> {
+        let from = cgroup.display().to_string();
+        let explained: serde_json::Value = node.agent.json(&["explain", VIP, "--from", &from])?;
+        let place = explained["answer"]["backend"].as_str().context("a backend")?;
+        let number = place.strip_prefix("10.0.0.").and_then(|rest| rest.split(':').next());
+        let number: usize = number.context("a backend's number")?.parse()?;
+        Ok(NAMES[number - 1].to_owned())
+    };
+    let mut before = BTreeMap::new();
+    for n in 0..12 {
+        let unit = format!("s{n}.service");
+        let made = node.cgroup().child(&unit)?;
+        let due = explained(&node, &made)?;
+        until("the unit to count", LIMIT, || {
+            Ok((who(&node, &made).as_ref() == Some(&due)).then_some(()))
+        })?;
+        before.insert(unit, due);
+    }
+    ensure!(before.values().collect::<BTreeSet<_>>().len() == 3, "{before:?}");
+
+    // Again: other cgroups, of the same names.
+    for (unit, due) in &before {
+        let made = node.cgroup().path().join(unit);
+        let number = fs::metadata(&made)?.ino();
+        fs::remove_dir(&made)?;
+        let made = node.cgroup().child(unit)?;
+        ensure!(fs::metadata(&made)?.ino() != number, "another cgroup");
+        until("the unit to count again", LIMIT, || {
+            Ok((who(&node, &made).as_ref() == Some(due)).then_some(()))
+        })?;
+    }
+
+    // Ten containers of a pod, and what they make below them.
+    let pod = node.cgroup().child("pod0f3e8a5c-1d2b-4c3d-9e8f-112233445566")?;
+    let due = explained(&node, &pod)?;
+    for n in 0..10 {
+        let container = pod.join(format!("c{n}"));
+        fs::create_dir(&container)?;
+        until("the pod to count", LIMIT, || {
+            Ok((who(&node, &container).as_ref() == Some(&due)).then_some(()))
+        })?;
+    }
+    change(&node, &app(3, "balance: consistent-hash"), 3)?;
+    until("each container by itself", LIMIT, || {
+        let each = (0..10).map(|n| who(&node, &pod.join(format!("c{n}"))));
+        // Ten of them meet one of three once in 20,000.
+        let each: BTreeSet<_> = each.flatten().collect();
+        Ok((each.len() > 1).then_some(()))
+    })?;
+    for n in 0..10 {
+        fs::remove_dir(pod.join(format!("c{n}")))?;
+    }
+    node.agent.stop()
 }
 
 /// Shares of many clients are as even as the table, by weight: 1 to 2 to 7 over 100,000 processes would

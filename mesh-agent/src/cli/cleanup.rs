@@ -19,7 +19,7 @@ use crate::check::mounts::Mounts;
 use crate::config::Config;
 
 /// What this project pins in a directory `v<N>`, besides what begins with [`PREFIX`].
-const MAPS: [&str; 15] = [
+const MAPS: [&str; 16] = [
     "FRONTENDS",
     "SERVICES",
     "SERVICE_STATS",
@@ -30,6 +30,7 @@ const MAPS: [&str; 15] = [
     "OVERFLOW",
     "LATENCIES",
     "AFFINITY",
+    "UNITS",
     "EVENTS",
     "SETTINGS",
     "VIRTUAL_IPS",

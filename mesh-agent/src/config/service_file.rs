@@ -183,12 +183,13 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
 
 fn balance(fields: &Fields<'_>, problems: &mut Problems) -> Algorithm {
     const EXPECTED: &str = "random, round-robin, least-connections, latency or consistent-hash";
-    const BY: &str = "client, namespace or process";
+    const BY: &str = "client, namespace, process or unit";
     let by = fields.get("hash-by").and_then(|node| {
         let by = match text(node, BY, problems)? {
             "client" => Some(Algorithm::HashClient),
             "namespace" => Some(Algorithm::HashNamespace),
             "process" => Some(Algorithm::HashProcess),
+            "unit" => Some(Algorithm::HashUnit),
             other => {
                 problems.add(node.at, format!("expected {BY}; found {}", excerpt(other)));
                 None

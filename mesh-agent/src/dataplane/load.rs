@@ -22,6 +22,7 @@ use super::kernel::{Grace, KernelMaps, OpenError, typed};
 use super::pins::Pins;
 use super::records::Records;
 use super::sys::attached::{Hook, program_ids};
+use super::units::Units;
 use crate::text::chain;
 
 /// The kernel object, or nothing in a binary that was built without it.
@@ -213,6 +214,8 @@ pub struct Loaded {
     pub exclusions: Exclusions,
     /// What clients keep.
     pub pins: Pins,
+    /// What cgroups are part of.
+    pub units: Units,
     /// What the programs tell.
     pub events: RingBuf<MapData>,
 }
@@ -260,9 +263,10 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     let grace = Grace::open(&mut ebpf)?;
     let exclusions = Exclusions::open(&ebpf)?;
     let pins = Pins::open(&mut ebpf)?;
+    let units = Units::open(&mut ebpf)?;
     let events = typed(&mut ebpf, "EVENTS", RingBuf::try_from)?;
     let programs = Programs { ebpf, links: Vec::new(), tracers: Vec::new() };
-    Ok(Loaded { programs, maps, grace, records, exclusions, pins, events })
+    Ok(Loaded { programs, maps, grace, records, exclusions, pins, units, events })
 }
 
 fn load_hooked(ebpf: &mut Ebpf, name: &str, hook: Hook) -> Result<(), ProgramError> {

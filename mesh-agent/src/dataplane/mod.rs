@@ -16,3 +16,4 @@ pub mod pins;
 pub mod reconcile;
 pub mod records;
 pub mod sys;
+pub mod units;

@@ -20,7 +20,7 @@ use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
 use mesh_common::Protocol;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -83,6 +83,7 @@ pub struct Engine {
     journal: Journal,
     auditor: Auditor,
     pinned: Arc<AtomicU32>,
+    units: watch::Sender<bool>,
     /// By backend id: its generation, and the client that it was last taken out for alone.
     suspects: HashMap<u32, (u32, Arc<str>)>,
     /// What the agent itself finds of backends that the kernel suspects.
@@ -113,6 +114,8 @@ pub struct Watchers {
     pub auditor: Auditor,
     /// How many clients keep a backend.
     pub pinned: Arc<AtomicU32>,
+    /// Who is told when a service asks for the units of its clients.
+    pub units: watch::Sender<bool>,
 }
 
 /// How many findings are taken together: one pass over a service, however many of its endpoints
@@ -139,7 +142,7 @@ impl Engine {
     ) -> (Handle, oneshot::Receiver<()>, impl Future<Output = ()> + Send + use<>) {
         let (questions, receiver) = mpsc::channel(BATCH);
         let (all_heard, heard) = oneshot::channel();
-        let Watchers { journal, auditor, pinned } = watchers;
+        let Watchers { journal, auditor, pinned, units } = watchers;
         let handle = Handle::new(questions, Arc::clone(config), auditor.clone());
         let engine = Self {
             catalog: Catalog::default(),
@@ -163,6 +166,7 @@ impl Engine {
             journal,
             auditor,
             pinned,
+            units,
             suspects: HashMap::new(),
             all_heard: Some(all_heard),
             opinions: Opinions::new(),

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_common::{Client, FrontendKey, State};
+use mesh_common::{Algorithm, Client, FrontendKey, State};
 use tokio::time::Instant;
 
 use super::{Engine, drains, out, spread};
@@ -79,6 +79,9 @@ impl Engine {
     fn compile(&mut self, name: &ServiceName) -> Tables {
         let Some(entry) = self.catalog.get(name.as_str()) else { return Tables::default() };
         let service = &entry.service;
+        if service.algorithm == Algorithm::HashUnit {
+            self.units.send_if_modified(|wanted| !std::mem::replace(wanted, true));
+        }
         let behind = self.behind(entry);
         let drained: HashMap<&ServiceName, _> = [Some((name, entry)), behind]
             .into_iter()

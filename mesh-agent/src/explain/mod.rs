@@ -16,6 +16,7 @@ use mesh_common::{
 
 use crate::api::types;
 use crate::model::Affinity;
+use crate::observe::units::{key_of, unit_of};
 pub use client::{ClientView, UnknownClient};
 
 /// A connect that somebody asks about.
@@ -83,7 +84,8 @@ pub fn explain(
     }
     let cgroup = client.and_then(|client| client.id);
     let id = cgroup.map_or(Client::NOBODY, Client::of_cgroup);
-    let traced = Traced::new(tables, cgroup);
+    let unit = client.filter(|_| cgroup.is_some()).map(|client| key_of(unit_of(&client.cgroup)));
+    let traced = Traced::new(tables, cgroup, unit);
     let verdict = translate(&traced, &traced, &key);
     story.looked_up(&traced.seen());
     match verdict {
@@ -118,13 +120,24 @@ struct Traced<'a, T> {
     client: Client,
     /// The client's cgroup, if it is known.
     cgroup: Option<u64>,
+    /// The key of its unit.
+    unit: Option<u64>,
     seen: Cell<Seen>,
 }
 
 impl<'a, T: Tables> Traced<'a, T> {
-    fn new(tables: &'a T, cgroup: Option<u64>) -> Self {
+    fn new(tables: &'a T, cgroup: Option<u64>, unit: Option<u64>) -> Self {
         let client = cgroup.map_or(Client::NOBODY, Client::of_cgroup);
-        Self { tables, client, cgroup, seen: Cell::default() }
+        Self { tables, client, cgroup, unit, seen: Cell::default() }
+    }
+
+    /// The client's key of a consistent hash, if it is known who it is.
+    fn known_key(&self, by: Algorithm) -> Option<u64> {
+        match by {
+            Algorithm::HashClient => self.cgroup,
+            Algorithm::HashUnit => self.unit,
+            _ => None,
+        }
     }
 
     fn seen(&self) -> Seen {
@@ -185,11 +198,11 @@ impl<T: Tables> Traced<'_, T> {
     /// With a consistent hash: all for the backend of this client, if it is known who it is; otherwise
     /// the part of all clients that each has.
     fn hashed(&self, table: Table, mut shares: Vec<(Slot, f64)>) -> Vec<(Slot, f64)> {
-        let known = self.cgroup.filter(|_| table.algorithm() == Algorithm::HashClient);
+        let known = self.known_key(table.algorithm());
         let entries = table.size().entries();
         let first = table.base().wrapping_add(table.len());
         let columns: Vec<u32> = match known {
-            Some(cgroup) => vec![maglev::look_up(self.tables, table, cgroup) - table.base()],
+            Some(key) => vec![maglev::look_up(self.tables, table, key) - table.base()],
             None => (0..entries)
                 .filter_map(|entry| {
                     let slot = self.tables.slot(first.wrapping_add(entry / maglev::PER_SLOT))?;
@@ -313,10 +326,7 @@ impl<T: Tables> Caller for Traced<'_, T> {
     }
 
     fn key(&self, by: Algorithm) -> u64 {
-        match self.cgroup {
-            Some(cgroup) if by == Algorithm::HashClient => cgroup,
-            _ => self.tables.random().into(),
-        }
+        self.known_key(by).unwrap_or_else(|| self.tables.random().into())
     }
 
     /// Whoever only asks takes nothing.

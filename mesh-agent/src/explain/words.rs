@@ -152,10 +152,14 @@ impl Story {
             Algorithm::RoundRobin => format!(
                 "in turn, by weight; whose turn it is: {backend} ({percent:.1} % of all connects)"
             ),
-            Algorithm::HashClient | Algorithm::HashNamespace | Algorithm::HashProcess => {
+            Algorithm::HashClient
+            | Algorithm::HashNamespace
+            | Algorithm::HashProcess
+            | Algorithm::HashUnit => {
                 let (of, known) = match algorithm {
                     Algorithm::HashNamespace => ("network namespace", false),
                     Algorithm::HashProcess => ("process", false),
+                    Algorithm::HashUnit => ("unit", self.explanation.client.is_some()),
                     _ => ("cgroup", self.explanation.client.is_some()),
                 };
                 match known {

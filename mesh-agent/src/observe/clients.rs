@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::check::cgroup::Cgroup;
 
 /// The most directories that one walk looks at.
-const WALK: usize = 20_000;
+pub(super) const WALK: usize = 20_000;
 
 /// How many ids are remembered; when there are more, all are forgotten.
 const REMEMBERED: usize = 16_384;
@@ -79,7 +79,11 @@ impl Clients {
 
 /// Looks for ids at and below a cgroup, from the top down, at `most` directories. Gives all that it
 /// came across, or nothing when there is no such cgroup.
-fn walk(balanced: &Path, mut wanted: HashSet<u64>, most: usize) -> Option<HashMap<u64, Arc<str>>> {
+pub(super) fn walk(
+    balanced: &Path,
+    mut wanted: HashSet<u64>,
+    most: usize,
+) -> Option<HashMap<u64, Arc<str>>> {
     let Cgroup { directory, path } = Cgroup::open(balanced).ok()?;
     let name = |path: &Path| Arc::<str>::from(path.to_string_lossy());
     let id = fs::metadata(&directory).ok()?.ino();
