@@ -112,7 +112,10 @@ pub fn find(cookie: u64) -> Option<*mut Flow> {
 /// Records what a socket was given, in place of what it held before. `false` when there is no room.
 #[inline(always)]
 pub fn record(cookie: u64, mine: &Flow) -> bool {
-    let Some(flow) = place(cookie) else { return false };
+    let Some(flow) = place(cookie) else {
+        count(counter::NO_FLOW_RECORD);
+        return false;
+    };
     // A socket's first connect finds its place free, and no record elsewhere.
     if held(flow).load() != 0 || scattered() {
         end_before(cookie);

@@ -190,6 +190,10 @@ pub struct Audit {
     pub released: u64,
     /// Records that all passes released.
     pub released_ever: u64,
+    /// Whether every record is where the table has it now; after it has grown, the programs look at two
+    /// places until that is so.
+    #[serde(default)]
+    pub settled: bool,
     /// What was in the way.
     pub problem: Option<String>,
 }

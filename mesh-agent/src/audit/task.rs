@@ -17,6 +17,9 @@ const INTERVAL: Duration = Duration::from_secs(60);
 /// How often it is looked whether the table of records is too small.
 const CROWDED: Duration = Duration::from_secs(1);
 
+/// How many times it is not looked after it could not be made larger.
+const REST: u32 = 60;
+
 /// What the last pass found, and how it was dealt with.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Audited {
@@ -30,6 +33,8 @@ pub struct Audited {
     pub released: u64,
     /// Records that were released by all passes so far.
     pub released_ever: u64,
+    /// Whether every record is where the table has it now.
+    pub settled: bool,
     /// Why it could not be made.
     pub error: Option<String>,
 }
@@ -78,6 +83,12 @@ impl Auditor {
         lock(&self.records).snapshot()
     }
 
+    /// Bytes of the table of records.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        lock(&self.records).bytes()
+    }
+
     /// Whether this very reservation is still there.
     #[must_use]
     pub fn still(&self, record: &Record) -> bool {
@@ -106,11 +117,12 @@ async fn work(
     tick.tick().await;
     let mut look = tokio::time::interval(CROWDED);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut rest = 0;
     loop {
         let asker = tokio::select! {
             () = cancel.cancelled() => return,
             _ = look.tick() => {
-                grow(&records).await;
+                rest = if rest == 0 { grow(&records).await } else { rest - 1 };
                 continue;
             }
             _ = tick.tick() => None,
@@ -134,8 +146,16 @@ async fn work(
         if let Some(error) = &error {
             tracing::warn!(%error, "the audit of records could not be made");
         }
-        let audited =
-            Audited { time: SystemTime::now(), passes, report, released, released_ever, error };
+        let settled = !lock(&records).has_former();
+        let audited = Audited {
+            time: SystemTime::now(),
+            passes,
+            report,
+            released,
+            released_ever,
+            settled,
+            error,
+        };
         told.send_replace(Some(audited.clone()));
         if let Some(asker) = asker {
             // Whoever asked may have gone.
@@ -144,22 +164,25 @@ async fn work(
     }
 }
 
-/// Makes the table of records larger when that is due.
-async fn grow(records: &Shared) {
+/// Makes the table of records larger when that is due. Returns for how many looks that is not tried again.
+async fn grow(records: &Shared) -> u32 {
     if !lock(records).is_crowded() {
-        return;
+        return 0;
     }
     let growing = Arc::clone(records);
     // The kernel clears the memory, and waits for running programs.
     match tokio::task::spawn_blocking(move || lock(&growing).grow()).await {
         Ok(Ok((from, to))) => tracing::info!(from, to, "the table of records of sockets has grown"),
-        Ok(Err(error)) => tracing::warn!(
-            %error,
-            "the table of records of sockets cannot grow; further ones go to OVERFLOW"
-        ),
-        // It panicked, and has said so.
-        Err(_) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(
+                %error,
+                "the table of records of sockets cannot grow; further ones go to OVERFLOW"
+            );
+            return REST;
+        }
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
+    0
 }
 
 /// Ends that programs look for records where they were before the table grew, when none is there.

@@ -21,9 +21,10 @@ impl IdPool {
         Self { limit, fresh: 0, free: VecDeque::new() }
     }
 
-    /// Takes an id; nothing when all are in use.
-    pub fn take(&mut self) -> Option<u32> {
-        if self.fresh < self.limit && self.free.len() < RESTING as usize {
+    /// Takes an id; nothing when all are in use. `reach` is asked whether a fresh one can be had: if it
+    /// cannot, none has to rest.
+    pub fn take(&mut self, reach: impl FnOnce(u32) -> bool) -> Option<u32> {
+        if self.fresh < self.limit && self.free.len() < RESTING as usize && reach(self.fresh) {
             self.fresh += 1;
             return Some(self.fresh - 1);
         }
@@ -67,13 +68,25 @@ impl ExtentPool {
     /// Takes `len` consecutive slots and returns the first; nothing when there is no such room.
     pub fn take(&mut self, len: u32) -> Option<u32> {
         debug_assert!(len > 0, "an extent has at least one slot");
-        let &(found, base) = self.by_len.range((len, 0)..).next()?;
+        self.take_below(len, self.limit)
+    }
+
+    /// Takes `len` consecutive slots, all of them below `bound`.
+    pub fn take_below(&mut self, len: u32, bound: u32) -> Option<u32> {
+        let mut fitting = self.by_len.range((len, 0)..);
+        let &(found, base) = fitting.find(|(_, base)| base.saturating_add(len) <= bound)?;
         self.remove(base, found);
         if found > len {
             self.insert(base + len, found - len);
         }
         self.used += len;
         Some(base)
+    }
+
+    /// The longest extent that can be taken below `bound`.
+    pub fn longest_below(&self, bound: u32) -> u32 {
+        let below = self.by_base.range(..bound);
+        below.map(|(&base, &len)| len.min(bound - base)).max().unwrap_or(0)
     }
 
     /// Gives slots back.
@@ -92,11 +105,6 @@ impl ExtentPool {
             len += size;
         }
         self.insert(base, len);
-    }
-
-    /// The longest extent that can be taken.
-    pub fn longest(&self) -> u32 {
-        self.by_len.last().map_or(0, |&(len, _)| len)
     }
 
     /// How many slots are in use.
@@ -123,25 +131,36 @@ mod tests {
     #[test]
     fn fresh_ids_come_first() {
         let mut pool = IdPool::new(3);
-        assert_eq!((pool.take(), pool.take()), (Some(0), Some(1)));
+        let take = |pool: &mut IdPool| pool.take(|_| true);
+        assert_eq!((take(&mut pool), take(&mut pool)), (Some(0), Some(1)));
         pool.give(0);
         pool.give(1);
-        assert_eq!((pool.take(), pool.take(), pool.take()), (Some(2), Some(0), Some(1)));
-        assert_eq!((pool.take(), pool.used()), (None, 3));
+        let three = [(); 3].map(|()| take(&mut pool));
+        assert_eq!(three, [Some(2), Some(0), Some(1)]);
+        assert_eq!((take(&mut pool), pool.used()), (None, 3));
+    }
+
+    #[test]
+    fn none_rests_where_there_is_no_memory_for_fresh_ones() {
+        let mut pool = IdPool::new(100);
+        let take = |pool: &mut IdPool| pool.take(|id| id < 2);
+        assert_eq!([(); 3].map(|()| take(&mut pool)), [Some(0), Some(1), None]);
+        pool.give(1);
+        assert_eq!((take(&mut pool), take(&mut pool), pool.used()), (Some(1), None, 2));
     }
 
     #[test]
     fn not_more_rest_than_have_to() {
         let mut pool = IdPool::new(100_000);
         for _ in 0..RESTING {
-            pool.take();
+            pool.take(|_| true);
         }
         for id in 0..RESTING {
             pool.give(id);
         }
         // One after the other, as a service changes its endpoints: no fresh id is needed any more.
         for _ in 0..50_000 {
-            let id = pool.take().expect("an id");
+            let id = pool.take(|_| true).expect("an id");
             assert!(id <= RESTING, "{id}");
             pool.give(id);
         }
@@ -150,7 +169,10 @@ mod tests {
     proptest! {
         /// Extents never overlap, and when all are given back the pool is one piece again.
         #[test]
-        fn extents(steps in prop::collection::vec((1u32..40, any::<prop::sample::Index>()), 1..200)) {
+        fn extents(
+            steps in prop::collection::vec((1u32..40, any::<prop::sample::Index>()), 1..200),
+            bound in 40u32..=256,
+        ) {
             let limit = 256;
             let mut pool = ExtentPool::new(limit);
             let mut held: Vec<(u32, u32)> = Vec::new();
@@ -158,12 +180,19 @@ mod tests {
                 if len % 3 == 0 && !held.is_empty() {
                     let (base, len) = held.swap_remove(index.index(held.len()));
                     pool.give(base, len);
-                } else if let Some(base) = pool.take(len) {
+                } else if let Some(base) = pool.take_below(len, bound) {
+                    prop_assert!(base + len <= bound);
                     prop_assert!(base + len <= limit);
                     for &(other, size) in &held {
                         prop_assert!(base + len <= other || other + size <= base);
                     }
                     held.push((base, len));
+                }
+                let longest = pool.longest_below(bound);
+                if longest > 0 {
+                    let base = pool.take_below(longest, bound).expect("it was said to be there");
+                    prop_assert!(pool.take_below(longest + 1, bound).is_none());
+                    pool.give(base, longest);
                 }
                 prop_assert_eq!(pool.used(), held.iter().map(|&(_, len)| len).sum::<u32>());
             }

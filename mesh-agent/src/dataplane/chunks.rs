@@ -20,8 +20,6 @@ pub struct Chunks<T> {
     /// The same, for what aya has no call for.
     fd: OwnedFd,
     records: Mapped<T>,
-    /// The chunks that this has made: as long as they are open, [`super::footprint`] sees them.
-    made: Vec<MapData>,
     /// Records of a chunk.
     chunk: u32,
     limit: u32,
@@ -67,7 +65,7 @@ impl<T: Flat> Chunks<T> {
         let outer = ArrayOfMaps::try_from(outer).map_err(failed)?;
         let chunk = u32::try_from(chunk).unwrap_or(u32::MAX);
         let records = Mapped::reserve(limit.next_multiple_of(chunk)).map_err(mapping)?;
-        Ok(Self { name, outer, fd, records, made: Vec::new(), chunk, limit })
+        Ok(Self { name, outer, fd, records, chunk, limit })
     }
 
     /// How many records there may be.
@@ -85,14 +83,17 @@ impl<T: Flat> Chunks<T> {
         self.records.get(index)
     }
 
-    /// Writes records from `base` on, and makes room for them first; see [`Mapped::write`].
+    /// How many bytes there are.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.records.capacity()) * size_of::<T>() as u64
+    }
+
+    /// Writes records from `base` on; see [`Mapped::write`].
     ///
     /// # Errors
     ///
-    /// `EINVAL` when they are beyond the limit, and what the kernel says to a new chunk.
+    /// `EINVAL` when not all of them are there.
     pub fn write(&mut self, base: u32, records: &[T]) -> io::Result<()> {
-        let len = u32::try_from(records.len()).map_err(io::Error::other)?;
-        self.reach(base.saturating_add(len))?;
         self.records.write(base, records)
     }
 
@@ -119,12 +120,13 @@ impl<T: Flat> Chunks<T> {
     fn grow(&mut self, len: u32) -> io::Result<()> {
         let first = self.records.capacity() / self.chunk;
         let last = len.div_ceil(self.chunk);
+        if last * self.chunk > self.records.reserved() {
+            return Err(io::Error::other("its address space is lost; start the agent anew"));
+        }
         let made = (first..last).map(|_| self.make()).collect::<io::Result<Vec<_>>>()?;
         let fds: Vec<_> = made.iter().map(|map| map.fd().as_fd()).collect();
         set_maps(self.fd.as_fd(), first, &fds)?;
-        fds.into_iter().try_for_each(|map| self.records.append(map, self.chunk))?;
-        self.made.extend(made);
-        Ok(())
+        fds.into_iter().try_for_each(|map| self.records.append(map, self.chunk))
     }
 
     fn make(&self) -> io::Result<MapData> {
@@ -135,16 +137,16 @@ impl<T: Flat> Chunks<T> {
         MapData::create(map, self.name, None).map_err(into_io)
     }
 
-    /// Maps what the writer has made since, up to this record.
-    pub fn follow(&mut self, index: u32) {
+    /// Maps what the writer has made since, up to this record. `false` when it cannot be had.
+    pub fn follow(&mut self, index: u32) -> bool {
         while self.records.capacity() <= index {
-            let Ok(map) = self.outer.get(&(self.records.capacity() / self.chunk), 0) else {
-                return;
-            };
+            let next = self.outer.get(&(self.records.capacity() / self.chunk), 0);
+            let Ok(map) = next else { return false };
             if self.records.append(map.fd().as_fd(), self.chunk).is_err() {
-                return;
+                return false;
             }
         }
+        true
     }
 }
 

@@ -4,7 +4,7 @@ use std::io;
 
 use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Slot, Table};
 
-use super::maps::{Capacity, Counts, MapError, Maps, Refused};
+use super::maps::{Capacity, Counts, Kind, MapError, Maps, Refused};
 use crate::compile::Rules;
 
 /// Passes calls on to another implementation, unless `fails` says that this one fails.
@@ -27,6 +27,14 @@ impl<M, F: FnMut(&'static str) -> bool> Faulty<M, F> {
 impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
     fn capacity(&self) -> Capacity {
         self.maps.capacity()
+    }
+
+    fn reach(&mut self, kind: Kind, len: u32) -> u32 {
+        self.maps.reach(kind, len)
+    }
+
+    fn shortage(&self) -> Option<&str> {
+        self.maps.shortage()
     }
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {

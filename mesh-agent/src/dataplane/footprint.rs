@@ -1,4 +1,5 @@
-//! How much memory the agent and its maps take, as the kernel accounts for it.
+//! How much memory the agent and its maps take, as the kernel accounts for it: of the maps that are open
+//! here, which the chunks of arrays that grow are not.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -16,7 +17,7 @@ use mesh_common::{
 
 use super::chunks::Chunks;
 use super::clock;
-use super::maps::{Capacity, Counts, MapError, Maps, Refused};
+use super::maps::{Capacity, Counts, Kind, MapError, Maps, Refused};
 use super::sys::{Flat, Mapped};
 use crate::compile::Rules;
 
@@ -69,7 +70,20 @@ pub struct KernelMaps {
     virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
     counters: Mapped<Word>,
     capacity: Capacity,
+    shortage: Option<Shortage>,
 }
+
+/// That the kernel had no memory.
+struct Shortage {
+    /// For what, and what it said.
+    text: String,
+    /// It is not asked again before.
+    until: Instant,
+}
+
+/// For so long the kernel is not asked for memory again: it clears what it gives, and takes back what is
+/// no use without the rest.
+const SHORT: Duration = Duration::from_secs(2);
 
 impl KernelMaps {
     /// Takes the maps out of a loaded object. They will hold as much as `limits` says.
@@ -100,6 +114,7 @@ impl KernelMaps {
             virtual_ips,
             counters: mapped(ebpf, "COUNTERS")?,
             capacity,
+            shortage: None,
         })
     }
 
@@ -117,6 +132,27 @@ impl KernelMaps {
             backends: self.backends.size(),
             ..self.capacity
         }
+    }
+
+    /// How many records there are, in all arrays of a kind.
+    fn there(&self, kind: Kind) -> u32 {
+        match kind {
+            Kind::Services => self.service_stats.size().min(self.services.size()),
+            Kind::Slots => self.slots.size(),
+            Kind::Backends => {
+                self.stats.size().min(self.latencies.size()).min(self.backends.size())
+            }
+        }
+    }
+
+    /// Bytes of the arrays that grow.
+    pub fn bytes(&self) -> u64 {
+        self.services.bytes()
+            + self.service_stats.bytes()
+            + self.slots.bytes()
+            + self.backends.bytes()
+            + self.stats.bytes()
+            + self.latencies.bytes()
     }
 
     /// What is known of failures of a backend, to change it.
@@ -179,8 +215,8 @@ fn map_error(operation: &'static str) -> impl FnOnce(aya::maps::MapError) -> Map
     }
 }
 
-/// Names the array for which there was no room, or in which a write did not fit.
-fn no_room(operation: &'static str) -> impl FnOnce(io::Error) -> MapError {
+/// Names the array in which a write did not fit.
+fn out_of_range(operation: &'static str) -> impl FnOnce(io::Error) -> MapError {
     move |source| MapError { operation, source }
 }
 
@@ -189,15 +225,48 @@ impl Maps for KernelMaps {
         self.capacity
     }
 
+    fn reach(&mut self, kind: Kind, len: u32) -> u32 {
+        let there = self.there(kind);
+        let waits = self.shortage.as_ref().is_some_and(|shortage| Instant::now() < shortage.until);
+        if len <= there || waits {
+            return there;
+        }
+        let grown = match kind {
+            Kind::Services => self.service_stats.reach(len).and_then(|()| self.services.reach(len)),
+            Kind::Slots => self.slots.reach(len),
+            Kind::Backends => self
+                .stats
+                .reach(len)
+                .and_then(|()| self.latencies.reach(len))
+                .and_then(|()| self.backends.reach(len)),
+        };
+        match grown {
+            Ok(()) => self.shortage = None,
+            Err(error) => {
+                let map = match kind {
+                    Kind::Services => "SERVICES",
+                    Kind::Slots => "SLOTS",
+                    Kind::Backends => "BACKENDS",
+                };
+                let text = format!("{map} cannot grow to {len} records: {error}");
+                self.shortage = Some(Shortage { text, until: Instant::now() + SHORT });
+            }
+        }
+        self.there(kind)
+    }
+
+    fn shortage(&self) -> Option<&str> {
+        self.shortage.as_ref().map(|shortage| &*shortage.text)
+    }
+
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
         let records = std::slice::from_ref(backend);
-        self.backends.write(id, records).map_err(no_room("writing BACKENDS"))
+        self.backends.write(id, records).map_err(out_of_range("writing BACKENDS"))
     }
 
     fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
         let stats = [BackendStats::default()];
-        self.stats.write(id, &stats).map_err(no_room("writing BACKEND_STATS"))?;
-        self.latencies.reach(id.saturating_add(1)).map_err(no_room("writing LATENCIES"))?;
+        self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
         if let Some(latency) = self.latencies.get(id) {
             latency.store(0);
         }
@@ -220,7 +289,7 @@ impl Maps for KernelMaps {
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
-        self.slots.write(base, slots).map_err(no_room("writing SLOTS"))
+        self.slots.write(base, slots).map_err(out_of_range("writing SLOTS"))
     }
 
     fn write_service(
@@ -241,8 +310,8 @@ impl Maps for KernelMaps {
             affinity: Word::new(rules.affinity.0),
         }];
         let stats = [ServiceStats::default()];
-        self.service_stats.write(index, &stats).map_err(no_room("writing SERVICE_STATS"))?;
-        self.services.write(index, &record).map_err(no_room("writing SERVICES"))
+        self.service_stats.write(index, &stats).map_err(out_of_range("writing SERVICE_STATS"))?;
+        self.services.write(index, &record).map_err(out_of_range("writing SERVICES"))
     }
 
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {

@@ -35,6 +35,17 @@ pub struct Capacity {
     pub virtual_ips: u32,
 }
 
+/// What is made of arrays that grow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// `SERVICES` and what is counted for them.
+    Services,
+    /// `SLOTS`.
+    Slots,
+    /// `BACKENDS` and what is known of them.
+    Backends,
+}
+
 /// The maps, as the agent writes and reads them.
 ///
 /// The kernel programs read all of it at any time, between any two calls. What each call must
@@ -42,6 +53,11 @@ pub struct Capacity {
 pub trait Maps {
     /// The size of the maps.
     fn capacity(&self) -> Capacity;
+    /// Sees to it that there are so many records, as far as the kernel has memory for them. Returns how
+    /// many there are now: only below that they are written.
+    fn reach(&mut self, kind: Kind, len: u32) -> u32;
+    /// What the kernel had no memory for when it was last asked, for people; nothing when there was enough.
+    fn shortage(&self) -> Option<&str>;
 
     /// Writes a record of `BACKENDS`. No program decides by it.
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError>;

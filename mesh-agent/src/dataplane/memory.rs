@@ -9,13 +9,18 @@ use mesh_common::{
     Service, Slot, Table, Tables, Token, Word,
 };
 
-use super::maps::{Capacity, Counts, MapError, Maps, Refused};
+use super::maps::{Capacity, Counts, Kind, MapError, Maps, Refused};
 use crate::compile::Rules;
 
 /// The tables, with the memory of what is still in use.
 #[derive(Debug)]
 pub struct Memory {
     capacity: Capacity,
+    /// For how many records there is memory.
+    pub memory: Capacity,
+    /// How many records there are.
+    there: Capacity,
+    is_short: bool,
     frontends: HashMap<FrontendKey, FrontendValue>,
     services: Vec<Service>,
     slots: Vec<Slot>,
@@ -41,6 +46,9 @@ impl Memory {
         }
         Self {
             capacity,
+            memory: capacity,
+            there: Capacity { services: 0, slots: 0, backends: 0, ..capacity },
+            is_short: false,
             frontends: HashMap::new(),
             services: filled(capacity.services),
             slots: filled(capacity.slots),
@@ -94,7 +102,28 @@ impl Maps for Memory {
         self.capacity
     }
 
+    fn reach(&mut self, kind: Kind, len: u32) -> u32 {
+        let of = |all: &Capacity| match kind {
+            Kind::Services => all.services,
+            Kind::Slots => all.slots,
+            Kind::Backends => all.backends,
+        };
+        let there = len.min(of(&self.memory)).max(of(&self.there));
+        match kind {
+            Kind::Services => self.there.services = there,
+            Kind::Slots => self.there.slots = there,
+            Kind::Backends => self.there.backends = there,
+        }
+        self.is_short = there < len;
+        there
+    }
+
+    fn shortage(&self) -> Option<&str> {
+        self.is_short.then_some("no memory")
+    }
+
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
+        assert!(id < self.there.backends, "backend {id} is not there");
         let record = &mut self.backends[id as usize];
         let same_life = record.generation == backend.generation;
         *record = *backend;
@@ -126,6 +155,7 @@ impl Maps for Memory {
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
         let end = base as usize + slots.len();
+        assert!(end <= self.there.slots as usize, "slots that are not there are written");
         let named = self.named_services().filter_map(|index| self.services.get(index as usize));
         for table in named.map(Service::table).chain(self.readers.iter().copied()) {
             let (from, to) = (table.base() as usize, (table.base() + table.len()) as usize);
@@ -143,6 +173,7 @@ impl Maps for Memory {
         table: Table,
         rules: Rules,
     ) -> Result<(), MapError> {
+        assert!(index < self.there.services, "record {index} is not there");
         assert!(self.named_services().all(|named| named != index), "service {index} is named");
         self.services[index as usize] = Service {
             table: Word::new(table.0),

@@ -33,8 +33,6 @@ pub struct Records {
 
 /// The table grows when one in so many places was found taken.
 const CROWDED: u32 = 64;
-/// So many times as large.
-const GROWTH: u32 = 4;
 
 impl Records {
     /// Takes the maps out of a loaded object.
@@ -54,6 +52,12 @@ impl Records {
         Ok(records)
     }
 
+    /// Bytes of the array.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.flows.bytes()
+    }
+
     /// Tells the programs where records are: one store, after the chunks that it speaks of.
     fn publish(&self, places: Places) {
         if let Some(settings) = self.settings.get(0) {
@@ -71,24 +75,24 @@ impl Records {
         self.places().has_former()
     }
 
-    /// Whether the table should grow: records found their place taken, there may be more places, and none
-    /// is left where it was before the table grew the last time.
+    /// Whether the table should grow: it has not yet, and records found their place taken.
     #[must_use]
     pub fn is_crowded(&self) -> bool {
         let overflowed = self.counters.get(counter::OVERFLOWED).map_or(0, Word::load);
         let size = self.flows.size();
-        size < self.flows.limit() && !self.has_former() && overflowed > u64::from(size / CROWDED)
+        size < self.flows.limit() && overflowed > u64::from(size / CROWDED)
     }
 
-    /// Makes the table larger. Sockets that connect from then on have their records at new places, and
-    /// programs look for the others at the former ones.
+    /// Makes the table as large as it may be: once, so that there are never more than two places to look
+    /// at, however long a socket lives. Sockets that connect from then on have their records at new places,
+    /// and programs look for the others at the former ones.
     ///
     /// # Errors
     ///
     /// What the kernel says to more chunks: then all is as before.
     pub fn grow(&mut self) -> io::Result<(u32, u32)> {
         let former = self.flows.size();
-        let size = former.saturating_mul(GROWTH).min(self.flows.limit());
+        let size = self.flows.limit();
         self.flows.reach(size)?;
         // Both are powers of two.
         self.publish(Places::grown(former, size));
@@ -180,6 +184,10 @@ impl Records {
             return false;
         }
         let seen = Held(record.word);
+        // Before it is released, too: afterwards its end has to be counted.
+        if !self.stats.follow(seen.backend()) {
+            return false;
+        }
         let released = match record.place {
             Place::Array(place) => {
                 self.flows.get(place).and_then(|[held, ..]| release_seen(held, seen))
@@ -192,7 +200,6 @@ impl Records {
         };
         let Some(held) = released else { return false };
         let given = given(words);
-        self.stats.follow(held.backend());
         if let Some(stats) = self.stats.get(held.backend())
             && stats.is_life(given.generation)
         {

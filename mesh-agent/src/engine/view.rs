@@ -132,7 +132,8 @@ impl View for Handle {
     async fn status(&self) -> Result<types::Status, ViewError> {
         let status = self.ask(|engine| engine.status()).await?;
         let memory = tokio::task::spawn_blocking(footprint::measure).await.unwrap_or_default();
-        Ok(types::Status { memory, ..status })
+        let maps = status.memory.maps + memory.maps;
+        Ok(types::Status { memory: types::Memory { maps, ..memory }, ..status })
     }
 
     async fn audit(&self) -> Result<types::Audit, ViewError> {
@@ -315,7 +316,10 @@ impl Engine {
                 .collect(),
             sources: self.source_states(),
             maps: self.maps(),
-            memory: types::Memory::default(),
+            memory: types::Memory {
+                anonymous: 0,
+                maps: self.reconciler.maps().bytes() + self.auditor.bytes(),
+            },
             counters: self.counters(),
             audit: self.auditor.last().map(|audited| audit(&audited)),
             last_error: self.last_error.as_ref().map(|(time, error)| types::LastError {
@@ -484,6 +488,7 @@ fn audit(audited: &Audited) -> types::Audit {
         undecided: *undecided,
         released: audited.released,
         released_ever: audited.released_ever,
+        settled: audited.settled,
         problem: audited.error.as_ref().or(problem.as_ref()).cloned(),
     }
 }

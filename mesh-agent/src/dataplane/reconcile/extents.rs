@@ -11,7 +11,7 @@ use mesh_common::maglev::Size;
 use mesh_common::{Slot, Table};
 
 use crate::dataplane::alloc::ExtentPool;
-use crate::dataplane::maps::{MapError, Maps};
+use crate::dataplane::maps::{Kind, MapError, Maps};
 
 /// What came of writing an extent.
 pub enum Written {
@@ -107,15 +107,17 @@ impl Extents {
         }
         let taken = match u32::try_from(slots.len()) {
             Ok(len) if (1..=Table::MAX_LEN).contains(&len) => {
-                self.pool.take(len).map(|base| (base, len))
+                self.take(maps, len).map(|base| (base, len))
             }
             _ => None,
         };
         let Some((base, len)) = taken else {
             // There are at least two slots for each backend, so this is for want of a run of free
-            // ones: they wait for running programs, or they are in pieces.
+            // ones: they wait for running programs, or they are in pieces, or there is no memory for more.
             let waiting = !self.retired.is_empty() || self.is_waiting();
-            let longest = self.pool.longest().min(Table::MAX_LEN);
+            let bound =
+                if maps.shortage().is_some() { maps.reach(Kind::Slots, 0) } else { u32::MAX };
+            let longest = self.pool.longest_below(bound).min(Table::MAX_LEN);
             return Ok(if waiting { Written::Busy } else { Written::Room(longest) });
         };
         if let Err(error) = maps.write_slots(base, slots) {
@@ -129,6 +131,17 @@ impl Extents {
             *self.backends.entry(slot.backend).or_default() += 1;
         }
         Ok(Written::Table(Table::slots(base, backends).sized(*size)))
+    }
+
+    /// So many slots in a row, which are there.
+    fn take<M: Maps>(&mut self, maps: &mut M, len: u32) -> Option<u32> {
+        let base = self.pool.take(len)?;
+        let there = maps.reach(Kind::Slots, base + len);
+        if base + len <= there {
+            return Some(base);
+        }
+        self.pool.give(base, len);
+        self.pool.take_below(len, there)
     }
 
     /// Whether a table has nothing but some of these slots' backends, at least `len` of them: then a

@@ -11,7 +11,7 @@ use mesh_common::{
 use super::extents::{Content, Written};
 use super::{Held, HeldBackend, HeldFrontend, Problem, Reconciler};
 use crate::compile::{self, Rows, Rules, TableKey, Tables};
-use crate::dataplane::maps::{MapError, Maps};
+use crate::dataplane::maps::{Kind, MapError, Maps};
 use crate::model::ServiceName;
 
 /// How many attempts a service waits for ids that it was granted.
@@ -57,6 +57,11 @@ impl<M: Maps> Reconciler<M> {
             });
         }
         self.hold_frontends(name, held, wanted, &tables, problems);
+        if let Some(shortage) = self.maps.shortage()
+            && !problems.is_empty()
+        {
+            problems.push(Problem::Memory(shortage.to_owned()));
+        }
         // Nothing is out where nothing is to be.
         if held.rules.policy != wanted.rules.policy && wanted.rules.policy == Policy::OFF {
             held.backends.values().for_each(|backend| self.maps.forget_failures(backend.id));
@@ -87,7 +92,8 @@ impl<M: Maps> Reconciler<M> {
         held.waits = if busy { held.waits + 1 } else { 0 };
         if busy {
             problems.push(Problem::Busy { map: "BACKENDS" });
-            busy = held.waits <= PATIENCE;
+            // Nobody knows when there will be memory.
+            busy = held.waits <= PATIENCE && self.maps.shortage().is_none();
         }
         ids.resize(wanted.backends.len(), None);
         held.granted = granted;
@@ -131,7 +137,8 @@ impl<M: Maps> Reconciler<M> {
             }
             return Some((backend.id, record.generation));
         }
-        let id = self.backends.take()?;
+        let maps = &mut self.maps;
+        let id = self.backends.take(|id| maps.reach(Kind::Backends, id + 1) > id)?;
         // 0 says that the id is nobody's.
         self.backend_generation = self.backend_generation.wrapping_add(1).max(1);
         let record = record(self.backend_generation);
@@ -345,7 +352,9 @@ impl<M: Maps> Reconciler<M> {
         table: Table,
         rules: Rules,
     ) -> Result<Option<HeldFrontend>, MapError> {
-        let Some(index) = self.records.take() else { return Ok(None) };
+        let maps = &mut self.maps;
+        let reach = |index| maps.reach(Kind::Services, index + 1) > index;
+        let Some(index) = self.records.take(reach) else { return Ok(None) };
         self.generation += 1;
         let generation = self.generation;
         if let Err(error) = self.name(&key, index, generation, table, rules) {

@@ -36,6 +36,9 @@ pub enum Problem {
         /// The map.
         map: &'static str,
     },
+    /// The kernel has no memory for maps that have to grow.
+    #[error("not all of it fits: {0}; it is tried again")]
+    Memory(String),
     /// The kernel refused a write.
     #[error("{0}; it is tried again")]
     Map(#[from] MapError),

@@ -1,5 +1,5 @@
-//! Several elements of an array of maps at once (`BPF_MAP_UPDATE_BATCH`, for maps of maps Linux 5.19): one
-//! by one, the kernel would wait for all running programs after each.
+//! Several elements of an array of maps at once (`BPF_MAP_UPDATE_BATCH`, for maps of maps Linux 5.19): the
+//! kernel waits for all running programs after each call, and only before Linux 6.8 after each element.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

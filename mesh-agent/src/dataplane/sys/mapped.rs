@@ -132,6 +132,11 @@ impl<T: Flat> Mapped<T> {
         Ok(())
     }
 
+    /// For how many records there is address space.
+    pub fn reserved(&self) -> u32 {
+        u32::try_from(self.reserved / Self::RECORD).unwrap_or(u32::MAX)
+    }
+
     /// Number of records that are mapped.
     pub fn capacity(&self) -> u32 {
         self.len
