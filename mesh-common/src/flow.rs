@@ -278,8 +278,8 @@ impl Origin {
 /// By which service a socket was given a backend, and what else it has: one word.
 ///
 /// ```text
-/// 31         30 .. 27          26 .. 23       22         21      0
-/// [ connected ][ further records ][ last used ][ measured ][ service ]
+/// 31         30 .. 27          26 .. 23       22         21         20      0
+/// [ connected ][ further records ][ last used ][ measured ][ elsewhere ][ service ]
 /// ```
 ///
 /// Written like [`Origin`].
@@ -292,6 +292,7 @@ impl Role {
     const MORE_SHIFT: u32 = 27;
     const LAST_SHIFT: u32 = 23;
     const MEASURED: u32 = 1 << 22;
+    const ELSEWHERE: u32 = 1 << 21;
     const COUNT: u32 = 0xf;
     /// How many further records a datagram socket has at the most: one for each service that it sends
     /// to without being connected.
@@ -303,7 +304,7 @@ impl Role {
     #[must_use]
     pub const fn new(service: u32, connected: bool) -> Self {
         let connected = if connected { Self::CONNECTED } else { 0 };
-        Self(connected | service & (Self::MEASURED - 1))
+        Self(connected | service & (Self::ELSEWHERE - 1))
     }
 
     /// The same, with so many further records.
@@ -336,6 +337,21 @@ impl Role {
         self.0 & Self::MEASURED != 0
     }
 
+    /// The same in a record that is not in `FLOWS`: all records of `OVERFLOW` are so, and no other, so this
+    /// tells of a record where it is, whoever's it has become meanwhile.
+    #[inline(always)]
+    #[must_use]
+    pub const fn elsewhere(self) -> Self {
+        Self(self.0 | Self::ELSEWHERE)
+    }
+
+    /// Whether the record is in `OVERFLOW`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_elsewhere(self) -> bool {
+        self.0 & Self::ELSEWHERE != 0
+    }
+
     /// The same of a socket that is not connected any more.
     #[inline(always)]
     #[must_use]
@@ -347,7 +363,7 @@ impl Role {
     #[inline(always)]
     #[must_use]
     pub const fn service(self) -> u32 {
-        self.0 & (Self::MEASURED - 1)
+        self.0 & (Self::ELSEWHERE - 1)
     }
 
     /// Whether the socket is connected: what it has a backend for is then its only peer.
@@ -470,7 +486,7 @@ const _: () = {
     assert!(Held::MAX_BACKENDS - 1 == 0xff_ffff);
     assert!(size_of::<Given>() == 56);
     assert!(offset_of!(Given, origin) % 8 == 0);
-    assert!(crate::Limits::MOST.frontends <= Role::MEASURED);
+    assert!(crate::Limits::MOST.frontends <= Role::ELSEWHERE);
     #[cfg(not(loom))]
     assert!(size_of::<Flow>() == 64);
 };

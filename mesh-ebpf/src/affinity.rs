@@ -7,7 +7,8 @@ use mesh_common::datagram;
 use mesh_common::layout::counter;
 use mesh_common::{Limits, Origin, Pin, PinKey, State, Tables as _, Word};
 
-use crate::maps::{BACKEND_STATS, BACKENDS, Maps, Records as _, count, jiffies, serves};
+use crate::chunks::{BACKEND_STATS, BACKENDS};
+use crate::maps::{Maps, count, jiffies, serves};
 
 #[btf_map]
 static AFFINITY: HashMap<
@@ -31,7 +32,7 @@ pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     let Some((packed, until)) = pin.of(&key) else { return NONE };
     let now = jiffies() >> Origin::TIME_SHIFT;
     let (id, generation) = (packed as u32, (packed >> 32) as u32);
-    let (Some(stats), Some(backend)) = (BACKEND_STATS.at(id), BACKENDS.at(id)) else {
+    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
         return NONE;
     };
     let state = State::from_number(backend.state);

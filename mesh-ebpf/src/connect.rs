@@ -19,10 +19,11 @@ use mesh_common::{
     Role, Tables as _, Token, Verdict, Word, translate,
 };
 
+use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
 use crate::context::{Family, V4, V6, port, protocol, set_port};
 use crate::maps::{
-    BACKEND_STATS, BACKENDS, Maps, OUT, Records as _, SERVICES, cgroup, chance, count,
-    count_refused, enter, excludes, jiffies, mesh_excluded, octets, unit,
+    Maps, OUT, cgroup, chance, count, count_refused, enter, excludes, jiffies, mesh_excluded,
+    octets, unit,
 };
 use crate::{affinity, datagram, events, records, sock};
 
@@ -150,14 +151,14 @@ fn forget_connection(ctx: &SockAddrContext) {
 #[inline(always)]
 fn balance<F: Family>(connecting: &Connecting<'_>, choice: Choice<'_>) -> i32 {
     let (ctx, key, service) = (connecting.ctx, connecting.key, choice.service);
-    let Some(flow) = steer::<F>(connecting, choice, true) else {
+    let Some(mut flow) = steer::<F>(connecting, choice, true) else {
         return refuse_connect(ctx, key, Reason::Corrupt as u32, service);
     };
     let cookie = connecting.cookie();
     if key.protocol != Protocol::Tcp as u8 {
         datagram::end_all(cookie);
     }
-    if !records::record(cookie, &flow) {
+    if !records::record(cookie, &mut flow) {
         end_unrecorded(Held(flow.held.load()).backend(), flow.given.token);
     }
     PROCEED
@@ -174,10 +175,10 @@ pub fn steer<F: Family>(
     let (ctx, Choice { slot, service, mut token }) = (connecting.ctx, choice);
     let (mut addr, mut port) = (slot.addr, slot.port);
     let (mut backend, mut generation) = (slot.backend, slot.generation);
-    let record = SERVICES.at(service)?;
+    let record = SERVICES.get(service)?;
     if record.affinity().is_on() {
         let kept = keep(ctx, service, pack(backend, generation));
-        if let Some(there) = BACKENDS.at(kept as u32)
+        if let Some(there) = BACKENDS.get(kept as u32)
             && kept as u32 != backend
         {
             if token.is_some() {
@@ -207,7 +208,7 @@ pub fn steer<F: Family>(
         token,
     };
     // Opened before it can end.
-    if let Some(stats) = BACKEND_STATS.at(backend) {
+    if let Some(stats) = BACKEND_STATS.get(backend) {
         stats.opened.increment();
     }
     let held = Held::new(cookie, backend, token.is_some());
@@ -218,7 +219,7 @@ pub fn steer<F: Family>(
 /// ([`pack`]).
 #[inline(never)]
 fn keep(ctx: &SockAddrContext, service: u32, chosen: u64) -> u64 {
-    let Some(service) = SERVICES.at(service) else { return chosen };
+    let Some(service) = SERVICES.get(service) else { return chosen };
     let (affinity, generation) = (service.affinity(), service.generation());
     // Retired just now.
     if generation == 0 {
@@ -240,7 +241,7 @@ fn keep(ctx: &SockAddrContext, service: u32, chosen: u64) -> u64 {
 /// A connection that nobody will see end.
 #[inline(never)]
 pub fn end_unrecorded(backend: u32, token: Token) {
-    if let Some(stats) = BACKEND_STATS.at(backend) {
+    if let Some(stats) = BACKEND_STATS.get(backend) {
         stats.end(token, || Maps.now());
     }
 }
@@ -248,7 +249,7 @@ pub fn end_unrecorded(backend: u32, token: Token) {
 /// A token that is not used.
 #[inline(never)]
 pub fn give_back(backend: u32, token: Token) {
-    if let Some(stats) = BACKEND_STATS.at(backend) {
+    if let Some(stats) = BACKEND_STATS.get(backend) {
         let now = Maps.now();
         change(&stats.ejection, |ejection| ejection.give_back(token, now));
     }

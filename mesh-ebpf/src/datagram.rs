@@ -20,12 +20,10 @@ use mesh_common::{
     Token, Verdict, translate,
 };
 
+use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
 use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, is_excluded, refuse, steer};
 use crate::context::{Family, V4, V6, port, protocol, set_port};
-use crate::maps::{
-    BACKEND_STATS, BACKENDS, Maps, OVERFLOW, Records as _, SERVICES, count, counter, excludes,
-    jiffies, serves,
-};
+use crate::maps::{Maps, OVERFLOW, count, counter, excludes, jiffies, serves};
 use crate::{lifecycle, records};
 
 /// [`IDLE_SECONDS`] in the unit of [`Origin::age`]. Set by the agent, who knows the kernel's `HZ`; this
@@ -97,7 +95,7 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
             if index == 0 && records::role(own).is_connected() {
                 let index = records::role(own).service();
                 // It may be another frontend's by now.
-                let is_ours = SERVICES.at(index).is_some_and(|service| service.key == key);
+                let is_ours = SERVICES.get(index).is_some_and(|service| service.key == key);
                 let service = if is_ours { index } else { u32::MAX };
                 return refuse_datagram(ctx, &key, Reason::NoEndpoint as u32, service);
             }
@@ -156,15 +154,16 @@ fn is_connected(ctx: &SockAddrContext) -> bool {
     !sk.is_null() && unsafe { (&raw const (*sk).state).read_volatile() } == 1
 }
 
-/// Whether the socket goes on with the backend of this record.
-#[inline(always)]
+/// Whether the socket goes on with the backend of this record. Not a part of its caller, which the verifier
+/// would follow from each of the ways through this.
+#[inline(never)]
 fn way(flow: *mut Flow) -> Way {
     let given = records::given(flow);
     let held = Held(records::held(flow).load());
     let id = held.backend();
-    let Some(stats) = BACKEND_STATS.at(id) else { return Way::None };
-    let Some(backend) = BACKENDS.at(id) else { return Way::None };
-    let Some(service) = SERVICES.at(given.role.service()) else { return Way::None };
+    let Some(stats) = BACKEND_STATS.get(id) else { return Way::None };
+    let Some(backend) = BACKENDS.get(id) else { return Way::None };
+    let Some(service) = SERVICES.get(given.role.service()) else { return Way::None };
     // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
     // it has here.
     let most = unsafe { (&raw const DATAGRAM_IDLE).read_volatile() };
@@ -191,7 +190,7 @@ fn way(flow: *mut Flow) -> Way {
 #[inline(always)]
 fn leads<F: Family>(ctx: &SockAddrContext, flow: *mut Flow) -> bool {
     let id = Held(records::held(flow).load()).backend();
-    let Some(backend) = BACKENDS.at(id) else { return false };
+    let Some(backend) = BACKENDS.get(id) else { return false };
     if !F::set_addr(ctx, backend.addr) {
         return false;
     }
@@ -238,7 +237,7 @@ fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn is_from(flow: *mut Flow, addr: &Addr, port: u16) -> bool {
     let id = Held(records::held(flow).load()).backend();
-    let (Some(stats), Some(backend)) = (BACKEND_STATS.at(id), BACKENDS.at(id)) else {
+    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
         return false;
     };
     backend.port == port && backend.addr == *addr && stats.is_life(records::generation(flow))
@@ -323,14 +322,14 @@ fn record(cookie: u64, mine: &mut Flow) -> bool {
 
 /// [`records::record`], apart from the way of what is sent.
 #[inline(never)]
-fn record_own(cookie: u64, mine: &Flow) -> bool {
+fn record_own(cookie: u64, mine: &mut Flow) -> bool {
     records::record(cookie, mine)
 }
 
 /// Records it in `OVERFLOW`, in place of what was there for the same service, or at a free index, or in
 /// place of the one that was not used for the longest time.
 #[inline(never)]
-fn record_further(cookie: u64, mine: &Flow) -> bool {
+fn record_further(cookie: u64, mine: &mut Flow) -> bool {
     let Some(flow) = records::find(cookie) else { return false };
     let role = records::role(flow);
     let index = match further(cookie, role.more(), &mine.given.frontend) {
@@ -342,7 +341,8 @@ fn record_further(cookie: u64, mine: &Flow) -> bool {
         }
     };
     end_one(cookie, index);
-    if OVERFLOW.insert(Elsewhere { cookie, index }, mine, u64::from(BPF_NOEXIST)).is_err() {
+    mine.given.role = mine.given.role.elsewhere();
+    if OVERFLOW.insert(Elsewhere { cookie, index }, &*mine, u64::from(BPF_NOEXIST)).is_err() {
         count(counter::NO_FLOW_RECORD);
         return false;
     }
@@ -383,7 +383,7 @@ fn end_one(cookie: u64, index: u64) {
         records.decrement();
     }
     let token = if held.has_token() { token } else { Token::NONE };
-    if let Some(stats) = BACKEND_STATS.at(held.backend()).filter(|stats| stats.is_life(generation))
+    if let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|stats| stats.is_life(generation))
     {
         stats.end(token, || Maps.now());
     }
@@ -420,7 +420,7 @@ fn end_rest(cookie: u64) -> bool {
         end_further(cookie, more);
     }
     let held = Held(records::held(flow).load());
-    let matters = BACKEND_STATS.at(held.backend()).is_some_and(|s| s.awaits_success(held));
+    let matters = BACKEND_STATS.get(held.backend()).is_some_and(|s| s.awaits_success(held));
     if matters && records::role(flow).is_connected() && !held.is_told() {
         return true;
     }

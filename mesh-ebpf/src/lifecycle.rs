@@ -18,8 +18,9 @@ use mesh_common::{
     Client, Ejection, Failure, Flow, Given, Held, Policy, Table, Tables as _, Token, flow,
 };
 
+use crate::chunks::{BACKEND_STATS, SERVICES};
 use crate::events;
-use crate::maps::{BACKEND_STATS, Maps, Records as _, SERVICES, count, measure, mesh_share_allows};
+use crate::maps::{Maps, count, measure, mesh_share_allows};
 use crate::records::{self, Released};
 use crate::sock::{Sock, TcpSock};
 
@@ -126,7 +127,7 @@ fn not_taken(cookie: u64, flow: *mut Flow, failure: Failure) {
     if !given.role.is_connected() || !flow::tell(records::held(flow), held, cookie) {
         return;
     }
-    let Some(stats) = BACKEND_STATS.at(held.backend()).filter(|s| s.is_life(given.generation))
+    let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|s| s.is_life(given.generation))
     else {
         return;
     };
@@ -164,7 +165,7 @@ fn destroy(ctx: &BtfTracePointContext) -> i32 {
         if records::role(flow).is_measured() && seen.connected {
             let id = Held(records::held(flow).load()).backend();
             let generation = records::generation(flow);
-            if BACKEND_STATS.at(id).is_some_and(|stats| stats.is_life(generation)) {
+            if BACKEND_STATS.get(id).is_some_and(|stats| stats.is_life(generation)) {
                 measure(id, tcp.round_trip().into());
             }
         }
@@ -173,7 +174,7 @@ fn destroy(ctx: &BtfTracePointContext) -> i32 {
             None => {
                 // Whether it was answered makes a difference only to a backend in doubt.
                 let held = Held(records::held(flow).load());
-                let stats = BACKEND_STATS.at(held.backend());
+                let stats = BACKEND_STATS.get(held.backend());
                 let matters = stats.is_some_and(|stats| stats.awaits_success(held));
                 ended(cookie, flow, seen.connected && matters);
             }
@@ -214,7 +215,7 @@ pub fn answered(cookie: u64, flow: *mut Flow) {
     if !flow::settle(records::held(flow), cookie) {
         return;
     }
-    let Some(stats) = BACKEND_STATS.at(held.backend()).filter(|s| s.is_life(given.generation))
+    let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|s| s.is_life(given.generation))
     else {
         return;
     };
@@ -280,7 +281,7 @@ fn silent(cookie: u64, flow: *mut Flow) {
     if !flow::settle(records::held(flow), cookie) {
         return;
     }
-    let Some(stats) = BACKEND_STATS.at(held.backend()) else { return };
+    let Some(stats) = BACKEND_STATS.get(held.backend()) else { return };
     if !stats.is_life(given.generation) {
         return;
     }
@@ -319,7 +320,7 @@ fn tell_change(held: Held, given: &Given, detail: u8, after: Ejection) {
 /// it is gone.
 #[inline(always)]
 fn rules(given: &Given) -> (Policy, Table) {
-    match SERVICES.at(given.role.service()) {
+    match SERVICES.get(given.role.service()) {
         Some(service) if service.key == given.frontend => (service.policy(), service.table()),
         _ => (Policy::OFF, Table(0)),
     }

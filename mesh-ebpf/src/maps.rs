@@ -2,7 +2,7 @@
 //!
 //! The sizes here are defaults; the agent may set others when it loads the object.
 
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, RingBuf};
 use aya_ebpf::helpers::{
@@ -15,15 +15,13 @@ use mesh_common::latency::Latency;
 use mesh_common::layout::counter;
 use mesh_common::translate::{self, Detour};
 use mesh_common::{
-    ABI_VERSION, Addr, Backend, BackendStats, Client, Ejection, Elsewhere, Event, Flow,
-    FrontendKey, FrontendValue, Limits, Origin, Places, Policy, Reason, Service, ServiceStats,
-    Settings, Slot, State, Table, Tables, Word, balance, chance, chunk, datagram, latency, maglev,
+    ABI_VERSION, Addr, BackendStats, Client, Ejection, Elsewhere, Event, Flow, FrontendKey,
+    FrontendValue, Limits, Origin, Places, Policy, Reason, Service, Settings, Slot, State, Table,
+    Tables, Word, balance, chance, datagram, latency, maglev,
 };
 
+use crate::chunks::{BACKEND_STATS, BACKENDS, FLAT, LATENCIES, SERVICE_STATS, SERVICES, SLOTS};
 use crate::events;
-
-/// Flat arrays, and chunks of them, are mapped by the agent and written with plain stores.
-const FLAT: usize = BPF_F_MMAPABLE as usize;
 
 /// Memory for an entry is taken when it is made.
 const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
@@ -31,61 +29,9 @@ const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
 /// What the maps hold, unless the agent sets something else.
 const LIMITS: Limits = Limits::DEFAULT;
 
-/// The most that they may hold: arrays that grow have room for so many chunks.
-const MOST: Limits = Limits::MOST;
-
-/// An array that grows by chunks of `SIZE` records, which the agent adds.
-type Chunks<T, const SIZE: usize, const COUNT: usize> = ArrayOfMaps<Array<T, SIZE, FLAT>, COUNT>;
-
-type OfServices<T> =
-    Chunks<T, { chunk::SERVICES }, { chunk::most(MOST.frontends, chunk::SERVICES) }>;
-type OfBackends<T> =
-    Chunks<T, { chunk::BACKENDS }, { chunk::most(MOST.backends, chunk::BACKENDS) }>;
-
-/// Its records, by their index.
-pub trait Records<T> {
-    /// A record, if its chunk is there.
-    fn at(&self, index: u32) -> Option<&T>;
-    /// A record that is not only read.
-    fn at_mut(&self, index: u32) -> Option<*mut T>;
-}
-
-impl<T, const SIZE: usize, const COUNT: usize> Records<T> for Chunks<T, SIZE, COUNT> {
-    #[inline(always)]
-    fn at(&self, index: u32) -> Option<&T> {
-        self.get_value(index / SIZE as u32, &(index % SIZE as u32))
-    }
-
-    #[inline(always)]
-    fn at_mut(&self, index: u32) -> Option<*mut T> {
-        self.get_value_ptr_mut(index / SIZE as u32, &(index % SIZE as u32))
-    }
-}
-
 #[btf_map]
 static FRONTENDS: HashMap<FrontendKey, FrontendValue, { LIMITS.frontends as usize }, SPARSE> =
     HashMap::new();
-
-#[btf_map]
-pub static SERVICES: OfServices<Service> = ArrayOfMaps::new();
-
-#[btf_map]
-static SERVICE_STATS: OfServices<ServiceStats> = ArrayOfMaps::new();
-
-#[btf_map]
-pub static SLOTS: Chunks<Slot, { chunk::SLOTS }, { chunk::most(MOST.slots(), chunk::SLOTS) }> =
-    ArrayOfMaps::new();
-
-/// For inspection, and for the programs of datagrams.
-#[btf_map]
-pub static BACKENDS: OfBackends<Backend> = ArrayOfMaps::new();
-
-#[btf_map]
-pub static BACKEND_STATS: OfBackends<BackendStats> = ArrayOfMaps::new();
-
-/// A [`Latency`] for each backend; the agent sets it to 0 when the id is given to another.
-#[btf_map]
-static LATENCIES: OfBackends<Word> = ArrayOfMaps::new();
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1, FLAT> = Array::new();
@@ -95,10 +41,6 @@ static VIRTUAL_IPS: LpmTrie<[u8; 16], u32, 256> = LpmTrie::new();
 
 #[btf_map]
 static COUNTERS: Array<Word, { counter::COUNT as usize }, FLAT> = Array::new();
-
-#[btf_map]
-pub static FLOWS: Chunks<Flow, { chunk::FLOWS }, { chunk::most(MOST.records, chunk::FLOWS) }> =
-    ArrayOfMaps::new();
 
 /// Records whose place in `FLOWS` was taken, and further ones of datagram sockets.
 #[btf_map]
@@ -137,12 +79,12 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn service(&self, index: u32) -> Option<&Service> {
-        SERVICES.at(index)
+        SERVICES.get(index)
     }
 
     #[inline(always)]
     fn slot(&self, index: u32) -> Option<&Slot> {
-        SLOTS.at(index)
+        SLOTS.get(index)
     }
 
     #[inline(always)]
@@ -158,23 +100,23 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn ejection(&self, backend: u32) -> Ejection {
-        BACKEND_STATS.at(backend).map_or(Ejection::NONE, BackendStats::ejection)
+        BACKEND_STATS.get(backend).map_or(Ejection::NONE, BackendStats::ejection)
     }
 
     #[inline(always)]
     fn active(&self, backend: u32) -> u64 {
-        BACKEND_STATS.at(backend).map_or(0, BackendStats::active)
+        BACKEND_STATS.get(backend).map_or(0, BackendStats::active)
     }
 
     #[inline(always)]
     fn latency(&self, backend: u32) -> u64 {
-        let word = LATENCIES.at(backend).map_or(0, Word::load);
+        let word = LATENCIES.get(backend).map_or(0, Word::load);
         Latency(word).average(jiffies() >> Origin::TIME_SHIFT, half_life())
     }
 
     #[inline(always)]
     fn position(&self, service: u32) -> u64 {
-        SERVICES.at(service).map_or(0, |service| service.position.next())
+        SERVICES.get(service).map_or(0, |service| service.position.next())
     }
 
     #[inline(always)]
@@ -259,7 +201,7 @@ pub const OUT: u64 = u64::MAX;
 /// gives [`OUT`] or a token.
 #[inline(never)]
 pub fn enter(backend: u32, policy: u64, frontend: &FrontendKey) -> u64 {
-    let Some(stats) = BACKEND_STATS.at(backend) else { return OUT };
+    let Some(stats) = BACKEND_STATS.get(backend) else { return OUT };
     let (known, now) = (stats.ejection(), Maps.now());
     let next = match known.admits(Maps.client(), now) {
         Admission::In => return 0,
@@ -289,7 +231,7 @@ fn unknown(key: &FrontendKey) -> u32 {
 /// Whether a backend is one to go to, for this client ([`datagram::serves`]).
 #[inline(always)]
 pub fn serves(id: u32) -> bool {
-    let (Some(stats), Some(backend)) = (BACKEND_STATS.at(id), BACKENDS.at(id)) else {
+    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
         return false;
     };
     datagram::serves(State::from_number(backend.state), stats.ejection(), || Maps.client())
@@ -350,7 +292,7 @@ fn half_life() -> u64 {
 /// Notes how long a round trip to a backend took, in microseconds.
 #[inline(never)]
 pub fn measure(backend: u32, time: u64) {
-    let Some(word) = LATENCIES.at(backend) else { return };
+    let Some(word) = LATENCIES.get(backend) else { return };
     let now = jiffies() >> Origin::TIME_SHIFT;
     for _ in 0..latency::ATTEMPTS {
         let before = word.load();
@@ -489,7 +431,7 @@ pub fn count(index: u32) {
 /// Counts a connect to a frontend that was refused.
 #[inline(always)]
 pub fn count_refused(service: u32, reason: u32) {
-    if let Some(stats) = SERVICE_STATS.at(service)
+    if let Some(stats) = SERVICE_STATS.get(service)
         && let Some(refused) = stats.refused.get(reason as usize)
     {
         refused.increment();

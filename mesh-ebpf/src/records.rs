@@ -7,19 +7,8 @@ use mesh_common::{
     BackendStats, Elsewhere, Flow, Given, Held, Origin, Role, Tables as _, Token, Word, flow,
 };
 
-use crate::maps::{self, BACKEND_STATS, FLOWS, Maps, OVERFLOW, Records as _, count, counter};
-
-/// Where a socket's record is that it has now, or would have.
-#[inline(always)]
-fn place(cookie: u64) -> Option<*mut Flow> {
-    FLOWS.at_mut(maps::places().of(cookie))
-}
-
-/// Where it may be from before the table grew.
-#[inline(always)]
-fn former_place(cookie: u64) -> Option<*mut Flow> {
-    FLOWS.at_mut(maps::places().former(cookie)?)
-}
+use crate::chunks::{BACKEND_STATS, FLOWS};
+use crate::maps::{self, Maps, OVERFLOW, count, counter};
 
 /// The key of a record whose place was taken.
 #[inline(always)]
@@ -85,39 +74,46 @@ pub fn token(flow: *mut Flow) -> Token {
     unsafe { (&raw const (*flow).given.token).read_volatile() }
 }
 
-/// Whether a socket may have a record anywhere but at its place.
-#[inline(always)]
-fn scattered() -> bool {
-    overflowed() || maps::places().has_former()
-}
-
 /// The record of the socket with this cookie.
 #[inline(always)]
 pub fn find(cookie: u64) -> Option<*mut Flow> {
-    let flow = place(cookie)?;
+    let places = maps::places();
+    let flow = FLOWS.get_ptr_mut(places.of(cookie))?;
     if Held(held(flow).load()).is_of(cookie) {
         return Some(flow);
     }
-    if let Some(flow) = former_place(cookie)
-        && Held(held(flow).load()).is_of(cookie)
-    {
-        return Some(flow);
-    }
-    if !overflowed() {
+    if !places.has_former() && !overflowed() {
         return None;
     }
-    OVERFLOW.get_ptr_mut(elsewhere(cookie)).filter(|flow| Held(held(*flow).load()).is_of(cookie))
+    let flow = find_elsewhere(cookie);
+    if flow.is_null() { None } else { Some(flow) }
+}
+
+/// The same, where it may be from before the table grew, and in `OVERFLOW`. Null is none.
+#[inline(never)]
+fn find_elsewhere(cookie: u64) -> *mut Flow {
+    if let Some(place) = maps::places().former(cookie)
+        && let Some(flow) = FLOWS.get_ptr_mut(place)
+        && Held(held(flow).load()).is_of(cookie)
+    {
+        return flow;
+    }
+    match OVERFLOW.get_ptr_mut(elsewhere(cookie)) {
+        Some(flow) if Held(held(flow).load()).is_of(cookie) => flow,
+        _ => core::ptr::null_mut(),
+    }
 }
 
 /// Records what a socket was given, in place of what it held before. `false` when there is no room.
 #[inline(always)]
-pub fn record(cookie: u64, mine: &Flow) -> bool {
-    let Some(flow) = place(cookie) else {
+pub fn record(cookie: u64, mine: &mut Flow) -> bool {
+    let places = maps::places();
+    let Some(flow) = FLOWS.get_ptr_mut(places.of(cookie)) else {
         count(counter::NO_FLOW_RECORD);
         return false;
     };
     // A socket's first connect finds its place free, and no record elsewhere.
-    if held(flow).load() != 0 || scattered() {
+    if held(flow).load() != 0 || places.has_former() || overflowed() {
         end_before(cookie);
     }
     if flow::claim(held(flow)) == flow::Claim::Taken {
@@ -138,12 +134,13 @@ fn end_before(cookie: u64) {
 
 /// Records it in `OVERFLOW`.
 #[inline(never)]
-fn record_elsewhere(cookie: u64, mine: &Flow) -> bool {
+fn record_elsewhere(cookie: u64, mine: &mut Flow) -> bool {
+    mine.given.role = mine.given.role.elsewhere();
     // Before the entry is there, so that whoever needs it looks.
     if let Some(records) = counter(counter::OVERFLOWED) {
         records.increment();
     }
-    if OVERFLOW.insert(elsewhere(cookie), mine, u64::from(BPF_NOEXIST)).is_ok() {
+    if OVERFLOW.insert(elsewhere(cookie), &*mine, u64::from(BPF_NOEXIST)).is_ok() {
         count(counter::COLLISIONS);
         return true;
     }
@@ -164,18 +161,11 @@ pub struct Released {
     pub token: Token,
 }
 
-/// Whether this record of the socket is in `FLOWS`. When the table settles between the search and this, it
-/// is none of the socket's any more, in either table.
-#[inline(always)]
-fn is_in_array(flow: *mut Flow, cookie: u64) -> bool {
-    place(cookie) == Some(flow) || former_place(cookie) == Some(flow)
-}
-
 /// Releases this record, which is where the socket with this cookie has its own.
 #[inline(always)]
 pub fn release(flow: *mut Flow, cookie: u64) -> Option<Released> {
     let (generation, token) = (generation(flow), token(flow));
-    let held = if is_in_array(flow, cookie) {
+    let held = if !role(flow).is_elsewhere() {
         flow::release(held(flow), cookie)?
     } else {
         // An element of a hash map can be another socket's at any time, so its word decides nothing:
@@ -186,7 +176,7 @@ pub fn release(flow: *mut Flow, cookie: u64) -> Option<Released> {
         }
         held
     };
-    let stats = BACKEND_STATS.at(held.backend()).filter(|stats| stats.is_life(generation))?;
+    let stats = BACKEND_STATS.get(held.backend()).filter(|stats| stats.is_life(generation))?;
     Some(Released { held, stats, token: if held.has_token() { token } else { Token::NONE } })
 }
 

@@ -153,7 +153,10 @@ proptest! {
         let role = Role::new(service, connected).measured(measured).with_last(last).with_more(more);
         prop_assert_eq!(role.is_measured(), measured);
         let role = Role::new(service, connected).with_last(last).with_more(more);
-        prop_assert!(!role.is_measured());
+        prop_assert!(!role.is_measured() && !role.is_elsewhere());
+        let elsewhere = role.measured(measured).elsewhere();
+        prop_assert!(elsewhere.with_more(more).with_last(last).disconnected().is_elsewhere());
+        prop_assert_eq!((elsewhere.service(), elsewhere.is_measured()), (service, measured));
         prop_assert_eq!(role, Role::new(service, connected).with_more(more).with_last(last));
         prop_assert_eq!((role.service(), role.is_connected()), (service, connected));
         prop_assert_eq!((role.more(), role.last()), (more, last));

@@ -58,7 +58,7 @@ const SERVERS_6: [(&str, &str); 3] =
 const CONNECTS: usize = 60;
 
 /// How long the agent may take to be ready; the emulated machine is slow.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
