@@ -6,6 +6,7 @@
 //! to see how many interleavings there are.
 #![cfg(loom)]
 
+mod growth;
 mod node;
 mod share;
 
