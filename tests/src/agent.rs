@@ -359,6 +359,16 @@ impl Agent {
         Ok(())
     }
 
+    /// Adds lines to the agent file, which the agent reads when it starts.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing.
+    pub fn append(&self, yaml: &str) -> Result<()> {
+        let mut file = fs::OpenOptions::new().append(true).open(self.file())?;
+        Ok(file.write_all(yaml.as_bytes())?)
+    }
+
     /// Where the service files are.
     #[must_use]
     pub fn services_directory(&self) -> PathBuf {
