@@ -10,6 +10,7 @@ mod peers;
 mod remote;
 mod scene;
 mod timeline;
+mod update;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,17 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// How long it takes until a change of services is in force, until 10,000 services are loaded,
+    /// and how much memory the agent has then.
+    Update {
+        #[command(flatten)]
+        options: update::Options,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// What `update` runs to notice a change.
+    #[command(hide = true)]
+    Prober,
     /// What `connect` runs to connect.
     #[command(hide = true)]
     Worker(connect::WorkerArguments),
@@ -46,6 +58,8 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Bench::parse().command {
         Command::Connect { options, output } => connect::run(&options, output),
+        Command::Update { options, output } => update::run(&options, output),
+        Command::Prober => update::serve(),
         Command::Worker(arguments) => connect::serve(&arguments),
     };
     match result {

@@ -1,9 +1,10 @@
 //! A process of this benchmark's own that works elsewhere, and is told what to do line by line.
 
-use std::io::{BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use serde::de::DeserializeOwned;
 
 /// The answer to an order of which nothing else is to be said.
 pub const DONE: u8 = b'.';
@@ -60,6 +61,18 @@ impl Remote {
         let mut bytes = vec![0; answer];
         self.from.read_exact(&mut bytes).with_context(|| self.ended())?;
         Ok(bytes)
+    }
+
+    /// A line of JSON that it says next.
+    ///
+    /// # Errors
+    ///
+    /// It has ended, after it has said why, or says something else.
+    pub fn answer<T: DeserializeOwned>(&mut self) -> Result<T> {
+        let mut line = String::new();
+        self.from.read_line(&mut line)?;
+        ensure!(!line.is_empty(), self.ended());
+        serde_json::from_str(&line).with_context(|| format!("{} said {line:?}", self.name))
     }
 
     fn ended(&self) -> String {

@@ -1,0 +1,129 @@
+//! What was measured, for people and for machines.
+
+use serde::Serialize;
+
+use super::Change;
+use super::memory::Memory;
+use crate::machine::Machine;
+use crate::timeline::Percentile;
+
+/// All of it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    machine: Machine,
+    changes: Vec<Summary>,
+    loads: Vec<Load>,
+}
+
+/// Changes of one kind, and how long each took until it was seen.
+pub struct Changes {
+    /// Which.
+    pub kind: Change,
+    /// How many services were loaded beside those that change.
+    pub services: u32,
+    /// Nanoseconds.
+    pub nanos: Vec<u32>,
+}
+
+#[derive(Debug, Serialize)]
+struct Summary {
+    change: Change,
+    services: u32,
+    changes: usize,
+    p50_us: f64,
+    p99_us: f64,
+    most_us: f64,
+}
+
+/// Many services, loaded from nothing.
+#[derive(Debug, Serialize)]
+pub struct Load {
+    /// Whether the agent ran already, and had none; otherwise its start is part of it.
+    pub running: bool,
+    /// Until the last service answered, in milliseconds.
+    pub answered_ms: f64,
+    /// Until the agent said that it has them all, likewise.
+    pub said_ms: f64,
+    /// The agent's memory before, if it ran.
+    pub empty: Option<Memory>,
+    /// And after.
+    pub memory: Memory,
+}
+
+// === impl Report ===
+
+impl Report {
+    /// Sums up.
+    pub fn new(machine: Machine, mut changes: Vec<Changes>, loads: Vec<Load>) -> Self {
+        changes.sort_by_key(|changes| (changes.services, changes.kind as u8));
+        Self { machine, changes: changes.into_iter().map(Summary::new).collect(), loads }
+    }
+
+    /// For people.
+    pub fn print(&self) {
+        println!("Changes, from before the call until a connect that saw them had ended");
+        println!("{}", self.machine);
+        println!();
+        println!(
+            "{:<26}{:>8}{:>9}{:>10}{:>10}{:>10}",
+            "CHANGE", "BESIDE", "CHANGES", "P50 µs", "P99 µs", "MOST µs"
+        );
+        for Summary { change, services, changes, p50_us, p99_us, most_us } in &self.changes {
+            let change = change.describe();
+            println!(
+                "{change:<26}{services:>8}{changes:>9}{p50_us:>10.0}{p99_us:>10.0}{most_us:>10.0}"
+            );
+        }
+        println!();
+        println!("10,000 services with 10 endpoints each, from nothing");
+        println!();
+        println!(
+            "{:<26}{:>12}{:>12}{:>15}{:>14}{:>10}",
+            "AGENT", "ANSWERED ms", "SAID ms", "ANONYMOUS MiB", "RESIDENT MiB", "MAPS MiB"
+        );
+        for load in &self.loads {
+            let agent = if load.running { "running, empty" } else { "started" };
+            let Memory { anonymous, resident, maps } = load.memory;
+            let [anonymous, resident, maps] = [anonymous, resident, maps].map(mib);
+            println!(
+                "{agent:<26}{:>12.0}{:>12.0}{anonymous:>15.1}{resident:>14.1}{maps:>10.1}",
+                load.answered_ms, load.said_ms
+            );
+        }
+        if let Some(empty) = self.loads.iter().find_map(|load| load.empty) {
+            println!("An agent without services has {:.1} MiB anonymous.", mib(empty.anonymous));
+        }
+        println!();
+        println!(
+            "Beside: services that are loaded and do not change. One process connects without pause\n\
+             and accepts itself, and takes a processor. Files are written before, and renamed after\n\
+             the clock was started. Answered: until the last service answered; that is looked for at\n\
+             one of 50 services, and then at all. Said: until the agent said so. The start of an\n\
+             agent that is started is part of it. Maps are in the kernel; those that the agent has\n\
+             mapped are in the resident memory, and not in the anonymous."
+        );
+    }
+}
+
+// === impl Summary ===
+
+impl Summary {
+    fn new(mut changes: Changes) -> Self {
+        changes.nanos.sort_unstable();
+        let micros = |nanos: u32| f64::from(nanos) / 1e3;
+        Self {
+            change: changes.kind,
+            services: changes.services,
+            changes: changes.nanos.len(),
+            p50_us: micros(Percentile::P50.of(&changes.nanos)),
+            p99_us: micros(Percentile::P99.of(&changes.nanos)),
+            most_us: micros(changes.nanos.last().copied().unwrap_or_default()),
+        }
+    }
+}
+
+// === functions ===
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
