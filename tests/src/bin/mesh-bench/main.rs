@@ -10,6 +10,7 @@ mod peers;
 mod remote;
 mod scene;
 mod timeline;
+mod traffic;
 mod update;
 
 use std::process::ExitCode;
@@ -39,6 +40,14 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Requests on 1, 16 and 256 connections, connections of one request, and bulk, through a service,
+    /// against a direct connection, nftables, HAProxy and Envoy.
+    Traffic {
+        #[command(flatten)]
+        options: traffic::Options,
+        #[command(flatten)]
+        output: Output,
+    },
     /// How long it takes until a change of services is in force, until 10,000 services are loaded,
     /// and how much memory the agent has then.
     Update {
@@ -47,6 +56,12 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// What `traffic` runs to answer.
+    #[command(hide = true)]
+    Backend,
+    /// What `traffic` runs to ask.
+    #[command(hide = true)]
+    Client(traffic::ClientArguments),
     /// What `update` runs to notice a change.
     #[command(hide = true)]
     Prober,
@@ -58,6 +73,9 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Bench::parse().command {
         Command::Connect { options, output } => connect::run(&options, output),
+        Command::Traffic { options, output } => traffic::run(&options, output),
+        Command::Backend => traffic::serve_backends(),
+        Command::Client(arguments) => traffic::serve_client(&arguments),
         Command::Update { options, output } => update::run(&options, output),
         Command::Prober => update::serve(),
         Command::Worker(arguments) => connect::serve(&arguments),

@@ -4,9 +4,10 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use mesh_tests::process::{Echo, until};
 use mesh_tests::{Agent, Node, Service};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Where the backends of all services listen.
 pub const BACKENDS: [&str; 3] = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
@@ -83,4 +84,28 @@ pub fn until_services(agent: &Agent, wanted: usize) -> Result<()> {
         let found: usize = agent.status()?.sources.iter().map(|source| source.services).sum();
         Ok((found == wanted).then_some(()))
     })
+}
+
+/// Keeps this thread, and those that it starts, on one of the processors that this process may use,
+/// counted around.
+///
+/// # Errors
+///
+/// Those of sched_setaffinity(2).
+pub fn stay_on(number: usize) -> Result<()> {
+    Ok(sched_setaffinity(None, &processor(number)?)?)
+}
+
+/// One of the processors that this process may use, counted around. Threads stay on theirs: the
+/// scheduler would put both on the same one now and then.
+///
+/// # Errors
+///
+/// Those of sched_getaffinity(2).
+pub fn processor(number: usize) -> Result<CpuSet> {
+    let allowed = sched_getaffinity(None)?;
+    let cpus: Vec<_> = (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect();
+    let mut one = CpuSet::new();
+    one.set(*cpus.get(number % cpus.len().max(1)).context("no processor")?);
+    Ok(one)
 }

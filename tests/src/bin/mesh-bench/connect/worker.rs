@@ -20,12 +20,12 @@ use mesh_tests::Node;
 use mesh_tests::sys::netns;
 use rustix::net::accept;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::plan::Kind;
 use crate::remote::{DONE, Remote};
-use crate::scene::namespace;
+use crate::scene::{namespace, processor};
 
 /// What a worker is started with. It reads the addresses from standard input, one a line, up to an
 /// empty line. After that each line is an order:
@@ -268,16 +268,6 @@ fn listen(on: SocketAddr) -> Result<Socket> {
     listener.bind(&on.into())?;
     listener.listen(64)?;
     Ok(listener)
-}
-
-/// One of the processors that this process may use, counted around. Threads stay on theirs: the
-/// scheduler would put both on the same one now and then.
-fn processor(number: usize) -> Result<CpuSet> {
-    let allowed = sched_getaffinity(None)?;
-    let cpus: Vec<_> = (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect();
-    let mut one = CpuSet::new();
-    one.set(*cpus.get(number % cpus.len().max(1)).context("no processor")?);
-    Ok(one)
 }
 
 /// Lets this process have as many open files as it may, and says how many that is.

@@ -64,9 +64,10 @@ pub fn command(node: &Node) -> Result<Command> {
 pub fn version() -> Result<String> {
     let mut envoy = Command::new(binary()?);
     envoy.arg("--version");
-    // "… version: COMMIT/VERSION/…"
     let text = process::stdout(envoy)?;
-    let version = text.split('/').nth(1).with_context(|| format!("envoy printed {text:?}"))?;
+    // "… version: COMMIT/VERSION/…", after a path.
+    let version = text.split(" version: ").nth(1).and_then(|version| version.split('/').nth(1));
+    let version = version.with_context(|| format!("envoy printed {text:?}"))?;
     Ok(format!("Envoy {version}"))
 }
 
