@@ -131,12 +131,31 @@ impl Agent {
     ///
     /// It ends, or is not ready within a bounded time: then with what it printed last.
     pub fn start(&mut self) -> Result<()> {
+        self.launch()?;
+        self.until_ready()
+    }
+
+    /// Starts it, and does not wait.
+    ///
+    /// # Errors
+    ///
+    /// It is running already, or has not been built.
+    pub fn launch(&mut self) -> Result<()> {
         ensure!(self.process.is_none(), "the agent is running already");
         let name = self.directory.file_name().and_then(OsStr::to_str).unwrap_or("agent");
-        let process = Process::spawn(name, self.run_command()?, self.echo)?;
-        let process = self.process.insert(process);
-        let log = process.log().clone();
-        let (socket, mut last) = (self.directory.join("agent.sock"), String::new());
+        self.process = Some(Process::spawn(name, self.run_command()?, self.echo)?);
+        Ok(())
+    }
+
+    /// Waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn until_ready(&mut self) -> Result<()> {
+        let socket = self.socket();
+        let process = self.process.as_mut().context("the agent is not running")?;
+        let (log, mut last) = (process.log().clone(), String::new());
         until("the agent to be ready", LIMIT, || {
             if let Some(status) = process.ended()? {
                 let error = anyhow!("the agent ended ({status}):\n{}", log.tail());
