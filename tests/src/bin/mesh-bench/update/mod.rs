@@ -18,7 +18,7 @@ pub use self::prober::serve;
 
 use self::memory::Memory;
 use self::prober::Prober;
-use self::report::{Changes, Load, Report};
+use self::report::{Changes, Empty, Load, Report};
 use crate::machine::Machine;
 use crate::output::{Output, Progress};
 use crate::scene::{self, BACKENDS};
@@ -254,12 +254,15 @@ impl Setup {
         let files = scene::files(LOADED, |number| scene::service(number, ten()));
         let stage = |(name, text): &(String, String)| agent.stage_services(name, text);
         let mut staged = files.iter().map(stage).collect::<Result<Vec<_>>>()?;
-        if running {
+        let empty = if running {
+            let started = Instant::now();
             agent.start()?;
+            let (ready_ms, memory) = (millis(started.elapsed()), Memory::of(agent.id()?)?);
+            Some(Empty { ready_ms, memory })
         } else {
             staged.drain(..).try_for_each(Staged::publish)?;
-        }
-        let empty = running.then(|| Memory::of(agent.id()?)).transpose()?;
+            None
+        };
         let mut started = Instant::now();
         let answered = self.prober.answer(LOADED, STEP, || {
             started = Instant::now();
@@ -271,13 +274,16 @@ impl Setup {
         let said = started.elapsed();
         let memory = Memory::of(agent.id()?)?;
         agent.stop()?;
-        let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
         let (answered_ms, said_ms) = (millis(answered), millis(said));
-        Ok(Load { running, answered_ms, said_ms, empty, memory })
+        Ok(Load { empty, answered_ms, said_ms, memory })
     }
 }
 
 // === functions ===
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
 
 /// The addresses of ten endpoints.
 fn ten() -> impl Iterator<Item = &'static str> {

@@ -38,15 +38,23 @@ struct Summary {
 /// Many services, loaded from nothing.
 #[derive(Debug, Serialize)]
 pub struct Load {
-    /// Whether the agent ran already, and had none; otherwise its start is part of it.
-    pub running: bool,
+    /// The agent before, if it ran already and had none; otherwise its start is part of it.
+    pub empty: Option<Empty>,
     /// Until the last service answered, in milliseconds.
     pub answered_ms: f64,
     /// Until the agent said that it has them all, likewise.
     pub said_ms: f64,
-    /// The agent's memory before, if it ran.
-    pub empty: Option<Memory>,
-    /// And after.
+    /// The agent's memory after it.
+    pub memory: Memory,
+}
+
+/// An agent without services.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Empty {
+    /// From its start until it was ready, in milliseconds: most of it, the kernel verifies the
+    /// programs.
+    pub ready_ms: f64,
+    /// Its memory then.
     pub memory: Memory,
 }
 
@@ -82,7 +90,7 @@ impl Report {
             "AGENT", "ANSWERED ms", "SAID ms", "ANONYMOUS MiB", "RESIDENT MiB", "MAPS MiB"
         );
         for load in &self.loads {
-            let agent = if load.running { "running, empty" } else { "started" };
+            let agent = if load.empty.is_some() { "running, empty" } else { "started" };
             let Memory { anonymous, resident, maps } = load.memory;
             let [anonymous, resident, maps] = [anonymous, resident, maps].map(mib);
             println!(
@@ -90,8 +98,11 @@ impl Report {
                 load.answered_ms, load.said_ms
             );
         }
-        if let Some(empty) = self.loads.iter().find_map(|load| load.empty) {
-            println!("An agent without services has {:.1} MiB anonymous.", mib(empty.anonymous));
+        for Empty { ready_ms, memory } in self.loads.iter().filter_map(|load| load.empty) {
+            let anonymous = mib(memory.anonymous);
+            println!(
+                "An agent without services: ready after {ready_ms:.0} ms, {anonymous:.1} MiB anonymous."
+            );
         }
         println!();
         println!(
