@@ -272,6 +272,7 @@ impl Setup {
         agent.until_ready()?;
         scene::until_services(&agent, LOADED as usize)?;
         let said = started.elapsed();
+        self.prober.all(LOADED)?;
         let memory = Memory::of(agent.id()?)?;
         agent.stop()?;
         let (answered_ms, said_ms) = (millis(answered), millis(said));

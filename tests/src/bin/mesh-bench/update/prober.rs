@@ -24,8 +24,10 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// * `answer COUNT STEP`: connects to each STEP-th of the first COUNT services, until all have
 ///   answered.
 ///
-/// Both are answered twice: by [`DONE`] after a first connect, which must not find what is waited
-/// for, and by [`Seen`].
+/// * `all COUNT`: connects to each of the first COUNT services; answered by [`DONE`].
+///
+/// The first two are answered twice: by [`DONE`] after a first connect, which must not find what is
+/// waited for, and by [`Seen`].
 pub struct Prober(Remote);
 
 /// What was waited for has come.
@@ -80,6 +82,15 @@ impl Prober {
         self.time(&format!("answer {services} {step}"), change)
     }
 
+    /// Has each of the first so many services answer.
+    ///
+    /// # Errors
+    ///
+    /// One does not.
+    pub fn all(&mut self, services: u32) -> Result<()> {
+        self.0.order(&format!("all {services}"))
+    }
+
     fn time(&mut self, order: &str, change: impl FnOnce() -> Result<()>) -> Result<Duration> {
         self.0.order(order)?;
         let before = monotonic_nanos();
@@ -106,6 +117,11 @@ pub fn serve() -> Result<()> {
         let seen = match line.split(' ').collect::<Vec<_>>()[..] {
             ["until", service, backend] => until(&listener, service.parse()?, backend.parse()?)?,
             ["answer", count, step] => answer(&listener, count.parse()?, step.parse()?)?,
+            ["all", count] => {
+                all(&listener, count.parse()?)?;
+                done()?;
+                continue;
+            }
             _ => bail!("{line:?} is no order"),
         };
         println!("{}", serde_json::to_string(&seen)?);
@@ -119,7 +135,7 @@ fn until(listener: &Socket, service: u32, wanted: IpAddr) -> Result<Seen> {
     let before = (0..3).map(|_| connect(listener, &place)).collect::<Result<Vec<_>>>()?;
     let other = |given: &Result<_, _>| given.is_ok_and(|given| given != wanted);
     ensure!(before.iter().any(other), "before the change: {before:?}");
-    begun()?;
+    done()?;
     let started = monotonic_nanos();
     for connects in 1.. {
         let given = connect(listener, &place)?;
@@ -139,7 +155,7 @@ fn answer(listener: &Socket, count: u32, step: usize) -> Result<Seen> {
         let before = connect(listener, &place(service)?)?;
         ensure!(before.is_err(), "service {service} answered before it was defined");
     }
-    begun()?;
+    done()?;
     let (started, mut connects) = (monotonic_nanos(), 0);
     // From the last on: they come in about the order of their numbers.
     while let Some(&service) = silent.last() {
@@ -149,15 +165,18 @@ fn answer(listener: &Socket, count: u32, step: usize) -> Result<Seen> {
         }
         patient(started)?;
     }
-    let at = monotonic_nanos();
+    Ok(Seen { at: monotonic_nanos(), connects })
+}
+
+fn all(listener: &Socket, count: u32) -> Result<()> {
     for service in 0..count {
         let given = connect(listener, &place(service)?)?;
         ensure!(given.is_ok(), "service {service} does not answer when those around it do");
     }
-    Ok(Seen { at, connects })
+    Ok(())
 }
 
-fn begun() -> Result<()> {
+fn done() -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(&[DONE])?;
     Ok(out.flush()?)

@@ -109,7 +109,7 @@ impl Report {
             "Beside: services that are loaded and do not change. One process connects without pause\n\
              and accepts itself, and takes a processor. Files are written before, and renamed after\n\
              the clock was started. Answered: until the last service answered; that is looked for at\n\
-             one of 50 services, and then at all. Said: until the agent said so. The start of an\n\
+             one of 50 services, and then all are tried. Said: until the agent said so. The start of an\n\
              agent that is started is part of it. Maps are in the kernel; those that the agent has\n\
              mapped are in the resident memory, and not in the anonymous."
         );
