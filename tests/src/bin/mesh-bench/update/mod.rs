@@ -17,7 +17,7 @@ use serde::de::IgnoredAny;
 pub use self::prober::serve;
 
 use self::memory::Memory;
-use self::prober::Prober;
+use self::prober::{Prober, Took};
 use self::report::{Changes, Empty, Load, Report};
 use crate::machine::Machine;
 use crate::output::{Output, Progress};
@@ -93,7 +93,7 @@ pub fn run(options: &Options, output: Output) -> Result<()> {
                 let same =
                     all.iter_mut().find(|of| of.kind == changes.kind && of.services == services);
                 match same {
-                    Some(same) => same.nanos.extend(changes.nanos),
+                    Some(same) => same.took.extend(changes.took),
                     None => all.push(changes),
                 }
             }
@@ -175,8 +175,8 @@ impl Change {
         format!("/v1/{what}?service=s{}&address={}", self.service(), BACKENDS[1])
     }
 
-    /// Makes it, and gives how long it took until it was seen.
-    fn time(self, agent: &Agent, prober: &mut Prober, second: bool) -> Result<Duration> {
+    /// Makes it, and gives how long it took.
+    fn time(self, agent: &Agent, prober: &mut Prober, second: bool) -> Result<Took> {
         let (service, wanted) = (self.service(), BACKENDS[usize::from(second)]);
         match self {
             Self::File | Self::LargeFile => {
@@ -232,14 +232,14 @@ impl Setup {
             agent.post::<IgnoredAny>(&kind.request(false))?;
         }
         let mut all: Vec<_> =
-            kinds.into_iter().map(|kind| Changes { kind, services, nanos: Vec::new() }).collect();
+            kinds.into_iter().map(|kind| Changes { kind, services, took: Vec::new() }).collect();
         for number in 0..count {
             fastrand::shuffle(&mut all);
-            for Changes { kind, nanos, .. } in &mut all {
+            for Changes { kind, took, .. } in &mut all {
                 let time = kind.time(agent, prober, number % 2 == 0);
                 let time =
                     time.with_context(|| format!("{}, beside {services}", kind.describe()))?;
-                nanos.push(u32::try_from(time.as_nanos()).unwrap_or(u32::MAX));
+                took.push(time);
             }
         }
         agent.stop()?;
@@ -275,7 +275,7 @@ impl Setup {
         self.prober.all(LOADED)?;
         let memory = Memory::of(agent.id()?)?;
         agent.stop()?;
-        let (answered_ms, said_ms) = (millis(answered), millis(said));
+        let (answered_ms, said_ms) = (millis(answered.seen), millis(said));
         Ok(Load { empty, answered_ms, said_ms, memory })
     }
 }

@@ -39,6 +39,15 @@ pub struct Seen {
     pub connects: u64,
 }
 
+/// How long a change took.
+#[derive(Clone, Copy, Debug)]
+pub struct Took {
+    /// The call that made it, which may return before or after it was seen.
+    pub call: Duration,
+    /// From before that call until it was seen.
+    pub seen: Duration,
+}
+
 // === impl Prober ===
 
 impl Prober {
@@ -63,7 +72,7 @@ impl Prober {
         service: u32,
         backend: &str,
         change: impl FnOnce() -> Result<()>,
-    ) -> Result<Duration> {
+    ) -> Result<Took> {
         self.time(&format!("until {service} {backend}"), change)
     }
 
@@ -78,7 +87,7 @@ impl Prober {
         services: u32,
         step: u32,
         change: impl FnOnce() -> Result<()>,
-    ) -> Result<Duration> {
+    ) -> Result<Took> {
         self.time(&format!("answer {services} {step}"), change)
     }
 
@@ -91,13 +100,15 @@ impl Prober {
         self.0.order(&format!("all {services}"))
     }
 
-    fn time(&mut self, order: &str, change: impl FnOnce() -> Result<()>) -> Result<Duration> {
+    fn time(&mut self, order: &str, change: impl FnOnce() -> Result<()>) -> Result<Took> {
         self.0.order(order)?;
         let before = monotonic_nanos();
         change()?;
+        let after = monotonic_nanos();
         let seen: Seen = self.0.answer()?;
         ensure!(seen.at > before, "{order} was done before the change");
-        Ok(Duration::from_nanos(seen.at - before))
+        let [call, seen] = [after, seen.at].map(|end| Duration::from_nanos(end - before));
+        Ok(Took { call, seen })
     }
 }
 

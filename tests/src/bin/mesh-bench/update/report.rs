@@ -1,9 +1,12 @@
 //! What was measured, for people and for machines.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::Change;
 use super::memory::Memory;
+use super::prober::Took;
 use crate::machine::Machine;
 use crate::timeline::Percentile;
 
@@ -15,14 +18,14 @@ pub struct Report {
     loads: Vec<Load>,
 }
 
-/// Changes of one kind, and how long each took until it was seen.
+/// Changes of one kind, and how long each took.
 pub struct Changes {
     /// Which.
     pub kind: Change,
     /// How many services were loaded beside those that change.
     pub services: u32,
-    /// Nanoseconds.
-    pub nanos: Vec<u32>,
+    /// Each.
+    pub took: Vec<Took>,
 }
 
 #[derive(Debug, Serialize)]
@@ -33,6 +36,9 @@ struct Summary {
     p50_us: f64,
     p99_us: f64,
     most_us: f64,
+    /// The call alone: a rename, a request with its answer, a command.
+    call_p50_us: f64,
+    call_p99_us: f64,
 }
 
 /// Many services, loaded from nothing.
@@ -64,7 +70,7 @@ impl Report {
     /// Sums up.
     pub fn new(machine: Machine, mut changes: Vec<Changes>, loads: Vec<Load>) -> Self {
         changes.sort_by_key(|changes| (changes.services, changes.kind as u8));
-        Self { machine, changes: changes.into_iter().map(Summary::new).collect(), loads }
+        Self { machine, changes: changes.iter().map(Summary::new).collect(), loads }
     }
 
     /// For people.
@@ -73,13 +79,27 @@ impl Report {
         println!("{}", self.machine);
         println!();
         println!(
-            "{:<26}{:>8}{:>9}{:>10}{:>10}{:>10}",
-            "CHANGE", "BESIDE", "CHANGES", "P50 µs", "P99 µs", "MOST µs"
+            "{:<26}{:>8}{:>9}{:>10}{:>10}{:>10}{:>13}{:>13}",
+            "CHANGE",
+            "BESIDE",
+            "CHANGES",
+            "P50 µs",
+            "P99 µs",
+            "MOST µs",
+            "CALL P50 µs",
+            "CALL P99 µs"
         );
-        for Summary { change, services, changes, p50_us, p99_us, most_us } in &self.changes {
-            let change = change.describe();
+        for line in &self.changes {
             println!(
-                "{change:<26}{services:>8}{changes:>9}{p50_us:>10.0}{p99_us:>10.0}{most_us:>10.0}"
+                "{:<26}{:>8}{:>9}{:>10.0}{:>10.0}{:>10.0}{:>13.0}{:>13.0}",
+                line.change.describe(),
+                line.services,
+                line.changes,
+                line.p50_us,
+                line.p99_us,
+                line.most_us,
+                line.call_p50_us,
+                line.call_p99_us
             );
         }
         println!();
@@ -108,7 +128,8 @@ impl Report {
         println!(
             "Beside: services that are loaded and do not change. One process connects without pause\n\
              and accepts itself, and takes a processor. Files are written before, and renamed after\n\
-             the clock was started. Answered: until the last service answered; that is looked for at\n\
+             the clock was started. Call: that alone, a rename, a request with its answer, or a\n\
+             command; a rename may wait for the disk. Answered: until the last service answered; that is looked for at\n\
              one of 50 services, and then all are tried. Said: until the agent said so. The start of an\n\
              agent that is started is part of it. Maps are in the kernel; those that the agent has\n\
              mapped are in the resident memory, and not in the anonymous."
@@ -119,16 +140,24 @@ impl Report {
 // === impl Summary ===
 
 impl Summary {
-    fn new(mut changes: Changes) -> Self {
-        changes.nanos.sort_unstable();
+    fn new(changes: &Changes) -> Self {
+        let sorted = |of: fn(&Took) -> Duration| {
+            let nanos = |took| u32::try_from(of(took).as_nanos()).unwrap_or(u32::MAX);
+            let mut all: Vec<_> = changes.took.iter().map(nanos).collect();
+            all.sort_unstable();
+            all
+        };
+        let (seen, call) = (sorted(|took| took.seen), sorted(|took| took.call));
         let micros = |nanos: u32| f64::from(nanos) / 1e3;
         Self {
             change: changes.kind,
             services: changes.services,
-            changes: changes.nanos.len(),
-            p50_us: micros(Percentile::P50.of(&changes.nanos)),
-            p99_us: micros(Percentile::P99.of(&changes.nanos)),
-            most_us: micros(changes.nanos.last().copied().unwrap_or_default()),
+            changes: changes.took.len(),
+            p50_us: micros(Percentile::P50.of(&seen)),
+            p99_us: micros(Percentile::P99.of(&seen)),
+            most_us: micros(seen.last().copied().unwrap_or_default()),
+            call_p50_us: micros(Percentile::P50.of(&call)),
+            call_p99_us: micros(Percentile::P99.of(&call)),
         }
     }
 }
