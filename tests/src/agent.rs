@@ -27,6 +27,13 @@ pub struct Agent {
     process: Option<Process>,
 }
 
+/// A service file that is whole and not in its place yet.
+#[derive(Debug)]
+pub struct Staged {
+    new: PathBuf,
+    place: PathBuf,
+}
+
 /// What the tests read of `status -o json`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
@@ -124,18 +131,37 @@ impl Agent {
     ///
     /// It ends, or is not ready within a bounded time: then with what it printed last.
     pub fn start(&mut self) -> Result<()> {
+        self.launch()?;
+        self.until_ready()
+    }
+
+    /// Starts it, and does not wait.
+    ///
+    /// # Errors
+    ///
+    /// It is running already, or has not been built.
+    pub fn launch(&mut self) -> Result<()> {
         ensure!(self.process.is_none(), "the agent is running already");
         let name = self.directory.file_name().and_then(OsStr::to_str).unwrap_or("agent");
-        let process = Process::spawn(name, self.run_command()?, self.echo)?;
-        let process = self.process.insert(process);
-        let log = process.log().clone();
-        let (socket, mut last) = (self.directory.join("agent.sock"), String::new());
+        self.process = Some(Process::spawn(name, self.run_command()?, self.echo)?);
+        Ok(())
+    }
+
+    /// Waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::start`].
+    pub fn until_ready(&mut self) -> Result<()> {
+        let socket = self.socket();
+        let process = self.process.as_mut().context("the agent is not running")?;
+        let (log, mut last) = (process.log().clone(), String::new());
         until("the agent to be ready", LIMIT, || {
             if let Some(status) = process.ended()? {
                 let error = anyhow!("the agent ended ({status}):\n{}", log.tail());
                 return Ok(Some(Err(error)));
             }
-            match get::<Status>(&socket, "/v1/status") {
+            match request::<Status>(&socket, "GET", "/v1/status") {
                 Ok(status) if status.ready => return Ok(Some(Ok(()))),
                 Ok(status) => last = format!("{:?}", status.reasons),
                 Err(error) => last = format!("{error:#}"),
@@ -233,7 +259,16 @@ impl Agent {
     ///
     /// Nobody answers, or not with success, or with something else.
     pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        get(&self.socket(), path)
+        request(&self.socket(), "GET", path)
+    }
+
+    /// Has the API change something, as `drain` does. `path` begins with `/v1/`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::get`].
+    pub fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        request(&self.socket(), "POST", path)
     }
 
     /// What the API says about the agent.
@@ -352,11 +387,30 @@ impl Agent {
     ///
     /// Those of writing and renaming.
     pub fn write_services(&self, name: &str, yaml: &str) -> Result<()> {
+        self.stage_services(name, yaml)?.publish()
+    }
+
+    /// Writes what is to replace a service file, which the agent does not read yet.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing.
+    pub fn stage_services(&self, name: &str, yaml: &str) -> Result<Staged> {
         let directory = self.services_directory();
-        let new = directory.join(format!(".{name}.new"));
-        fs::write(&new, yaml)?;
-        fs::rename(&new, directory.join(name))?;
-        Ok(())
+        let staged =
+            Staged { new: directory.join(format!(".{name}.new")), place: directory.join(name) };
+        fs::write(&staged.new, yaml)?;
+        Ok(staged)
+    }
+
+    /// Adds lines to the agent file, which the agent reads when it starts.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing.
+    pub fn append(&self, yaml: &str) -> Result<()> {
+        let mut file = fs::OpenOptions::new().append(true).open(self.file())?;
+        Ok(file.write_all(yaml.as_bytes())?)
     }
 
     /// Where the service files are.
@@ -392,6 +446,21 @@ impl Agent {
     }
 }
 
+// === impl Staged ===
+
+impl Staged {
+    /// Renames it into its place.
+    ///
+    /// # Errors
+    ///
+    /// Those of renaming.
+    pub fn publish(self) -> Result<()> {
+        Ok(fs::rename(self.new, self.place)?)
+    }
+}
+
+// === functions ===
+
 /// The agent's binary: `$MESH_AGENT_BIN`, or beside those of this crate.
 fn binary() -> Result<PathBuf> {
     match std::env::var_os("MESH_AGENT_BIN") {
@@ -401,16 +470,16 @@ fn binary() -> Result<PathBuf> {
 }
 
 /// A request over the unix socket, as `curl --unix-socket` would make it.
-fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T> {
+fn request<T: DeserializeOwned>(socket: &Path, method: &str, path: &str) -> Result<T> {
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("nobody answers on {}", socket.display()))?;
     stream.set_read_timeout(Some(LIMIT))?;
     // HTTP/1.0, so that the answer ends with the connection and is not cut into chunks.
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: mesh\r\n\r\n")?;
+    write!(stream, "{method} {path} HTTP/1.0\r\nHost: mesh\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
     let status = head.split(' ').nth(1).unwrap_or_default();
-    ensure!(status == "200", "GET {path}: {status}: {body}");
-    serde_json::from_str(body).with_context(|| format!("GET {path}: {body}"))
+    ensure!(status == "200", "{method} {path}: {status}: {body}");
+    serde_json::from_str(body).with_context(|| format!("{method} {path}: {body}"))
 }

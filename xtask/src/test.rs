@@ -18,6 +18,11 @@ const AGENT_VARIABLE: &str = "MESH_AGENT_BIN";
 /// Where they find their own programs.
 const BINARIES_VARIABLE: &str = "MESH_TEST_BIN_DIR";
 
+/// The program that measures, which needs more than the others, and where it finds that.
+pub(crate) const BENCHMARKS: &str = "mesh-bench";
+const ENVOY_VARIABLE: &str = "MESH_ENVOY_BIN";
+const MEASURED_VARIABLE: &str = "MESH_BENCH_DIR";
+
 /// A client that the tests also run as a static binary: it is put beside the other programs under
 /// the second name.
 const CLIENT: (&str, &str) = ("mesh-client", "mesh-client-static");
@@ -120,10 +125,13 @@ pub(crate) fn program(
     yes: bool,
 ) -> Result<Command> {
     process::require_root("this")?;
-    let compiler = setup::ensure(workspace, &[Group::Build, Group::Show], yes)?;
+    let mut groups = vec![Group::Build, Group::Show];
+    groups.extend((name == BENCHMARKS).then_some(Group::Bench));
+    let compiler = setup::ensure(workspace, &groups, yes)?;
     let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
     let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
     let mut command = Command::new(binaries.join(name));
+    command.env(ENVOY_VARIABLE, workspace.envoy()).env(MEASURED_VARIABLE, workspace.measured());
     command.args(arguments).env(AGENT_VARIABLE, agent).env(BINARIES_VARIABLE, binaries);
     process::clean(&mut command);
     Ok(command)

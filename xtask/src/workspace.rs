@@ -45,6 +45,16 @@ impl Workspace {
         self.tools().join("bin/bpf-linker")
     }
 
+    /// The proxy that the benchmarks compare with, inside its wheel.
+    pub(crate) fn envoy(&self) -> PathBuf {
+        self.tools().join("envoy/envoy/_bin/envoy")
+    }
+
+    /// Where the benchmarks keep what they measured.
+    pub(crate) fn measured(&self) -> PathBuf {
+        self.target.join("bench")
+    }
+
     /// Where the kernel programs are built. A target directory of their own: another compiler
     /// builds them, and cargo would otherwise rebuild everything at each change of compiler.
     pub(crate) fn ebpf(&self) -> PathBuf {

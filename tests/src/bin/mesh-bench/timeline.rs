@@ -1,18 +1,23 @@
 //! What was measured when, and how to compare it.
 
-use crate::plan::Subject;
+/// What one figure is about.
+pub trait Subject: Copy + PartialEq {
+    /// What it is compared with.
+    #[must_use]
+    fn baseline(self) -> Self;
+}
 
 /// All times that were measured, by block.
-#[derive(Debug, Default)]
-pub struct Timeline {
-    entries: Vec<Entry>,
+#[derive(Debug)]
+pub struct Timeline<S> {
+    entries: Vec<Entry<S>>,
 }
 
 /// What was measured of a subject in one block.
 #[derive(Debug)]
-struct Entry {
+struct Entry<S> {
     block: usize,
-    subject: Subject,
+    subject: S,
     /// Nanoseconds, sorted.
     times: Vec<u32>,
 }
@@ -37,16 +42,21 @@ pub enum Percentile {
 
 // === impl Timeline ===
 
-impl Timeline {
+impl<S: Subject> Timeline<S> {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        Self { entries: Vec::new() }
+    }
+
     /// Adds what was measured in a block. Blocks are numbered as they come; `times` are in
     /// nanoseconds.
-    pub fn add(&mut self, block: usize, subject: Subject, mut times: Vec<u32>) {
+    pub fn add(&mut self, block: usize, subject: S, mut times: Vec<u32>) {
         times.sort_unstable();
         self.entries.push(Entry { block, subject, times });
     }
 
     /// All times of a subject, sorted.
-    pub fn times(&self, subject: Subject) -> Vec<u32> {
+    pub fn times(&self, subject: S) -> Vec<u32> {
         let mut times: Vec<_> = self.of(subject).flat_map(|entry| entry.times.clone()).collect();
         times.sort_unstable();
         times
@@ -55,7 +65,7 @@ impl Timeline {
     /// A subject against its baseline: each of its blocks against the mean of the last such block
     /// before and the first after. The baseline itself is compared in the same way: what it differs
     /// from 1 is what the machine does to all ratios.
-    pub fn ratio(&self, subject: Subject, percentile: Percentile) -> Ratio {
+    pub fn ratio(&self, subject: S, percentile: Percentile) -> Ratio {
         let baseline: Vec<_> = self.of(subject.baseline()).collect();
         let mut ratios: Vec<_> = self
             .of(subject)
@@ -74,14 +84,14 @@ impl Timeline {
         Ratio { median, spread: (high - low) / 2.0 }
     }
 
-    fn of(&self, subject: Subject) -> impl Iterator<Item = &Entry> {
+    fn of(&self, subject: S) -> impl Iterator<Item = &Entry<S>> {
         self.entries.iter().filter(move |entry| entry.subject == subject)
     }
 }
 
 // === impl Entry ===
 
-impl Entry {
+impl<S> Entry<S> {
     fn at(&self, percentile: Percentile) -> f64 {
         percentile.of(&self.times).into()
     }
@@ -104,9 +114,20 @@ impl Percentile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Table, Variant};
 
-    const ONE: Subject = Subject { variant: Variant::One, table: Table::Fresh, threads: 1 };
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    enum Dialled {
+        Direct,
+        One,
+    }
+
+    impl Subject for Dialled {
+        fn baseline(self) -> Self {
+            Self::Direct
+        }
+    }
+
+    const ONE: Dialled = Dialled::One;
 
     #[test]
     fn percentiles_by_nearest_rank() {
@@ -118,7 +139,7 @@ mod tests {
 
     #[test]
     fn only_neighbours_are_compared() {
-        let mut timeline = Timeline::default();
+        let mut timeline = Timeline::new();
         // The machine becomes three times as slow on the way.
         for (block, (direct, one)) in [(100, 110), (100, 110), (300, 330)].into_iter().enumerate() {
             timeline.add(block * 3, ONE.baseline(), vec![direct]);
@@ -131,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_disturbed_block_does_not_count() {
-        let mut timeline = Timeline::default();
+        let mut timeline = Timeline::new();
         for (block, time) in [(0, 10), (2, 10), (4, 10), (6, 10)] {
             timeline.add(block, ONE.baseline(), vec![time]);
         }

@@ -2,12 +2,12 @@
 //!
 //! Measured apart from the connects, because measuring the programs makes every connect dearer.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::sys::bpf::{self, StatsGuard};
 use serde::Serialize;
 
-use crate::plan::{Block, Choice, Services, Table, Variant};
-use crate::setup::{Setup, span};
+use super::plan::{Block, Choice, Services, Size, Table, Variant};
+use super::setup::{Setup, span};
 
 /// Connections of each case.
 const CONNECTIONS: u32 = 4_000;
@@ -82,22 +82,24 @@ struct Case {
     order: &'static str,
 }
 
-const fn by(choice: Choice) -> Case {
-    Case { variant: Variant::By(choice), table: Table::Fresh, family: "IPv4", order: "live" }
+const fn case(variant: Variant, table: Table) -> Case {
+    Case { variant, table, family: "IPv4", order: "live" }
 }
 
-const CASES: [Case; 11] = [
-    Case { variant: Variant::One, table: Table::Fresh, family: "IPv4", order: "live" },
+const CASES: [Case; 13] = [
+    case(Variant::One, Table::Fresh),
     Case { variant: Variant::One, table: Table::Fresh, family: "IPv6", order: "live6" },
-    Case { variant: Variant::One, table: Table::Full, family: "IPv4", order: "live" },
-    by(Choice::RoundRobin),
-    by(Choice::LeastConnections),
-    by(Choice::Latency),
-    by(Choice::ConsistentHash),
-    by(Choice::Affinity),
-    Case { variant: Variant::Many, table: Table::Fresh, family: "IPv4", order: "live" },
-    Case { variant: Variant::Random, table: Table::Fresh, family: "IPv4", order: "live" },
-    Case { variant: Variant::Random, table: Table::Full, family: "IPv4", order: "live" },
+    case(Variant::One, Table::Full),
+    case(Variant::By(Choice::RoundRobin), Table::Fresh),
+    case(Variant::By(Choice::LeastConnections), Table::Fresh),
+    case(Variant::By(Choice::Latency), Table::Fresh),
+    case(Variant::By(Choice::ConsistentHash), Table::Fresh),
+    case(Variant::By(Choice::Affinity), Table::Fresh),
+    case(Variant::Many(Size::Ten), Table::Fresh),
+    case(Variant::Random(Size::Ten), Table::Fresh),
+    case(Variant::Random(Size::Ten), Table::Full),
+    case(Variant::Many(Size::Sixty), Table::Fresh),
+    case(Variant::Random(Size::Sixty), Table::Fresh),
 ];
 
 /// What ran in a time.
@@ -120,7 +122,8 @@ pub fn measure(setup: &mut Setup) -> Result<Costs> {
         let services = match case.variant {
             Variant::One => Services::One,
             Variant::By(choice) => Services::By(choice),
-            _ => Services::Many,
+            Variant::Many(size) | Variant::Random(size) => Services::Many(size),
+            other => bail!("no program runs for {}", other.name()),
         };
         setup.enter(Block { services: Some(services), table: case.table, variants: &[] })?;
         if costs.programs.is_empty() {
@@ -148,7 +151,7 @@ impl Costs {
     fn add(&mut self, setup: &mut Setup, case: &Case) -> Result<()> {
         let order = |count| match case.variant {
             _ if case.order == "live6" => format!("live6 {count}"),
-            Variant::Random => format!("live {count} {}", span(Services::Many)),
+            Variant::Random(size) => format!("live {count} {}", span(Services::Many(size))),
             _ => format!("live {count} 1"),
         };
         let (variant, table, family) = (case.variant.name(), case.table.name(), case.family);
