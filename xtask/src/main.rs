@@ -4,6 +4,7 @@ mod ci;
 mod cpio;
 mod ebpf;
 mod elf;
+mod fuzz;
 mod kernels;
 mod leftovers;
 mod process;
@@ -64,6 +65,12 @@ enum Task {
         #[command(flatten)]
         selection: test::Selection,
     },
+    /// Look for tables and events for which the selection logic is wrong.
+    Fuzz {
+        /// For how long, in seconds.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
     /// Boot older kernels in an emulator and see the agent balance there.
     Kernels {
         /// Only this series.
@@ -123,6 +130,7 @@ fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Task::Test { selection } => test::run(workspace, &selection, yes),
+        Task::Fuzz { seconds } => fuzz::run(workspace, seconds),
         Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
         Task::Tidy => tidy::check(workspace),
         Task::Demo { arguments } => {
