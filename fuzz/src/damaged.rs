@@ -9,7 +9,7 @@ use mesh_common::{
     Table, Tables, Token, Verdict, Word, balance, maglev, translate,
 };
 
-use crate::script::Script;
+use crate::script::{self, Script};
 
 /// As [`crate::racing`] has it; nothing in here takes more.
 const MOST_SLOTS: u32 = ATTEMPTS * (1 + REDRAWS + SCAN + 64);
@@ -83,7 +83,10 @@ impl Tables for Damaged<'_> {
     }
 
     fn ejection(&self, _: u32) -> Ejection {
-        Ejection(self.script.long())
+        match self.script.byte() {
+            0..64 => Ejection(self.script.long()),
+            known => script::ejection(known),
+        }
     }
 
     fn active(&self, _: u32) -> u64 {
@@ -152,6 +155,9 @@ pub fn check<'s>(script: &'s Script<'s>) {
         }
         5 => {
             let _ = around(damaged, table, script.word());
+            // One for each that is looked at, and one for each draw.
+            let most = 1 + 2 * REDRAWS + SCAN;
+            assert!(damaged.looked_at.get() <= most, "farther round than it should");
         }
         6 => {
             let (policy, client) = (Policy(script.long()), Client::from_tag(script.half()));

@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::net::Ipv4Addr;
 
-use mesh_common::ejection::Phase;
 use mesh_common::translate::{ATTEMPTS, REDRAWS, SCAN};
 use mesh_common::{
     Addr, Affinity, Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy,
@@ -11,7 +10,7 @@ use mesh_common::{
     translate,
 };
 
-use crate::script::Script;
+use crate::script::{self, Script};
 
 /// The most slots that a decision looks at: for each attempt, those on the way round a table and a few for
 /// each draw and each step of a search.
@@ -33,8 +32,6 @@ struct Racing<'s> {
     /// By table, whether a record had it when somebody looked.
     read: [Cell<bool>; 4],
     looked_at: Cell<u32>,
-    /// Whether the record of what is dialled has been changed since somebody looked for a record.
-    changed: Cell<bool>,
     /// Whether any backend was said not to be in.
     any_out: Cell<bool>,
 }
@@ -93,16 +90,14 @@ impl<'s> Racing<'s> {
         };
         let services = [service(0, 1, 0), service(1, 2, 2), service(2, 1, 3)];
         let read = Default::default();
-        let (looked_at, changed, any_out) = (Cell::new(0), Cell::new(false), Cell::new(false));
-        Self { script, services, tables, entries, read, looked_at, changed, any_out }
+        let (looked_at, any_out) = (Cell::new(0), Cell::new(false));
+        Self { script, services, tables, entries, read, looked_at, any_out }
     }
 
     /// What others do meanwhile.
     fn tick(&self) {
         let [first, _, again] = &self.services;
-        let event = self.script.byte();
-        self.changed.set(self.changed.get() || matches!(event, 1..=8));
-        match event {
+        match self.script.byte() {
             1 => first.table.store(self.tables[0].0.0),
             2 => first.table.store(self.tables[1].0.0),
             3 => first.table.store(Table::refuse(Reason::NoEndpoint).0),
@@ -157,7 +152,6 @@ impl Tables for Racing<'_> {
     fn service(&self, index: u32) -> Option<&Service> {
         self.tick();
         let service = self.services.get(index as usize)?;
-        self.changed.set(false);
         let table = service.table();
         if !table.is_empty() {
             self.read[self.of(table)].set(true);
@@ -198,10 +192,8 @@ impl Tables for Racing<'_> {
     fn ejection(&self, _: u32) -> Ejection {
         self.tick();
         let known = match self.script.byte() {
-            0..128 => Ejection::NONE,
             128..136 => Ejection(self.script.long()),
-            // Out for all, for ever.
-            _ => Ejection(u64::MAX << 30 | Phase::Ejected as u64),
+            known => script::ejection(known),
         };
         self.any_out.set(self.any_out.get() || !known.is_in());
         known
@@ -244,7 +236,7 @@ impl Caller for Racing<'_> {
     }
 
     fn enter(&self, backend: u32, _: Policy) -> Option<Token> {
-        self.tick();
+        // What others do from here on comes too late for this connect.
         assert!(
             (backend / 1_000) < 4 && backend % 1_000 < 20,
             "no backend has the number {backend}"
@@ -272,11 +264,11 @@ pub fn check<'s>(script: &'s Script<'s>) {
             assert_ne!(OWNERS[table], 1, "the connect goes to another frontend's backend");
             assert_eq!(OWNERS[table], choice.service as usize, "a record of another table");
             assert!(slots.contains(choice.slot), "a slot of no table");
-            // What changes later than the record was looked for may be seen or not.
+            // Nothing changes after the last read.
             let [first, _, again] = &racing.services;
             let record = if table == 3 { again } else { first };
             let in_force = record.generation() != 0 && record.table().base() == word.base();
-            assert!(racing.changed.get() || in_force, "of a table that was replaced");
+            assert!(in_force, "of a table that was replaced");
             let by_weight = !word.algorithm().is_hash() && !racing.any_out.get();
             assert!(choice.slot.weight > 0 || !by_weight, "without a weight: {:?}", choice.slot);
         }

@@ -2,6 +2,16 @@
 
 use std::cell::Cell;
 
+use mesh_common::Ejection;
+use mesh_common::ejection::Phase;
+
+/// What is known of a backend in a byte, so that data can have many in a row: nothing, or that it is out for
+/// all, for ever.
+#[must_use]
+pub const fn ejection(byte: u8) -> Ejection {
+    if byte < 128 { Ejection::NONE } else { Ejection(u64::MAX << 30 | Phase::Ejected as u64) }
+}
+
 /// What is left of the data. At its end there are only zeros, with which an adversary does nothing.
 #[derive(Debug)]
 pub struct Script<'d>(Cell<&'d [u8]>);
