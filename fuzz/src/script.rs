@@ -12,23 +12,27 @@ pub const fn ejection(byte: u8) -> Ejection {
     if byte < 128 { Ejection::NONE } else { Ejection(u64::MAX << 30 | Phase::Ejected as u64) }
 }
 
-/// What is left of the data. At its end there are only zeros, with which an adversary does nothing.
+/// What is left of the data. At its end the last byte comes again and again, so that few make an adversary
+/// persistent.
 #[derive(Debug)]
-pub struct Script<'d>(Cell<&'d [u8]>);
+pub struct Script<'d> {
+    left: Cell<&'d [u8]>,
+    last: u8,
+}
 
 impl<'d> Script<'d> {
     /// All of it.
     #[must_use]
-    pub const fn new(data: &'d [u8]) -> Self {
-        Self(Cell::new(data))
+    pub fn new(data: &'d [u8]) -> Self {
+        Self { left: Cell::new(data), last: data.last().copied().unwrap_or_default() }
     }
 
     fn next<const N: usize>(&self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let data = self.0.get();
+        let mut bytes = [self.last; N];
+        let data = self.left.get();
         let (taken, left) = data.split_at(data.len().min(N));
         bytes[..taken.len()].copy_from_slice(taken);
-        self.0.set(left);
+        self.left.set(left);
         bytes
     }
 

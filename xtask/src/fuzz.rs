@@ -5,16 +5,16 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-use crate::process;
 use crate::workspace::{Workspace, host_target};
+use crate::{process, sanitizer};
 
 /// The package, and its program.
 const PACKAGE: &str = "mesh-fuzz";
 const PROGRAM: &str = "selection";
 
-/// What libFuzzer needs to see: which edges are taken, and what is compared. And what it is to find:
-/// memory that is not the program's, arithmetic that overflows.
-const FLAGS: [&str; 10] = [
+/// What libFuzzer needs to see: which edges are taken, and what is compared. And what it is to find besides
+/// what the sanitizer does: arithmetic that overflows.
+const FLAGS: [&str; 9] = [
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -24,7 +24,6 @@ const FLAGS: [&str; 10] = [
     "-Ccodegen-units=1",
     "-Cdebug-assertions",
     "-Coverflow-checks",
-    "-Zsanitizer=address",
 ];
 
 /// The longest data; a decision that looks at as many slots as may be takes less.
@@ -41,13 +40,8 @@ pub(crate) fn run(workspace: &Workspace, seconds: u64) -> Result<()> {
     let directory = workspace.target.join("fuzz");
     let (corpus, found) = (directory.join("corpus"), directory.join("found"));
     fs::create_dir_all(&corpus).and_then(|()| fs::create_dir_all(&found))?;
-    let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root);
-    // With a target, what runs at build time is not instrumented.
-    cargo.args(["build", "--release", "--locked", "--package", PACKAGE, "--bin", PROGRAM]);
-    cargo.args(["--target", &host_target(), "--target-dir"]).arg(&directory);
-    // For the sanitizer; its runtime comes with every toolchain of this target.
-    cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
+    let mut cargo = sanitizer::cargo(workspace, "build", &directory, &FLAGS);
+    cargo.args(["--release", "--package", PACKAGE, "--bin", PROGRAM]);
     process::step("building the fuzzer", || process::run(&mut cargo))?;
 
     let program = directory.join(host_target()).join("release").join(PROGRAM);

@@ -8,6 +8,7 @@ mod fuzz;
 mod kernels;
 mod leftovers;
 mod process;
+mod sanitizer;
 mod setup;
 mod test;
 mod tidy;
@@ -71,6 +72,8 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Run the unit tests of those who have unsafe code under the address sanitizer.
+    Sanitize,
     /// Boot older kernels in an emulator and see the agent balance there.
     Kernels {
         /// Only this series.
@@ -131,6 +134,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Task::Test { selection } => test::run(workspace, &selection, yes),
         Task::Fuzz { seconds } => fuzz::run(workspace, seconds),
+        Task::Sanitize => sanitizer::run(workspace),
         Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
         Task::Tidy => tidy::check(workspace),
         Task::Demo { arguments } => {
