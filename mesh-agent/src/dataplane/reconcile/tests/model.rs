@@ -69,7 +69,7 @@ fn plan() -> impl Strategy<Value = Plan> {
     let addresses = prop::collection::vec(0u8..6, 0..4);
     let ends = prop::collection::vec(end(), 0..7);
     // Consistent hashes cost the test most.
-    let algorithm = prop_oneof![3 => 0u8..3, 1 => 3u8..7];
+    let algorithm = prop_oneof![3 => 0u8..3, 1 => 3u8..8];
     (0u8..4, addresses, 1u8..4, algorithm, 0u8..16, 0u8..8, ends).prop_map(
         |(service, addresses, protocols, algorithm, policies, fallback, mut ends)| {
             // No endpoint twice.
