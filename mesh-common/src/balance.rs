@@ -181,10 +181,11 @@ pub fn turn<T: Tables + ?Sized>(tables: &T, service: u32, table: Table) -> u32 {
     table.base().wrapping_add(holder(tables, table, ticket))
 }
 
-/// The column of the slot that has this ticket: the first whose tickets end after it.
+/// The column of the slot that has this ticket: the first whose tickets end after it, and the last if none
+/// of those before does. That one is not looked at, so whatever the slots say, it is a column of the table.
 #[inline(always)]
 fn holder<T: Tables + ?Sized>(tables: &T, table: Table, ticket: u32) -> u32 {
-    let (mut low, mut len) = (0u32, table.len());
+    let (mut low, mut len) = (0u32, table.len().saturating_sub(1));
     for _ in 0..SEARCH {
         if len == 0 {
             break;

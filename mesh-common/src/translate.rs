@@ -127,7 +127,8 @@ pub enum Verdict<'t> {
 /// What it must be robust against, and why it is:
 ///
 /// * The frontend's hash element is reused while it is read: then `value` names another frontend's
-///   record or nonsense; the record's own key differs from `key`, and it looks again.
+///   record or nonsense; the record's own key differs from `key`, and it looks again. Reused for an
+///   address alone, it has the generation 0, as has a record that is retired: that is nobody's.
 /// * The frontend is removed, and perhaps made again, after the first read: the record's
 ///   generation is 0 or another one at the last read, and it looks again.
 /// * The table is switched after it was read: the word differs at the last read, and it looks
@@ -152,7 +153,8 @@ pub fn translate<'t, T: Tables>(
         if let Some(service) = tables.service(value.service) {
             let table = service.table();
             let drawn = choose(tables, caller, value.service, table);
-            if service.generation() == value.generation
+            if value.generation != 0
+                && service.generation() == value.generation
                 && service.key == *key
                 && service.table() == table
             {

@@ -144,9 +144,19 @@ impl Storm {
     ///
     /// The client cannot be run.
     pub fn start(node: &Node, address: &str) -> Result<Self> {
+        Self::of_clients(node, address, 2)
+    }
+
+    /// As [`Storm::start`], as so many clients, each of which connects again when it is answered.
+    ///
+    /// # Errors
+    ///
+    /// As [`Storm::start`].
+    pub fn of_clients(node: &Node, address: &str, clients: u32) -> Result<Self> {
         let record = node.directory().join("storm");
         let mut command = mesh_client(node)?;
-        command.args(["storm", address, "--bound", "300", "--record"]).arg(&record);
+        command.args(["storm", address, "--bound", "300", "--threads", &clients.to_string()]);
+        command.arg("--record").arg(&record);
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         Ok(Self { child, record })
     }

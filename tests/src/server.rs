@@ -16,6 +16,8 @@ use crate::sys::netns;
 pub enum Kind {
     /// This crate's own: any connection that sends a line, or an HTTP request, gets the name.
     Plain,
+    /// The same, which thinks about each line for so many milliseconds.
+    Slow(u16),
     /// nginx: every page is the name.
     Nginx,
     /// Python's `http.server`: the page `/` is the name.
@@ -45,6 +47,11 @@ pub(crate) fn start(node: &Node, kind: Kind, name: &str, place: SocketAddr) -> R
         Kind::Plain => {
             let mut command = node.outside(process::binary("mesh-server")?);
             command.args([name, &place.to_string()]);
+            command
+        }
+        Kind::Slow(delay) => {
+            let mut command = node.outside(process::binary("mesh-server")?);
+            command.args([name, &place.to_string(), "--delay", &delay.to_string()]);
             command
         }
         Kind::Nginx => {

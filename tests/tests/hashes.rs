@@ -170,8 +170,8 @@ fn by_unit() -> Result<()> {
     node.agent.stop()
 }
 
-/// Shares of many clients are as even as the table, by weight: 1 to 2 to 7 over 100,000 processes would
-/// take too long, so the hook is asked by network namespace and the entries by `explain`.
+/// Without a client, `explain` says which part of all clients each endpoint has; what the hook gives to very
+/// many is in `hash_shares`.
 #[test]
 fn shares_are_those_of_the_table() -> Result<()> {
     let app = Service::new("app").address("10.96.0.10").port(80, 8080);

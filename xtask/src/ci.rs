@@ -7,7 +7,10 @@ use anyhow::Result;
 use crate::setup::{self, Group};
 use crate::toolchain::Compiler;
 use crate::workspace::{BPF_TARGET, Profile, Workspace};
-use crate::{ebpf, kernels, process, test, tidy};
+use crate::{ebpf, fuzz, kernels, process, sanitizer, test, tidy};
+
+/// For a longer look there is `cargo xtask fuzz`.
+const FUZZ_SECONDS: u64 = 20;
 
 /// Runs every step, and says how long each took.
 ///
@@ -29,6 +32,8 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.step("clippy", || clippy_host(workspace))?;
     times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
     times.step("test", || test::run(workspace, &test::Selection::default(), yes))?;
+    times.step("sanitize", || sanitizer::run(workspace))?;
+    times.step("fuzz", || fuzz::run(workspace, FUZZ_SECONDS))?;
     times.step("kernels", || kernels::run(workspace, None, yes))?;
     times.step("demo", || {
         process::run(&mut test::program(workspace, "mesh-demo", Profile::Dev, &[], yes)?)

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::toolchain::Compiler;
-use crate::workspace::{BPF_TARGET, Profile, Workspace, static_target};
+use crate::workspace::{BPF_TARGET, Profile, Workspace, host_target};
 use crate::{elf, process};
 
 /// The variable that tells the agent's build script which object to embed.
@@ -121,7 +121,7 @@ pub(crate) fn build_binaries(
         Linkage::Dynamic => workspace.binaries(profile),
         Linkage::Static => {
             // With a target named, the flags do not reach build scripts and procedural macros.
-            cargo.args(["--target", &static_target()]);
+            cargo.args(["--target", &host_target()]);
             let flags = ["-Ctarget-feature=+crt-static", "-Cstrip=debuginfo"];
             cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join(SEPARATOR));
             workspace.static_binaries(profile)

@@ -4,9 +4,11 @@ mod ci;
 mod cpio;
 mod ebpf;
 mod elf;
+mod fuzz;
 mod kernels;
 mod leftovers;
 mod process;
+mod sanitizer;
 mod setup;
 mod test;
 mod tidy;
@@ -64,6 +66,14 @@ enum Task {
         #[command(flatten)]
         selection: test::Selection,
     },
+    /// Look for tables and events for which the selection logic is wrong.
+    Fuzz {
+        /// For how long, in seconds.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
+    /// Run the unit tests of those who have unsafe code under the address sanitizer.
+    Sanitize,
     /// Boot older kernels in an emulator and see the agent balance there.
     Kernels {
         /// Only this series.
@@ -126,6 +136,8 @@ fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Task::Test { selection } => test::run(workspace, &selection, yes),
+        Task::Fuzz { seconds } => fuzz::run(workspace, seconds),
+        Task::Sanitize => sanitizer::run(workspace),
         Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
         Task::Tidy => tidy::check(workspace),
         Task::Demo { arguments } => {

@@ -33,7 +33,7 @@ const UNFINISHED: [&str; 3] = ["todo", "unimplemented", "dbg"];
 const MARKS: [&str; 2] = [concat!("FIX", "ME"), concat!("XX", "X")];
 
 /// Licences that a binary may be made from without conditions beyond attribution.
-const LICENCES: [&str; 11] = [
+const LICENCES: [&str; 12] = [
     "0BSD",
     "Apache-2.0",
     "BSD-2-Clause",
@@ -42,6 +42,8 @@ const LICENCES: [&str; 11] = [
     "CC0-1.0",
     "ISC",
     "MIT",
+    // Of libFuzzer, which is in nothing that anybody installs.
+    "NCSA",
     "Unicode-3.0",
     "Unlicense",
     "Zlib",

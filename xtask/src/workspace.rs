@@ -78,7 +78,7 @@ impl Workspace {
 
     /// The static binaries of a build for the host.
     pub(crate) fn static_binaries(&self, profile: Profile) -> PathBuf {
-        self.target.join(static_target()).join(profile.directory())
+        self.target.join(host_target()).join(profile.directory())
     }
 }
 
@@ -109,7 +109,8 @@ impl Profile {
     }
 }
 
-/// The triple of static builds: the gnu target links statically too, musl is not needed.
-pub(crate) fn static_target() -> String {
+/// The triple of builds that name one: static ones, for which musl is not needed since the gnu target
+/// links statically too, and those with flags that build scripts must not have.
+pub(crate) fn host_target() -> String {
     format!("{}-unknown-linux-gnu", std::env::consts::ARCH)
 }

@@ -292,6 +292,17 @@ fn every_interleaving_of_a_try() {
     }
 }
 
+/// An element that was reused for an address alone, half of which was read: it names the record as before,
+/// and the generation that a retired one has.
+#[test]
+fn a_retired_record_is_nobodys() {
+    let racing = Racing::new(Event::Remove, u32::MAX);
+    racing.first.set(None);
+    racing.services[0].generation.store(0);
+    racing.glitch.set(Some(value(0, 0)));
+    assert_eq!(backend(translate(&racing, &racing, &key(1))), None);
+}
+
 #[test]
 fn gives_up_in_bounded_time() {
     let racing = Racing::new(Event::Remove, u32::MAX);

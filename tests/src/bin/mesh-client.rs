@@ -9,7 +9,7 @@ use std::{fs, io};
 use anyhow::Result;
 use clap::Parser;
 use mesh_tests::client::{self, Way};
-use mesh_tests::{datagram, storm};
+use mesh_tests::{datagram, selections, storm};
 use rustix::process::{Resource, Rlimit};
 
 /// Connects, asks who answers, and prints what came of it as JSON.
@@ -56,6 +56,38 @@ enum Client {
         address: SocketAddr,
         /// How often.
         times: u32,
+    },
+    /// How often each address is chosen for datagram sockets that are connected, or each error comes.
+    Select {
+        /// Where to.
+        address: SocketAddr,
+        /// How often.
+        times: u32,
+    },
+    /// The same in a process for each cgroup right below a directory: which address, by the cgroup's id.
+    SelectByCgroup {
+        /// Where to.
+        address: SocketAddr,
+        /// The directory.
+        directory: PathBuf,
+        /// How often each.
+        each: u32,
+    },
+    /// The same in so many processes: how many of them are given each address.
+    SelectByProcess {
+        /// Where to.
+        address: SocketAddr,
+        /// How many.
+        processes: u32,
+        /// How often each.
+        each: u32,
+    },
+    /// A datagram to this backend, and what the socket says then, if anything.
+    Provoke {
+        /// Where to.
+        address: SocketAddr,
+        /// Which backend.
+        backend: IpAddr,
     },
     /// Datagram sockets in random use, for so many seconds.
     Spray {
@@ -118,6 +150,18 @@ fn main() -> Result<()> {
                 let named: BTreeMap<_, _> =
                     histogram.into_iter().map(|(k, v)| (k.unwrap_or_default(), v)).collect();
                 serde_json::to_string(&named)
+            }
+            Client::Select { address, times } => {
+                serde_json::to_string(&selections::count(address, times))
+            }
+            Client::SelectByCgroup { address, directory, each } => {
+                serde_json::to_string(&selections::by_cgroup(address, &directory, each)?)
+            }
+            Client::SelectByProcess { address, processes, each } => {
+                serde_json::to_string(&selections::by_process(address, processes, each)?)
+            }
+            Client::Provoke { address, backend } => {
+                serde_json::to_string(&selections::provoke(address, backend)?)
             }
             Client::Storm { address, threads, bound, record } => serde_json::to_string(
                 &storm::run(address, threads, Duration::from_secs(bound), &record)?,

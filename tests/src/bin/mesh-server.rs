@@ -16,6 +16,9 @@ use mesh_tests::sys::socket::allow_fast_open;
 struct Server {
     /// Its name.
     name: String,
+    /// How long it thinks about each question, in milliseconds. As many as ask are thought about at once.
+    #[arg(long, default_value_t = 0)]
+    delay: u64,
     /// Where it listens.
     #[arg(required = true)]
     addresses: Vec<SocketAddr>,
@@ -24,11 +27,16 @@ struct Server {
 /// Threads that accept on each listener: one silent client does not keep the others waiting.
 const THREADS: usize = 4;
 
+/// The same for a server that thinks about its answers.
+const THINKERS: usize = 128;
+
 /// A client that says nothing for this long is let go.
 const SILENCE: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
-    let Server { name, addresses } = Server::parse();
+    let Server { name, delay, addresses } = Server::parse();
+    let delay = Duration::from_millis(delay);
+    let threads = if delay.is_zero() { THREADS } else { THINKERS };
     let listeners = addresses.iter().map(|address| {
         let listener = TcpListener::bind(address)
             .with_context(|| format!("{name} cannot listen on {address}"))?;
@@ -41,18 +49,18 @@ fn main() -> Result<()> {
     thread::scope(|scope| {
         for (listener, datagrams) in &listeners {
             scope.spawn(|| serve_datagrams(datagrams, &name));
-            for _ in 0..THREADS {
-                scope.spawn(|| serve(listener, &name));
+            for _ in 0..threads {
+                scope.spawn(|| serve(listener, &name, delay));
             }
         }
     });
     Ok(())
 }
 
-fn serve(listener: &TcpListener, name: &str) {
+fn serve(listener: &TcpListener, name: &str, delay: Duration) {
     for stream in listener.incoming().flatten() {
         // A client that goes away, or a health check that says nothing, is its own affair.
-        let _ = answer(stream, name);
+        let _ = answer(stream, name, delay);
     }
 }
 
@@ -66,7 +74,7 @@ fn serve_datagrams(socket: &UdpSocket, name: &str) {
     }
 }
 
-fn answer(mut stream: TcpStream, name: &str) -> io::Result<()> {
+fn answer(mut stream: TcpStream, name: &str, delay: Duration) -> io::Result<()> {
     stream.set_read_timeout(Some(SILENCE))?;
     let (mut buffer, mut filled) = ([0; 4096], 0);
     loop {
@@ -85,6 +93,7 @@ fn answer(mut stream: TcpStream, name: &str) -> io::Result<()> {
                 );
             }
         } else if request.ends_with(b"\n") {
+            thread::sleep(delay);
             return writeln!(stream, "{name}");
         }
     }

@@ -1,5 +1,7 @@
 //! The order of updates, against maps that check it, with faults and with programs still running.
 
+mod model;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 

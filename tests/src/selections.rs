@@ -1,0 +1,120 @@
+//! Selections of the connect hook at the lowest price, for tests that need very many.
+//!
+//! A datagram socket is connected and says where to by its own address, without a single packet: from
+//! the local routing table (`ip route show table local`) the kernel takes as source of what goes to an
+//! address of this machine that very address. `getpeername` would show the service. With the programs
+//! detached nothing leads to a service's address, and the connect fails.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::client::errno_name;
+use crate::shares::Counts;
+use crate::sys::fork;
+
+/// How often each address was chosen, or each error came, in so many connects of new sockets.
+#[must_use]
+pub fn count(address: SocketAddr, times: u32) -> Counts {
+    let mut counts = BTreeMap::<Result<IpAddr, String>, u32>::new();
+    for _ in 0..times {
+        let chosen = choose(address).map_err(|error| errno_name(&error));
+        *counts.entry(chosen).or_default() += 1;
+    }
+    let name =
+        |chosen: Result<IpAddr, String>| chosen.map_or_else(|error| error, |ip| ip.to_string());
+    counts.into_iter().map(|(chosen, count)| (name(chosen), count)).collect()
+}
+
+fn choose(address: SocketAddr) -> io::Result<IpAddr> {
+    connected(address).and_then(|socket| own(&socket))
+}
+
+fn connected(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.connect(&address.into())?;
+    Ok(socket)
+}
+
+fn own(socket: &Socket) -> io::Result<IpAddr> {
+    let own = socket.local_addr()?.as_socket();
+    own.map(|own| own.ip()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Sends a datagram to this backend of a service, on one of many sockets, and gives what the next one on
+/// that fails with, if it does: the answer to the first, which is there already on a loopback interface.
+///
+/// # Errors
+///
+/// No connect led there.
+pub fn provoke(address: SocketAddr, backend: IpAddr) -> Result<Option<String>> {
+    const ATTEMPTS: u32 = 100_000;
+    for _ in 0..ATTEMPTS {
+        let socket = connected(address)?;
+        if own(&socket)? == backend {
+            socket.send(b"?")?;
+            return Ok(socket.send(b"?").err().map(|error| errno_name(&error)));
+        }
+    }
+    bail!("none of {ATTEMPTS} connects led to {backend}")
+}
+
+/// In each cgroup right below `directory`, a process that connects so often. By the cgroup's id, the last
+/// byte of the address that was chosen.
+///
+/// # Errors
+///
+/// Something cannot be made, a connect fails, or two of one process lead to different addresses.
+pub fn by_cgroup(address: SocketAddr, directory: &Path, each: u32) -> Result<BTreeMap<u64, u8>> {
+    let mut chosen = BTreeMap::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            let cgroup = File::open(entry.path())?;
+            chosen.insert(entry.metadata()?.ino(), one(address, Some(&cgroup), each)?);
+        }
+    }
+    Ok(chosen)
+}
+
+/// So many processes that connect so often each: how many of them chose each address, by its last
+/// byte.
+///
+/// # Errors
+///
+/// As [`by_cgroup`].
+pub fn by_process(address: SocketAddr, processes: u32, each: u32) -> Result<BTreeMap<u8, u32>> {
+    let mut counts = BTreeMap::new();
+    for _ in 0..processes {
+        *counts.entry(one(address, None, each)?).or_default() += 1;
+    }
+    Ok(counts)
+}
+
+/// Where all connects of a process lead.
+fn one(address: SocketAddr, cgroup: Option<&File>, each: u32) -> Result<u8> {
+    let status = fork::run(cgroup.map(AsFd::as_fd), || {
+        let place = |ip| match ip {
+            IpAddr::V4(ip) => ip.octets()[3],
+            IpAddr::V6(ip) => ip.octets()[15],
+        };
+        let Ok(first) = choose(address) else { return FAILED };
+        let same = (1..each).all(|_| choose(address).is_ok_and(|next| next == first));
+        if same { place(first) } else { DIFFERENT }
+    })
+    .context("clone3")?;
+    ensure!(status != FAILED, "a connect failed");
+    ensure!(status != DIFFERENT, "two connects of one process led to different backends");
+    Ok(status)
+}
+
+/// What a child says of itself that cannot be the end of a backend's address.
+const FAILED: u8 = 0;
+const DIFFERENT: u8 = 255;
