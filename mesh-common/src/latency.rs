@@ -77,9 +77,10 @@ pub struct Candidate {
     pub weight: u16,
 }
 
-/// Compares what a connect would wait at two backends: their latencies times one more connection than
-/// they have, for their weight. Of one that nothing is known of, one connect finds out; while that is
-/// under way, it counts as far as the other.
+/// Compares what a connect would wait at two backends: their latencies times the connections that they have
+/// for their weight, and one more, which counts as if it were at the heavier one of either. So where nothing
+/// is open, latencies alone decide, and between equal ones the draws, which are by weight. Of one that
+/// nothing is known of, one connect finds out; while that is under way, it counts as far as the other.
 #[inline(always)]
 #[must_use]
 pub fn compare(one: Candidate, other: Candidate) -> Ordering {
@@ -89,10 +90,12 @@ pub fn compare(one: Candidate, other: Candidate) -> Ordering {
         (0, _) => 1,
         (latency, _) => latency,
     };
-    // 24 bits, 20 bits and 16 bits.
+    let lesser = u64::from(if one.weight < other.weight { one.weight } else { other.weight });
+    // Both sides times both weights. 24 bits; 20 bits and 16 bits.
     let cost = |this: Candidate, that: Candidate| {
-        let active = if this.active > 0xf_fffe { 0xf_ffff } else { this.active + 1 };
-        assumed(this, that).wrapping_mul(active).wrapping_mul(that.weight.into())
+        let active = if this.active > 0xf_ffff { 0xf_ffff } else { this.active };
+        let load = active.wrapping_mul(that.weight.into()).wrapping_add(lesser);
+        assumed(this, that).wrapping_mul(load)
     };
     cost(one, other).cmp(&cost(other, one))
 }
@@ -132,6 +135,11 @@ mod tests {
         assert!(less(candidate(100, 0, 1), candidate(100, 1, 1)));
         assert!(less(candidate(200, 0, 1), candidate(100, 3, 1)));
         assert!(less(candidate(100, 3, 4), candidate(100, 1, 1)));
+        assert!(less(candidate(100, 1, 1), candidate(100, 5, 4)));
+        // Where nothing is open, weights are heeded by the draws, and once.
+        assert_eq!(compare(candidate(100, 0, 1), candidate(100, 0, 7)), Ordering::Equal);
+        assert!(less(candidate(100, 0, 1), candidate(101, 0, 7)));
+        assert_eq!(compare(candidate(100, 2, 1), candidate(100, 14, 7)), Ordering::Equal);
         // Unknown: tried once, and then as far as the other.
         assert!(less(candidate(0, 0, 1), candidate(1, 0, 1)));
         assert!(less(candidate(100, 0, 1), candidate(0, 1, 1)));

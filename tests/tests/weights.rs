@@ -66,30 +66,12 @@ fn change(node: &Node, balance: &str, weights: [Option<u32>; 4]) -> Result<()> {
 /// Each place with the share that it is due while nothing is open anywhere and no round-trip time is known;
 /// one of them may be out.
 ///
-/// Of two with equally few connections the first that was drawn is taken, which is by weight. By latency,
-/// what counts is one connection more than there are, for the weight: so of two the heavier one is taken.
-/// Who is out gives way to the other of two; when both are, it is drawn again.
-fn due(balance: &str, weights: [u32; 4], out: Option<usize>) -> Vec<(&'static str, f64)> {
-    let total = f64::from(weights.iter().sum::<u32>());
-    let drawn = weights.map(|weight| f64::from(weight) / total);
-    let is_in = |place: &usize| out != Some(*place);
-    let sum = |of: &dyn Fn(u32) -> bool| -> f64 {
-        (0..4).filter(is_in).filter(|&i| of(weights[i])).map(|i| drawn[i]).sum()
-    };
-    let outside = 1.0 - sum(&|_| true);
-    let share = |place: usize| {
-        let (mine, weight) = (drawn[place], weights[place]);
-        match balance {
-            _ if !is_in(&place) => 0.0,
-            "latency" => {
-                let lighter = sum(&|other| other < weight) + outside;
-                let same = sum(&|other| other == weight);
-                mine * (2.0 * lighter + same + outside * outside / (1.0 - outside))
-            }
-            _ => mine / (1.0 - outside),
-        }
-    };
-    (0..4).map(|place| (PLACES[place], share(place))).collect()
+/// Of two with equally few connections the first that was drawn is taken, which is by weight; by latency, too,
+/// while nothing is open. Who is out gives way to the other of two; when both are, it is drawn again.
+fn due(weights: [u32; 4], out: Option<usize>) -> Vec<(&'static str, f64)> {
+    let share = |place: usize| if out == Some(place) { 0 } else { weights[place] };
+    let total = f64::from((0..4).map(share).sum::<u32>());
+    (0..4).map(|place| (PLACES[place], f64::from(share(place)) / total)).collect()
 }
 
 /// Selects, and demands that each place has its share: in turn exactly, otherwise as chance makes
@@ -105,7 +87,7 @@ fn ensure_shares(node: &Node, balance: &str, weights: [u32; 4]) -> Result<()> {
         let exact: Vec<_> = PLACES.into_iter().zip(parts.map(|part| part * rounds)).collect();
         ensure_exact(&seen, &exact)?;
     } else {
-        ensure_credible(&seen, &due(balance, weights, None), round * rounds)?;
+        ensure_credible(&seen, &due(weights, None), round * rounds)?;
     }
     for (place, after) in opened(node)? {
         let more = after - before.get(&place).copied().unwrap_or_default();
@@ -196,7 +178,7 @@ fn while_one_is_out() -> Result<()> {
             }
             _ => Counts::new(),
         };
-        ensure_credible_beyond(&seen, &certain, &due(balance, weights, Some(0)), MANY)
+        ensure_credible_beyond(&seen, &certain, &due(weights, Some(0)), MANY)
             .with_context(|| balance.to_owned())?;
 
         until("the first to be back", LIMIT, || {
@@ -208,7 +190,7 @@ fn while_one_is_out() -> Result<()> {
             let due: Vec<_> = PLACES.into_iter().zip(weights.map(|w| MANY / 10 * w)).collect();
             ensure_exact(&seen, &due)?;
         } else {
-            ensure_credible(&seen, &due(balance, weights, None), MANY)?;
+            ensure_credible(&seen, &due(weights, None), MANY)?;
         }
     }
     Ok(())

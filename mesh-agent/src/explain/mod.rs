@@ -7,8 +7,10 @@ pub mod client;
 mod words;
 
 use std::cell::Cell;
+use std::cmp::Ordering;
 use std::net::SocketAddr;
 
+use mesh_common::latency::{self, Candidate};
 use mesh_common::{
     Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service,
     Slot, State, Table, Tables, Token, Verdict, maglev, translate,
@@ -98,6 +100,9 @@ pub fn explain(
         Verdict::Refuse(reason, _) => story.refused(reason),
     }
 }
+
+/// For so many backends, each is compared with each other; with more, each by itself is about right.
+const PAIRS: usize = 1_024;
 
 /// What a run of the decision read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -218,21 +223,19 @@ impl<T: Tables> Traced<'_, T> {
         shares
     }
 
+    fn candidate(&self, slot: &Slot) -> Candidate {
+        let (latency, active) =
+            (self.tables.latency(slot.backend), self.tables.active(slot.backend));
+        Candidate { latency, active, weight: slot.weight }
+    }
+
     /// From the probabilities of a draw those of the better one of two: a slot is chosen when it is
     /// drawn first and the second is no better, or second and better than the first. When both are
     /// out for this client, it is drawn again, by weight.
     fn choose_of_two(&self, shares: &mut [(Slot, f64)]) {
         let is_out = |slot: &Slot| self.tables.ejection(slot.backend).is_out_for(self.client);
         let by_latency = self.seen().table.unwrap_or_default().algorithm() == Algorithm::Latency;
-        let load = |slot: &Slot| {
-            let (active, latency) =
-                (self.tables.active(slot.backend) as f64, self.tables.latency(slot.backend) as f64);
-            // Of one that nothing is known of one connect finds out; beside others it counts as near.
-            let latency = if latency == 0.0 && active > 0.0 { 1.0 } else { latency };
-            let load = if by_latency { latency * (active + 1.0) } else { active };
-            load / f64::from(slot.weight.max(1))
-        };
-        let loads: Vec<_> = shares.iter().map(|(slot, _)| load(slot)).collect();
+        let candidates: Vec<_> = shares.iter().map(|(slot, _)| self.candidate(slot)).collect();
         let (mut order, out): (Vec<usize>, Vec<usize>) =
             (0..shares.len()).partition(|&index| !is_out(&shares[index].0));
         if order.is_empty() {
@@ -243,6 +246,26 @@ impl<T: Tables> Traced<'_, T> {
         };
         let (inside, outside) = (total(&order, shares), total(&out, shares));
         let again = outside * outside / inside;
+        if by_latency && candidates.len() <= PAIRS {
+            let drawn: Vec<f64> = shares.iter().map(|(_, share)| *share).collect();
+            for &index in &order {
+                let mut factor = 2.0 * outside + again;
+                for &other in &order {
+                    factor += match latency::compare(candidates[index], candidates[other]) {
+                        Ordering::Less => 2.0 * drawn[other],
+                        Ordering::Equal => drawn[other],
+                        Ordering::Greater => 0.0,
+                    };
+                }
+                shares[index].1 *= factor;
+            }
+            return;
+        }
+        let load = |of: &Candidate| {
+            let latency = if by_latency { of.latency as f64 } else { 1.0 };
+            latency * of.active as f64 / f64::from(of.weight.max(1))
+        };
+        let loads: Vec<f64> = candidates.iter().map(load).collect();
         let compare = |a: &usize, b: &usize| loads[*a].total_cmp(&loads[*b]);
         order.sort_by(compare);
         // What is drawn at all that is heavier than what is looked at, or out.
