@@ -149,8 +149,7 @@ pub fn check<'s>(script: &'s Script<'s>) {
             assert!(inside(maglev::look_up(damaged, table, script.long())), "{table:?}");
         }
         4 => {
-            let first = script.word();
-            let chosen = balance::lighter(damaged, table, first);
+            let chosen = balance::lighter(damaged, table, script.word());
             assert!(damaged.looked_at.get() <= 16, "{chosen}: more than two choices");
         }
         5 => {

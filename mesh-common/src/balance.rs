@@ -3,10 +3,10 @@
 //! All algorithms use the same slots, so a service changes from one to another by the store of its
 //! table word, which names both.
 
-use crate::ejection::Admission;
+use crate::ejection::{Admission, Ejection};
 use crate::latency::{self, Candidate};
-use crate::layout::{Slot, Table};
-use crate::translate::{Tables, draw};
+use crate::layout::Table;
+use crate::translate::{Tables, drawn};
 
 /// How a backend is chosen.
 #[repr(u8)]
@@ -202,21 +202,36 @@ fn holder<T: Tables + ?Sized>(tables: &T, table: Table, ticket: u32) -> u32 {
     low
 }
 
-/// Of the slot that was drawn and another one, that with fewer connections for its weight, or where a
-/// connect waits less. One that is
-/// out for this client is none to choose, if the other is not; one that is due for a try is tried when
-/// it is drawn first.
+/// A backend that may be chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Loaded {
+    /// Its id.
+    pub backend: u32,
+    /// Its weight.
+    pub weight: u16,
+    /// Its open connections.
+    pub active: u64,
+}
+
+/// Of the slot that a random number draws and another one, that with fewer connections for its weight, or
+/// where a connect waits less. One that is out for this client is none to choose, if the other is not; one
+/// that is due for a try is tried when it is drawn first.
 #[inline(always)]
-pub fn lighter<T: Tables + ?Sized>(tables: &T, table: Table, first: u32) -> u32 {
-    let second = draw(tables, table);
-    let (Some(one), Some(other)) = (tables.slot(first), tables.slot(second)) else { return first };
-    let prefers = match (standing(tables, first, one), standing(tables, second, other)) {
+pub fn lighter<T: Tables + ?Sized>(tables: &T, table: Table, chance: u32) -> u32 {
+    let (first, one) = drawn(tables, table, chance);
+    let (second, other) = drawn(tables, table, tables.random());
+    let (Some(one), Some(other)) = (one, other) else { return first };
+    let ((known, active), (other_known, other_active)) =
+        (tables.load(one.backend), tables.load(other.backend));
+    let one = Loaded { backend: one.backend, weight: one.weight, active };
+    let other = Loaded { backend: other.backend, weight: other.weight, active: other_active };
+    let standings = (standing(tables, first, known), standing(tables, second, other_known));
+    let prefers = match standings {
         (Admission::In, Admission::In) if matches!(table.algorithm(), Algorithm::Latency) => {
-            tables.nearer(second, first)
+            tables.nearer(other, one)
         }
         (Admission::In, Admission::In) => {
-            let load =
-                |of: &Slot, by: &Slot| tables.active(of.backend).wrapping_mul(by.weight.into());
+            let load = |of: Loaded, by: Loaded| of.active.wrapping_mul(by.weight.into());
             load(other, one) < load(one, other)
         }
         (Admission::Out, other) => other != Admission::Out,
@@ -225,14 +240,12 @@ pub fn lighter<T: Tables + ?Sized>(tables: &T, table: Table, first: u32) -> u32 
     if prefers { second } else { first }
 }
 
-/// Whether a connect waits less at the backend of one slot than at that of the other.
+/// Whether a connect waits less at one backend than at the other.
 #[inline(always)]
-pub fn nearer<T: Tables + ?Sized>(tables: &T, one: u32, other: u32) -> bool {
-    let (Some(one), Some(other)) = (tables.slot(one), tables.slot(other)) else { return false };
-    let candidate = |slot: &Slot| Candidate {
-        latency: tables.latency(slot.backend),
-        active: tables.active(slot.backend),
-        weight: slot.weight,
+pub fn nearer<T: Tables + ?Sized>(tables: &T, one: Loaded, other: Loaded) -> bool {
+    let candidate = |Loaded { backend, weight, active }| {
+        let latency = tables.latency(backend);
+        Candidate { latency, active, weight }
     };
     latency::compare(candidate(one), candidate(other)).is_lt()
 }
@@ -240,8 +253,8 @@ pub fn nearer<T: Tables + ?Sized>(tables: &T, one: u32, other: u32) -> bool {
 /// What this connect may do with the backend of a slot; who connects is asked only if it is out for
 /// anybody.
 #[inline(always)]
-fn standing<T: Tables + ?Sized>(tables: &T, index: u32, slot: &Slot) -> Admission {
-    if tables.ejection(slot.backend).is_in() {
+fn standing<T: Tables + ?Sized>(tables: &T, index: u32, known: Ejection) -> Admission {
+    if known.is_in() {
         return Admission::In;
     }
     tables.admission(index, tables.client(), tables.now())

@@ -3,9 +3,10 @@
 //! Generic over where the tables live, so that the kernel programs run it on maps, `explain` on
 //! the agent's view of the same maps, and the tests on tables that change between any two reads.
 
+use crate::balance::Loaded;
 use crate::ejection::{Admission, Client, Ejection, Policy, Token};
 use crate::layout::{FrontendKey, FrontendValue, Reason, Service, Slot, Table};
-use crate::{Addr, Algorithm, alias, balance, maglev};
+use crate::{Addr, Affinity, Algorithm, alias, balance, maglev};
 
 /// How often a program looks again when the tables change under it. Each attempt can only fail
 /// when another update lands in its window of well under a microsecond.
@@ -32,8 +33,12 @@ pub trait Tables {
     fn random(&self) -> u32;
     /// What is known of failures of a backend that a slot names.
     fn ejection(&self, backend: u32) -> Ejection;
-    /// How many connections of a backend are open. Asked only by [`Algorithm::LeastConnections`].
+    /// How many connections of a backend are open.
     fn active(&self, backend: u32) -> u64;
+    /// Both of these, in one look. Asked only by [`Algorithm::LeastConnections`] and [`Algorithm::Latency`].
+    fn load(&self, backend: u32) -> (Ejection, u64) {
+        (self.ejection(backend), self.active(backend))
+    }
     /// How far a backend is ([`crate::latency`]), in microseconds; 0 when nothing is known. Asked only by
     /// [`Algorithm::Latency`].
     fn latency(&self, backend: u32) -> u64 {
@@ -48,11 +53,11 @@ pub trait Tables {
         balance::turn(self, service, table)
     }
     /// [`balance::lighter`].
-    fn lighter(&self, table: Table, first: u32) -> u32 {
-        balance::lighter(self, table, first)
+    fn lighter(&self, table: Table, chance: u32) -> u32 {
+        balance::lighter(self, table, chance)
     }
     /// [`balance::nearer`].
-    fn nearer(&self, one: u32, other: u32) -> bool {
+    fn nearer(&self, one: Loaded, other: Loaded) -> bool {
         balance::nearer(self, one, other)
     }
     /// [`maglev::look_up`].
@@ -106,6 +111,10 @@ pub struct Choice<'t> {
     pub slot: &'t Slot,
     /// Index of the record in `SERVICES`.
     pub service: u32,
+    /// The table that it was chosen from.
+    pub table: Table,
+    /// What clients of the service keep.
+    pub affinity: Affinity,
     /// The token, when this connect is the one that tries an ejected backend.
     pub token: Token,
 }
@@ -151,7 +160,10 @@ pub fn translate<'t, T: Tables>(
         };
         // An index out of range can only come from a torn value.
         if let Some(service) = tables.service(value.service) {
-            let table = service.table();
+            let (table, affinity) = (service.table(), service.affinity());
+            let found = |slot, token| {
+                Verdict::Balance(Choice { slot, service: value.service, table, affinity, token })
+            };
             let drawn = choose(tables, caller, value.service, table);
             if value.generation != 0
                 && service.generation() == value.generation
@@ -163,10 +175,10 @@ pub fn translate<'t, T: Tables>(
                 };
                 if !drawn.asks {
                     let token = Token::NONE;
-                    return Verdict::Balance(Choice { slot, service: value.service, token });
+                    return found(slot, token);
                 }
                 if let Some(token) = caller.enter(slot.backend, service.policy()) {
-                    return Verdict::Balance(Choice { slot, service: value.service, token });
+                    return found(slot, token);
                 }
             }
         }
@@ -196,15 +208,15 @@ fn choose<'t, T: Tables>(
     if table.is_empty() {
         return Drawn { slot: None, reason: table.reason(), asks: false };
     }
-    let index = match table.algorithm() {
+    let at = |index| (index, tables.slot(index));
+    let (index, slot) = match table.algorithm() {
         Algorithm::Random => drawn(tables, table, caller.chance()),
-        Algorithm::RoundRobin => tables.turn(service, table),
+        Algorithm::RoundRobin => at(tables.turn(service, table)),
         Algorithm::LeastConnections | Algorithm::Latency => {
-            tables.lighter(table, drawn(tables, table, caller.chance()))
+            at(tables.lighter(table, caller.chance()))
         }
-        by => tables.look_up(table, caller.key(by)),
+        by => at(tables.look_up(table, caller.key(by))),
     };
-    let slot = tables.slot(index);
     if let Some(first) = slot
         && !tables.ejection(first.backend).is_in()
     {
@@ -214,22 +226,29 @@ fn choose<'t, T: Tables>(
     Drawn { slot, reason: Reason::Corrupt, asks: false }
 }
 
-/// Draws by weight: the index of a slot.
+/// The slot that a random number draws by weight, and its index.
 #[inline(always)]
-pub(crate) fn draw<T: Tables + ?Sized>(tables: &T, table: Table) -> u32 {
-    drawn(tables, table, tables.random())
+pub(crate) fn drawn<T: Tables + ?Sized>(
+    tables: &T,
+    table: Table,
+    random: u32,
+) -> (u32, Option<&Slot>) {
+    match draw(tables, table, random) {
+        (index, None) => (index, tables.slot(index)),
+        known => known,
+    }
 }
 
-/// The index of the slot that a random number draws.
+/// The index of the slot that a random number draws by weight, and the slot, if it was looked at for that.
 #[inline(always)]
-fn drawn<T: Tables + ?Sized>(tables: &T, table: Table, random: u32) -> u32 {
+fn draw<T: Tables + ?Sized>(tables: &T, table: Table, random: u32) -> (u32, Option<&Slot>) {
     let (column, position) = alias::column(random, table.len());
     let index = table.base().wrapping_add(column);
     match tables.slot(index) {
         Some(own) if position >= own.threshold && own.alias != column => {
-            table.base().wrapping_add(own.alias)
+            (table.base().wrapping_add(own.alias), None)
         }
-        _ => index,
+        own => (index, own),
     }
 }
 
@@ -256,7 +275,7 @@ pub fn around<T: Tables + ?Sized>(tables: &T, table: Table, first: u32) -> Detou
             Admission::Out => {}
         }
         if step < REDRAWS {
-            index = draw(tables, table);
+            index = draw(tables, table, tables.random()).0;
         } else if step - REDRAWS < table.len() {
             // From the last draw on, round the table. Without a branch, of which the verifier
             // would have to follow both ways for each slot.

@@ -172,11 +172,10 @@ pub fn steer<F: Family>(
     choice: Choice<'_>,
     connected: bool,
 ) -> Option<Flow> {
-    let (ctx, Choice { slot, service, mut token }) = (connecting.ctx, choice);
+    let (ctx, Choice { slot, service, table, affinity, mut token }) = (connecting.ctx, choice);
     let (mut addr, mut port) = (slot.addr, slot.port);
     let (mut backend, mut generation) = (slot.backend, slot.generation);
-    let record = SERVICES.get(service)?;
-    if record.affinity().is_on() {
+    if affinity.is_on() {
         let kept = keep(ctx, service, pack(backend, generation));
         if let Some(there) = BACKENDS.get(kept as u32)
             && kept as u32 != backend
@@ -203,7 +202,7 @@ pub fn steer<F: Family>(
         origin: Origin::new(netns, jiffies()),
         client: cgroup(),
         role: Role::new(service, connected)
-            .measured(matches!(record.table().algorithm(), Algorithm::Latency)),
+            .measured(matches!(table.algorithm(), Algorithm::Latency)),
         generation,
         token,
     };

@@ -10,6 +10,7 @@ use aya_ebpf::helpers::{
     bpf_jiffies64, bpf_ktime_get_ns,
 };
 use aya_ebpf::macros::btf_map;
+use mesh_common::balance::Loaded;
 use mesh_common::ejection::{Admission, ticks};
 use mesh_common::latency::Latency;
 use mesh_common::layout::counter;
@@ -125,13 +126,22 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn lighter(&self, table: Table, first: u32) -> u32 {
-        mesh_lighter(table.0, first.into()) as u32
+    fn load(&self, backend: u32) -> (Ejection, u64) {
+        match BACKEND_STATS.get(backend) {
+            Some(stats) => (stats.ejection(), stats.active()),
+            None => (Ejection::NONE, 0),
+        }
     }
 
     #[inline(always)]
-    fn nearer(&self, one: u32, other: u32) -> bool {
-        mesh_nearer(one.into(), other.into()) != 0
+    fn lighter(&self, table: Table, chance: u32) -> u32 {
+        mesh_lighter(table.0, chance.into()) as u32
+    }
+
+    #[inline(always)]
+    fn nearer(&self, one: Loaded, other: Loaded) -> bool {
+        let pack = |of: Loaded| u64::from(of.weight) << 32 | u64::from(of.backend);
+        mesh_nearer(pack(one), one.active, pack(other), other.active) != 0
     }
 
     #[inline(always)]
@@ -347,18 +357,23 @@ pub extern "C" fn mesh_turn(service: u64, table: u64) -> u64 {
     balance::turn(&Maps, service as u32, Table(table)).into()
 }
 
-/// [`balance::lighter`], likewise: a [`Table`] and the index of a slot; index of a slot.
+/// [`balance::lighter`], likewise: a [`Table`] and a random number; index of a slot.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn mesh_lighter(table: u64, first: u64) -> u64 {
-    balance::lighter(&Maps, Table(table), first as u32).into()
+pub extern "C" fn mesh_lighter(table: u64, chance: u64) -> u64 {
+    balance::lighter(&Maps, Table(table), chance as u32).into()
 }
 
-/// [`balance::nearer`], likewise: indices of two slots; 1 or 0.
+/// [`balance::nearer`], likewise: of both, id and in the upper half weight, and open connections; 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn mesh_nearer(one: u64, other: u64) -> u64 {
-    balance::nearer(&Maps, one as u32, other as u32).into()
+pub extern "C" fn mesh_nearer(one: u64, active: u64, other: u64, other_active: u64) -> u64 {
+    let unpack = |packed: u64, active| Loaded {
+        backend: packed as u32,
+        weight: (packed >> 32) as u16,
+        active,
+    };
+    balance::nearer(&Maps, unpack(one, active), unpack(other, other_active)).into()
 }
 
 /// [`maglev::look_up`], likewise: a [`Table`] and a client's key; index of a slot.

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ejection::{Client, Policy, Token};
+use crate::layout::Slot;
 use crate::layout::{FrontendKey, FrontendValue, Service};
 use crate::{Addr, Ejection, alias};
 
@@ -73,7 +74,7 @@ impl Memory {
     }
 
     fn choose(&self) -> usize {
-        (lighter(self, self.table, draw(self, self.table)) - BASE) as usize
+        (lighter(self, self.table, self.random()) - BASE) as usize
     }
 }
 
