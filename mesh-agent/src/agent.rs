@@ -25,6 +25,7 @@ use crate::config::{Config, Exclude, Source};
 use crate::dataplane::exclusions::Exclusions;
 use crate::dataplane::load::{self, Attachment, Loaded, Options, Programs};
 use crate::dataplane::reconcile::Reconciler;
+use crate::dataplane::sys::heap;
 use crate::discovery::files;
 use crate::engine::journal::Journal;
 use crate::engine::{Engine, Handle, Inputs, Watchers};
@@ -77,6 +78,8 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let mut reconciler = Reconciler::new(maps);
     reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
 
+    // Reading the kernel's types took more than all that follows.
+    heap::trim();
     // Before anybody is balanced.
     exclusions.refresh(&config.exclude);
     let cancel = CancellationToken::new();

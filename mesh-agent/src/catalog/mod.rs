@@ -8,6 +8,7 @@
 //! The cost of a change depends on the services it touches and on those they share frontends with,
 //! not on how many services there are.
 
+mod few;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,7 @@ use std::sync::Arc;
 
 use mesh_common::Protocol;
 
+use self::few::Few;
 use crate::discovery::Origin;
 use crate::model::{Service, ServiceName};
 
@@ -90,12 +92,12 @@ pub struct Catalog {
     /// What is in force.
     entries: BTreeMap<ServiceName, Entry>,
     /// Claims of the definitions in force; no value is empty.
-    claims: HashMap<Frontend, BTreeSet<Claim>>,
+    claims: HashMap<Frontend, Few<Claim>>,
     /// How many frontends of `claims` each address has; never 0. Most endpoints are at an address
     /// that has none, which one look-up tells.
     addresses: HashMap<IpAddr, usize>,
     /// Services in force by the addresses of their endpoints; no value is empty.
-    endpoints: HashMap<IpAddr, BTreeSet<ServiceName>>,
+    endpoints: HashMap<IpAddr, Few<ServiceName>>,
 }
 
 // === impl Frontend ===
@@ -279,7 +281,7 @@ impl Catalog {
         let mut owned = Vec::new();
         let mut shadowed = Texts::default();
         for frontend in frontends(service) {
-            match self.claims.get(&frontend.frontend).and_then(BTreeSet::first) {
+            match self.claims.get(&frontend.frontend).and_then(Few::first) {
                 Some(claim) if claim.name != *name => shadowed.add(|| {
                     let (winner, place) = (&claim.name, &claim.origin.item);
                     format!("{} is taken by service {winner} ({place})", frontend.frontend)
@@ -350,7 +352,7 @@ fn frontends(service: &Service) -> impl Iterator<Item = OwnedFrontend> {
 }
 
 /// Takes a value out of the set at a key, and the set away with its last value: then it is true.
-fn take<K: Hash + Eq, V: Ord>(sets: &mut HashMap<K, BTreeSet<V>>, key: &K, value: &V) -> bool {
+fn take<K: Hash + Eq, V: Ord>(sets: &mut HashMap<K, Few<V>>, key: &K, value: &V) -> bool {
     let Some(set) = sets.get_mut(key) else { return false };
     set.remove(value);
     let last = set.is_empty();

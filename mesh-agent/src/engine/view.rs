@@ -279,7 +279,7 @@ impl Engine {
         ejection: Ejection,
         policy: Policy,
     ) -> Standing {
-        let reason = known.map_or("", |known| known.reason.as_str());
+        let reason = known.map_or("", |known| &*known.reason);
         let state = State::from_number(backend.state);
         let suspect = self.suspect(id, backend.generation);
         out::standing((state, reason), ejection, policy, suspect, ticks(clock::monotonic()))

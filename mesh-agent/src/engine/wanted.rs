@@ -1,5 +1,6 @@
 //! What the kernel is to hold of each service: its definition, with what is known of its endpoints.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -14,8 +15,12 @@ use crate::catalog::Entry;
 use crate::compile::{self, Condition, Here, Input, Tables};
 use crate::dataplane::clock;
 use crate::dataplane::maps::Maps as _;
+use crate::dataplane::sys::heap;
 use crate::health::{Monitor, Plan};
 use crate::model::ServiceName;
+
+/// When so many services change at once, what that took is worth being given back.
+const MANY: usize = 500;
 
 /// What is known of an endpoint.
 #[derive(Clone, Debug)]
@@ -23,7 +28,7 @@ pub(super) struct Known {
     /// Differs between the lives of an endpoint.
     pub(super) life: u64,
     pub(super) state: State,
-    pub(super) reason: String,
+    pub(super) reason: Cow<'static, str>,
     pub(super) since: SystemTime,
     /// Since when it is usable, or was when it last was.
     pub(super) usable_since: Instant,
@@ -33,7 +38,8 @@ pub(super) struct Known {
 #[derive(Debug, Default)]
 pub(super) struct Health {
     pub(super) plan: Option<Plan>,
-    pub(super) endpoints: HashMap<SocketAddr, Known>,
+    /// In a tree, which has little more room than it needs for few.
+    pub(super) endpoints: BTreeMap<SocketAddr, Known>,
 }
 
 impl Engine {
@@ -43,6 +49,7 @@ impl Engine {
             return;
         }
         let names = self.spread.with_dependents(names);
+        let many = names.len() >= MANY;
         // Before any is compiled: one may fall back to another.
         for name in &names {
             self.follow(name);
@@ -55,6 +62,10 @@ impl Engine {
         let outcome = self.reconciler.apply(wanted);
         self.note(outcome);
         self.take_let_go();
+        if many {
+            // It may hold up others that want memory, and takes long enough not to wait for it.
+            drop(tokio::task::spawn_blocking(heap::trim));
+        }
         if self.reconciler.is_unfinished() {
             self.retry.begin();
         } else {
@@ -153,7 +164,7 @@ impl Known {
         if state.is_usable() && !self.state.is_usable() {
             self.usable_since = Instant::now();
         }
-        (self.state, self.reason, self.since) = (state, reason, SystemTime::now());
+        (self.state, self.reason, self.since) = (state, reason.into(), SystemTime::now());
     }
 }
 
@@ -181,7 +192,7 @@ impl Health {
                 *life += 1;
                 let reason = if checked { "not checked yet" } else { "no health check" };
                 let (life, state) = (*life, State::Unknown);
-                Known { life, state, reason: reason.to_owned(), since, usable_since }
+                Known { life, state, reason: reason.into(), since, usable_since }
             });
         }
         let plan = service.health.clone().map(|policy| {

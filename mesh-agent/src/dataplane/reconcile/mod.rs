@@ -16,7 +16,7 @@ mod share;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -45,7 +45,8 @@ struct HeldFrontend {
 /// What is in the maps for a service.
 #[derive(Debug, Default)]
 struct Held {
-    backends: HashMap<BackendKey, HeldBackend>,
+    /// In a tree, which has little more room than it needs for few.
+    backends: BTreeMap<BackendKey, HeldBackend>,
     tables: HashMap<TableKey, Table>,
     frontends: HashSet<FrontendKey>,
     /// How many of the backends that it wants it may have.

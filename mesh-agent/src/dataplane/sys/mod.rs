@@ -4,6 +4,7 @@
 
 pub mod attached;
 mod chunks;
+pub mod heap;
 mod mapped;
 pub mod netns;
 

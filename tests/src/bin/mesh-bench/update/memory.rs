@@ -1,10 +1,11 @@
 //! What an agent has in memory.
 
-use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::{Context as _, Result};
+use mesh_tests::Agent;
 use serde::Serialize;
+use serde_json::Value;
 
 /// A process's memory, in bytes.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -13,38 +14,28 @@ pub struct Memory {
     pub anonymous: u64,
     /// All that is resident, mapped maps and the program included: `Rss` of smaps_rollup.
     pub resident: u64,
-    /// Of the maps that it holds, in the kernel: `memlock` of each, once.
+    /// Of its maps, in the kernel, as its `status` says.
     pub maps: u64,
 }
 
 // === impl Memory ===
 
 impl Memory {
-    /// Of a process.
+    /// Of an agent.
     ///
     /// # Errors
     ///
     /// It has ended, or the kernel says something else.
-    pub fn of(pid: u32) -> Result<Self> {
-        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    pub fn of(agent: &Agent) -> Result<Self> {
+        let status: Value = agent.json(&["status"])?;
+        let maps = status["memory"]["maps"].as_u64().context("no memory of maps in its status")?;
+        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", agent.id()?))?;
         let field = |name: &str| {
             let kib =
                 value(&rollup, name).with_context(|| format!("smaps_rollup has no {name}"))?;
             Ok::<_, anyhow::Error>(kib * 1024)
         };
-        let mut maps = BTreeMap::new();
-        for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-            // A descriptor may be closed meanwhile.
-            let Ok(text) = fs::read_to_string(entry?.path()) else { continue };
-            if let Some((id, size)) = value(&text, "map_id").zip(value(&text, "memlock")) {
-                maps.insert(id, size);
-            }
-        }
-        Ok(Self {
-            anonymous: field("Anonymous")?,
-            resident: field("Rss")?,
-            maps: maps.values().sum(),
-        })
+        Ok(Self { anonymous: field("Anonymous")?, resident: field("Rss")?, maps })
     }
 }
 
@@ -62,9 +53,8 @@ mod tests {
 
     #[test]
     fn numbers_are_found_by_their_whole_name() {
-        let text = "AnonHugePages:  7 kB\nAnonymous:   12 kB\nmap_id:\t3\nmemlock:\t4096\n";
+        let text = "AnonHugePages:  7 kB\nAnonymous:   12 kB\n";
         assert_eq!(value(text, "Anonymous"), Some(12));
-        assert_eq!(value(text, "memlock"), Some(4096));
         assert_eq!(value(text, "Anon"), None);
     }
 }

@@ -257,7 +257,7 @@ impl Setup {
         let empty = if running {
             let started = Instant::now();
             agent.start()?;
-            let (ready_ms, memory) = (millis(started.elapsed()), Memory::of(agent.id()?)?);
+            let (ready_ms, memory) = (millis(started.elapsed()), Memory::of(&agent)?);
             Some(Empty { ready_ms, memory })
         } else {
             staged.drain(..).try_for_each(Staged::publish)?;
@@ -273,7 +273,7 @@ impl Setup {
         scene::until_services(&agent, LOADED as usize)?;
         let said = started.elapsed();
         self.prober.all(LOADED)?;
-        let memory = Memory::of(agent.id()?)?;
+        let memory = Memory::of(&agent)?;
         agent.stop()?;
         let (answered_ms, said_ms) = (millis(answered.seen), millis(said));
         Ok(Load { empty, answered_ms, said_ms, memory })
