@@ -33,6 +33,10 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         self.maps.reach(kind, len)
     }
 
+    fn reach_all(&mut self, wanted: &[(Kind, u32)]) {
+        self.maps.reach_all(wanted);
+    }
+
     fn shortage(&self) -> Option<&str> {
         self.maps.shortage()
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::Ebpf;
@@ -253,6 +254,38 @@ impl Maps for KernelMaps {
             }
         }
         self.there(kind)
+    }
+
+    /// What takes time is that the kernel waits for running programs, for each array.
+    fn reach_all(&mut self, wanted: &[(Kind, u32)]) {
+        let len = |of| {
+            let found = wanted.iter().find(|&&(kind, len)| kind == of && len > self.there(kind));
+            found.map(|&(_, len)| len)
+        };
+        let lens = [Kind::Services, Kind::Slots, Kind::Backends].map(len);
+        if self.shortage.is_some() || lens == [None; 3] {
+            return;
+        }
+        let [of_services, of_slots, of_backends] = lens;
+        let Self { services, service_stats, slots, backends, stats, latencies, .. } = self;
+        thread::scope(|scope| {
+            // Without a thread, or memory, it is as if nobody had asked yet.
+            let spawn = |grow: Box<dyn FnOnce() + Send>| {
+                drop(thread::Builder::new().spawn_scoped(scope, grow));
+            };
+            if let Some(len) = of_services {
+                spawn(Box::new(move || drop(services.reach(len))));
+                spawn(Box::new(move || drop(service_stats.reach(len))));
+            }
+            if let Some(len) = of_slots {
+                spawn(Box::new(move || drop(slots.reach(len))));
+            }
+            if let Some(len) = of_backends {
+                spawn(Box::new(move || drop(backends.reach(len))));
+                spawn(Box::new(move || drop(stats.reach(len))));
+                spawn(Box::new(move || drop(latencies.reach(len))));
+            }
+        });
     }
 
     fn shortage(&self) -> Option<&str> {

@@ -56,6 +56,12 @@ pub trait Maps {
     /// Sees to it that there are so many records, as far as the kernel has memory for them. Returns how
     /// many there are now: only below that they are written.
     fn reach(&mut self, kind: Kind, len: u32) -> u32;
+    /// The same for all kinds, in less time; what cannot be had is told when it is asked for by itself.
+    fn reach_all(&mut self, wanted: &[(Kind, u32)]) {
+        for &(kind, len) in wanted {
+            self.reach(kind, len);
+        }
+    }
     /// What the kernel had no memory for when it was last asked, for people; nothing when there was enough.
     fn shortage(&self) -> Option<&str>;
 

@@ -23,7 +23,7 @@ use ipnet::IpNet;
 use mesh_common::{Addr, Backend, FrontendKey, Table};
 
 use super::alloc::IdPool;
-use super::maps::{Maps, Refused};
+use super::maps::{Kind, Maps, Refused};
 use crate::compile::{BackendKey, Rules, TableKey, Tables};
 use crate::model::ServiceName;
 use extents::Extents;
@@ -62,6 +62,9 @@ struct HeldBackend {
     id: u32,
     record: Backend,
 }
+
+/// So many services at once are worth looking at together first.
+const LARGE: usize = 64;
 
 /// A backend that a service has no more.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -264,6 +267,9 @@ impl<M: Maps> Reconciler<M> {
         for (name, tables) in &wanted {
             self.shares.shrink(name, tables.backends.len());
         }
+        if wanted.len() >= LARGE {
+            self.make_room(&wanted);
+        }
         let mut outcome = Vec::with_capacity(wanted.len());
         for (name, tables) in &wanted {
             let mut held = self.services.remove(name).unwrap_or_default();
@@ -295,6 +301,27 @@ impl<M: Maps> Reconciler<M> {
         }
         self.clear_backends();
         outcome
+    }
+
+    /// Has the arrays grow to what services take that are not there yet, all of them at once.
+    fn make_room(&mut self, wanted: &[(ServiceName, Arc<Tables>)]) {
+        let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let Usage { services, slots, backends, .. } = self.usage();
+        let mut needs =
+            [(Kind::Services, services), (Kind::Slots, slots), (Kind::Backends, backends)];
+        for (_, tables) in wanted.iter().filter(|(name, _)| !self.services.contains_key(name)) {
+            let rows: usize = tables.tables.iter().map(|(_, rows)| rows.len()).sum();
+            let more = [tables.frontends.len(), rows, tables.backends.len()];
+            for ((_, need), more) in needs.iter_mut().zip(more) {
+                *need = need.saturating_add(number(more));
+            }
+        }
+        let capacity = self.maps.capacity();
+        let most = [capacity.services, capacity.slots, capacity.backends];
+        for ((_, need), most) in needs.iter_mut().zip(most) {
+            *need = most.min(*need);
+        }
+        self.maps.reach_all(&needs);
     }
 
     /// Tries again what failed.

@@ -287,8 +287,8 @@ impl Files {
         }
         let path = Arc::clone(&self.directory);
         let loaded = blocking(move || {
-            let load = |name| (Arc::clone(&name), directory::load(&path, &name));
-            names.into_iter().map(load).collect::<Vec<_>>()
+            let names: Vec<_> = names.into_iter().collect();
+            directory::load_all(&path, &names)
         })
         .await;
         let now = Instant::now();
