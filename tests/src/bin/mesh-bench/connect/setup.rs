@@ -16,7 +16,7 @@ use crate::scene::{self, BACKENDS, MOST_SERVICES, PORT, TARGET_PORT, address};
 
 /// Connects of each thread in a round.
 pub const CONNECTS: usize = 500;
-/// Places in the table of records: so many open connections fill it.
+/// Places in the table of records, once it has grown: so many open connections fill it.
 const RECORDS: usize = 131_072;
 /// The second address of the first service.
 const ADDRESS_V6: &str = "fd00:96::1";
@@ -256,9 +256,11 @@ fn holders() -> Result<usize> {
 fn agents(node: &Node, cgroup: &Path) -> Result<Vec<(Services, Agent)>> {
     let agent = |services: Services, name: &str, key: &str| {
         let agent = scene::agent(node, cgroup, name)?;
-        if let Services::Many(Size::Sixty) = services {
-            agent.append("limits: {frontends: 131072, backends: 262144}\n")?;
-        }
+        let larger = match services {
+            Services::Many(Size::Sixty) => "frontends: 131072, backends: 262144, ",
+            _ => "",
+        };
+        agent.append(&format!("limits: {{{larger}connections: {RECORDS}}}\n"))?;
         let count = u32::try_from(span(services))?;
         for (name, text) in scene::files(count, |number| service(number).key(key)) {
             agent.write_services(&name, &text)?;
