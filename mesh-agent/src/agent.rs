@@ -12,8 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use rustix::process::Resource;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::oneshot::error::RecvError;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -102,9 +101,11 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let (auditor, audit) = Auditor::new(records, Arc::clone(&grace), cancel.clone());
     spawn(&mut tasks, "the audit", audit);
     spawn(&mut tasks, "exclusions", exclude(exclusions, Arc::clone(&config), cancel.clone()));
-    let ((units_wanted, wanted), (sender, units_there)) =
+    let ((units_wanted, wanted), (there, units_there)) =
         (watch::channel(false), watch::channel(false));
-    let follow = observe::units::follow(units, cgroup.clone(), wanted, sender, cancel.clone());
+    let (unit_keys, units_again) = (units.keys(), Arc::new(Notify::new()));
+    let asked = observe::units::Signals { wanted, again: Arc::clone(&units_again), there };
+    let follow = observe::units::follow(units, cgroup.clone(), asked, cancel.clone());
     spawn(&mut tasks, "the units of cgroups", follow);
     let pinned = pins.used();
     spawn(&mut tasks, "affinity", pins.tend(cancel.clone()));
@@ -114,7 +115,13 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         grace,
         monitor,
         inputs,
-        Watchers { journal: journal.clone(), auditor, pinned, units: units_wanted.clone() },
+        Watchers {
+            journal: journal.clone(),
+            auditor,
+            pinned,
+            units: units_wanted.clone(),
+            unit_keys,
+        },
         cancel.clone(),
     );
     spawn(&mut tasks, "the health checks", checks);
@@ -128,15 +135,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             }
         });
     }
-    let begin = async move {
-        let result = heard.await;
-        // Clients that are told apart by unit, are from the first connect on.
-        if *units_wanted.borrow() {
-            let mut there = units_there;
-            let _ = there.wait_for(|there| *there).await;
-        }
-        result
-    };
+    let units = Clients { wanted: units_wanted, there: units_there, again: units_again };
     let serve = server::serve(claim.listen()?, engine.clone(), journal, cancel.clone());
     spawn(&mut tasks, "the API", async {
         if let Err(error) = serve.await {
@@ -150,7 +149,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             Ok(())
         }
         ended = tasks.join_next() => Err(ended_early(ended)),
-        error = balance(&mut programs, &cgroup, &mut lock, &engine, begin) => Err(error),
+        error = balance(&mut programs, &cgroup, &mut lock, &engine, heard, units) => Err(error),
     };
     // No new connect is balanced from here on; what is open stays as it is.
     drop(programs);
@@ -182,6 +181,29 @@ async fn exclude(mut exclusions: Exclusions, config: Arc<Config>, cancel: Cancel
     }
 }
 
+/// What is known of the units of clients.
+struct Clients {
+    /// Whether a service asks for them.
+    wanted: watch::Sender<bool>,
+    /// Whether they were looked for.
+    there: watch::Receiver<bool>,
+    /// To be told when the balanced cgroup is another one.
+    again: Arc<Notify>,
+}
+
+impl Clients {
+    /// Those that are told apart by unit are so from the first connect on.
+    async fn known(&mut self) {
+        if !*self.wanted.borrow() {
+            return;
+        }
+        let known = tokio::time::timeout(PATIENCE, self.there.wait_for(|there| *there));
+        if known.await.is_err() {
+            tracing::warn!("finding the units of cgroups takes long; starting without");
+        }
+    }
+}
+
 /// Attaches the programs once the sources have been heard, and again whenever they are lost: a
 /// cgroup can be removed and made again. Returns only when they cannot be attached at the start.
 async fn balance(
@@ -189,7 +211,8 @@ async fn balance(
     cgroup: &Path,
     lock: &mut Option<File>,
     engine: &Handle,
-    heard: impl Future<Output = Result<(), RecvError>>,
+    heard: oneshot::Receiver<()>,
+    mut units: Clients,
 ) -> anyhow::Error {
     match tokio::time::timeout(PATIENCE, heard).await {
         Ok(Ok(())) => {}
@@ -198,6 +221,7 @@ async fn balance(
             tracing::warn!("a source has not answered; starting with what the others define");
         }
     }
+    units.known().await;
     let attached = refuse_second(cgroup).and_then(|()| Ok(programs.attach(cgroup)?));
     let mut attachment = match attached {
         Ok(attachment) => Some(attachment),
@@ -231,6 +255,7 @@ async fn balance(
         match again {
             Ok(again) => {
                 tracing::info!(cgroup = %cgroup.display(), "balancing again");
+                units.again.notify_one();
                 engine.set_attachment(Some(again.clone())).await;
                 attachment = Some(again);
                 hindrance = None;

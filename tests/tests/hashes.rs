@@ -114,10 +114,14 @@ fn by_unit() -> Result<()> {
     let mut node = node("balance: consistent-hash\n  hash-by: unit")?;
     // While it is being seen it may change in the middle.
     let who = |node: &Node, cgroup: &Path| always(node, cgroup).ok();
-    // Until it has been seen a cgroup is a client of its own, so what is due is asked of `explain`.
+    // Until it has been seen a cgroup is a client of its own, which `explain` says.
     let explained = |node: &Node, cgroup: &Path| -> Result<String> {
         let from = cgroup.display().to_string();
-        let explained: serde_json::Value = node.agent.json(&["explain", VIP, "--from", &from])?;
+        let explained: serde_json::Value = until("the unit to be known", LIMIT, || {
+            let explained: serde_json::Value =
+                node.agent.json(&["explain", VIP, "--from", &from])?;
+            Ok((!explained.to_string().contains("not known yet")).then_some(explained))
+        })?;
         let place = explained["answer"]["backend"].as_str().context("a backend")?;
         let number = place.strip_prefix("10.0.0.").and_then(|rest| rest.split(':').next());
         let number: usize = number.context("a backend's number")?.parse()?;
@@ -168,6 +172,34 @@ fn by_unit() -> Result<()> {
         fs::remove_dir(pod.join(format!("c{n}")))?;
     }
     node.agent.stop()
+}
+
+/// Cgroups come and go, and the agent keeps nothing of those that went.
+#[test]
+fn cgroups_come_and_go() -> Result<()> {
+    let node = node("balance: consistent-hash\n  hash-by: unit")?;
+    let watches = |node: &Node| -> Result<usize> {
+        let mut watches = 0;
+        for entry in fs::read_dir(format!("/proc/{}/fdinfo", node.agent.id()?))? {
+            let text = fs::read_to_string(entry?.path()).unwrap_or_default();
+            watches += text.lines().filter(|line| line.starts_with("inotify wd")).count();
+        }
+        Ok(watches)
+    };
+    let kept = node.cgroup().child("kept")?;
+    // The directory of service files, and two cgroups.
+    until("the agent to watch", LIMIT, || Ok((watches(&node)? >= 3).then_some(())))?;
+    let before = watches(&node)?;
+    for round in 0..10 {
+        let all: Vec<_> = (0..20).map(|n| kept.join(format!("g{round}-{n}"))).collect();
+        all.iter().try_for_each(fs::create_dir)?;
+        until("them to be seen", LIMIT, || Ok((watches(&node)? > before).then_some(())))?;
+        all.iter().try_for_each(fs::remove_dir)?;
+    }
+    until("what went to be forgotten", LIMIT, || Ok((watches(&node)? == before).then_some(())))?;
+    let name = always(&node, &kept)?;
+    ensure!(NAMES.contains(&&*name), "{name}");
+    Ok(())
 }
 
 /// Without a client, `explain` says which part of all clients each endpoint has; what the hook gives to very

@@ -226,9 +226,10 @@ impl Catalog {
                 }
             }
             for frontend in moved {
-                let claims = self.claims.get(&frontend).into_iter().flatten();
+                let claims = self.claims.get(&frontend).into_iter().flat_map(Few::iter);
                 stale.extend(claims.map(|claim| claim.name.clone()));
-                stale.extend(self.endpoints.get(&frontend.address).into_iter().flatten().cloned());
+                let endpoints = self.endpoints.get(&frontend.address);
+                stale.extend(endpoints.into_iter().flat_map(Few::iter).cloned());
             }
         }
         for endpoint in old.iter().flat_map(|(_, service)| &service.endpoints) {

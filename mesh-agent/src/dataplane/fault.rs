@@ -41,6 +41,10 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         self.maps.shortage()
     }
 
+    fn forget_shortage(&mut self) {
+        self.maps.forget_shortage();
+    }
+
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
         self.gate("writing BACKENDS")?.write_backend(id, backend)
     }

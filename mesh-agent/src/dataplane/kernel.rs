@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -71,15 +71,27 @@ pub struct KernelMaps {
     virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
     counters: Mapped<Word>,
     capacity: Capacity,
-    shortage: Option<Shortage>,
+    /// Of each kind.
+    shortages: [Option<Shortage>; 3],
+    /// One that was met.
+    shortage: Option<Arc<str>>,
 }
 
 /// That the kernel had no memory.
 struct Shortage {
     /// For what, and what it said.
-    text: String,
-    /// It is not asked again before.
+    text: Arc<str>,
+    /// For so many records.
+    len: u32,
+    /// It is not asked for as many again before.
     until: Instant,
+}
+
+impl Shortage {
+    /// Whether there is no use in asking for so many.
+    fn holds(&self, len: u32) -> bool {
+        len >= self.len && Instant::now() < self.until
+    }
 }
 
 /// For so long the kernel is not asked for memory again: it clears what it gives, and takes back what is
@@ -115,6 +127,7 @@ impl KernelMaps {
             virtual_ips,
             counters: mapped(ebpf, "COUNTERS")?,
             capacity,
+            shortages: [None, None, None],
             shortage: None,
         })
     }
@@ -228,8 +241,12 @@ impl Maps for KernelMaps {
 
     fn reach(&mut self, kind: Kind, len: u32) -> u32 {
         let there = self.there(kind);
-        let waits = self.shortage.as_ref().is_some_and(|shortage| Instant::now() < shortage.until);
-        if len <= there || waits {
+        if len <= there {
+            return there;
+        }
+        let place = kind as usize;
+        if let Some(known) = self.shortages[place].as_ref().filter(|known| known.holds(len)) {
+            self.shortage = Some(Arc::clone(&known.text));
             return there;
         }
         let grown = match kind {
@@ -241,18 +258,12 @@ impl Maps for KernelMaps {
                 .and_then(|()| self.latencies.reach(len))
                 .and_then(|()| self.backends.reach(len)),
         };
-        match grown {
-            Ok(()) => self.shortage = None,
-            Err(error) => {
-                let map = match kind {
-                    Kind::Services => "SERVICES",
-                    Kind::Slots => "SLOTS",
-                    Kind::Backends => "BACKENDS",
-                };
-                let text = format!("{map} cannot grow to {len} records: {error}");
-                self.shortage = Some(Shortage { text, until: Instant::now() + SHORT });
-            }
-        }
+        self.shortages[place] = grown.err().map(|error| {
+            let map = ["SERVICES", "SLOTS", "BACKENDS"][place];
+            let text = format!("{map} cannot grow to {len} records: {error}").into();
+            self.shortage = Some(Arc::clone(&text));
+            Shortage { text, len, until: Instant::now() + SHORT }
+        });
         self.there(kind)
     }
 
@@ -263,7 +274,7 @@ impl Maps for KernelMaps {
             found.map(|&(_, len)| len)
         };
         let lens = [Kind::Services, Kind::Slots, Kind::Backends].map(len);
-        if self.shortage.is_some() || lens == [None; 3] {
+        if lens == [None; 3] || self.shortages.iter().flatten().any(|known| known.holds(u32::MAX)) {
             return;
         }
         let [of_services, of_slots, of_backends] = lens;
@@ -289,7 +300,11 @@ impl Maps for KernelMaps {
     }
 
     fn shortage(&self) -> Option<&str> {
-        self.shortage.as_ref().map(|shortage| &*shortage.text)
+        self.shortage.as_deref()
+    }
+
+    fn forget_shortage(&mut self) {
+        self.shortage = None;
     }
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {

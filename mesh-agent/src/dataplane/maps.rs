@@ -62,8 +62,10 @@ pub trait Maps {
             self.reach(kind, len);
         }
     }
-    /// What the kernel had no memory for when it was last asked, for people; nothing when there was enough.
+    /// What the kernel had no memory for since this was forgotten, for people.
     fn shortage(&self) -> Option<&str>;
+    /// Forgets it.
+    fn forget_shortage(&mut self);
 
     /// Writes a record of `BACKENDS`. No program decides by it.
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError>;

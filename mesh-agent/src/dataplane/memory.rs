@@ -114,12 +114,16 @@ impl Maps for Memory {
             Kind::Slots => self.there.slots = there,
             Kind::Backends => self.there.backends = there,
         }
-        self.is_short = there < len;
+        self.is_short |= there < len;
         there
     }
 
     fn shortage(&self) -> Option<&str> {
         self.is_short.then_some("no memory")
+    }
+
+    fn forget_shortage(&mut self) {
+        self.is_short = false;
     }
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {

@@ -1,6 +1,7 @@
 //! What cgroups are part of ([`crate::observe::units`]), for hashes by unit.
 
 use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use aya::Ebpf;
 use aya::maps::{HashMap as HashMapOf, MapData, MapError};
@@ -10,8 +11,19 @@ use super::kernel::{OpenError, typed};
 /// The keys in the kernel, by cgroup.
 pub struct Units {
     map: HashMapOf<MapData, u64, u64>,
-    /// What the map holds.
-    held: HashMap<u64, u64>,
+    held: Keys,
+}
+
+/// What the map holds, for whoever explains it.
+#[derive(Clone, Debug, Default)]
+pub struct Keys(Arc<RwLock<HashMap<u64, u64>>>);
+
+impl Keys {
+    /// The key of this cgroup's unit, if the programs know it: otherwise the cgroup counts for itself.
+    #[must_use]
+    pub fn of(&self, cgroup: u64) -> Option<u64> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&cgroup).copied()
+    }
 }
 
 impl Units {
@@ -21,29 +33,37 @@ impl Units {
     ///
     /// When it is missing or has another layout.
     pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
-        Ok(Self { map: typed(ebpf, "UNITS", HashMapOf::try_from)?, held: HashMap::new() })
+        Ok(Self { map: typed(ebpf, "UNITS", HashMapOf::try_from)?, held: Keys::default() })
     }
 
-    /// Makes the map hold these keys, by the ids of cgroups. Touches only what differs. The entry of a
-    /// cgroup that exists is never taken away or exchanged, so no program reads one that is reused.
+    /// What the map holds.
+    #[must_use]
+    pub fn keys(&self) -> Keys {
+        self.held.clone()
+    }
+
+    /// Makes the map hold these keys, by the ids of cgroups; if they are the whole, no others. Touches only
+    /// what differs. The entry of a cgroup that exists is not taken away, so no program reads one that is
+    /// reused.
     ///
     /// # Errors
     ///
     /// What the kernel says, `E2BIG` when there are more than fit: the others are there.
-    pub fn hold(&mut self, keys: &HashMap<u64, u64>) -> Result<(), MapError> {
+    pub fn hold(&mut self, keys: &HashMap<u64, u64>, whole: bool) -> Result<(), MapError> {
+        let mut held = self.held.0.write().unwrap_or_else(PoisonError::into_inner);
         let gone: Vec<u64> =
-            self.held.keys().filter(|id| !keys.contains_key(id)).copied().collect();
+            held.keys().filter(|id| whole && !keys.contains_key(id)).copied().collect();
         for id in gone {
             match self.map.remove(&id) {
                 Ok(()) | Err(MapError::KeyNotFound) => {}
                 Err(error) => return Err(error),
             }
-            self.held.remove(&id);
+            held.remove(&id);
         }
         for (&id, &key) in keys {
-            if self.held.get(&id) != Some(&key) {
+            if held.get(&id) != Some(&key) {
                 self.map.insert(id, key, 0)?;
-                self.held.insert(id, key);
+                held.insert(id, key);
             }
         }
         Ok(())

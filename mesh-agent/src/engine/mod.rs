@@ -31,6 +31,7 @@ use crate::dataplane::kernel::{Grace, KernelMaps};
 use crate::dataplane::load::Attachment;
 use crate::dataplane::maps::MapError;
 use crate::dataplane::reconcile::{Problem, Reconciler};
+use crate::dataplane::units::Keys;
 use crate::discovery::{Event, SourceState};
 use crate::health::{Finding, Monitor, Verdict};
 use crate::model::ServiceName;
@@ -84,6 +85,9 @@ pub struct Engine {
     auditor: Auditor,
     pinned: Arc<AtomicU32>,
     units: watch::Sender<bool>,
+    unit_keys: Keys,
+    /// Free memory is being given back.
+    trimming: Option<JoinHandle<()>>,
     /// By backend id: its generation, and the client that it was last taken out for alone.
     suspects: HashMap<u32, (u32, Arc<str>)>,
     /// What the agent itself finds of backends that the kernel suspects.
@@ -116,6 +120,8 @@ pub struct Watchers {
     pub pinned: Arc<AtomicU32>,
     /// Who is told when a service asks for the units of its clients.
     pub units: watch::Sender<bool>,
+    /// What is known of those.
+    pub unit_keys: Keys,
 }
 
 /// How many findings are taken together: one pass over a service, however many of its endpoints
@@ -142,7 +148,7 @@ impl Engine {
     ) -> (Handle, oneshot::Receiver<()>, impl Future<Output = ()> + Send + use<>) {
         let (questions, receiver) = mpsc::channel(BATCH);
         let (all_heard, heard) = oneshot::channel();
-        let Watchers { journal, auditor, pinned, units } = watchers;
+        let Watchers { journal, auditor, pinned, units, unit_keys } = watchers;
         let handle = Handle::new(questions, Arc::clone(config), auditor.clone());
         let engine = Self {
             catalog: Catalog::default(),
@@ -167,6 +173,8 @@ impl Engine {
             auditor,
             pinned,
             units,
+            unit_keys,
+            trimming: None,
             suspects: HashMap::new(),
             all_heard: Some(all_heard),
             opinions: Opinions::new(),

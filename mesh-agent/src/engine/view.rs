@@ -433,6 +433,10 @@ impl Engine {
 }
 
 impl Names for Engine {
+    fn unit(&self, cgroup: u64) -> Option<u64> {
+        self.unit_keys.of(cgroup)
+    }
+
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendInfo> {
         // Without an owner in the kernel it may be one that did not fit.
         let name = self.reconciler.owner(key).or_else(|| {

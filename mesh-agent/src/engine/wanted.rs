@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh_common::{Algorithm, Client, FrontendKey, State};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::{Engine, drains, out, spread};
@@ -64,7 +65,9 @@ impl Engine {
         self.take_let_go();
         if many {
             // It may hold up others that want memory, and takes long enough not to wait for it.
-            drop(tokio::task::spawn_blocking(heap::trim));
+            if self.trimming.as_ref().is_none_or(JoinHandle::is_finished) {
+                self.trimming = Some(tokio::task::spawn_blocking(heap::trim));
+            }
         }
         if self.reconciler.is_unfinished() {
             self.retry.begin();

@@ -18,7 +18,6 @@ use mesh_common::{
 
 use crate::api::types;
 use crate::model::Affinity;
-use crate::observe::units::{key_of, unit_of};
 pub use client::{ClientView, UnknownClient};
 
 /// A connect that somebody asks about.
@@ -34,6 +33,8 @@ pub struct Query {
 pub trait Names {
     /// Who owns a frontend; nothing when no service has it.
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendInfo>;
+    /// The key of the unit that this cgroup is part of, if the programs know it.
+    fn unit(&self, cgroup: u64) -> Option<u64>;
 }
 
 /// A frontend as people know it.
@@ -86,7 +87,8 @@ pub fn explain(
     }
     let cgroup = client.and_then(|client| client.id);
     let id = cgroup.map_or(Client::NOBODY, Client::of_cgroup);
-    let unit = client.filter(|_| cgroup.is_some()).map(|client| key_of(unit_of(&client.cgroup)));
+    let unit = cgroup.and_then(|cgroup| names.unit(cgroup));
+    story.knows_unit = unit.is_some();
     let traced = Traced::new(tables, cgroup, unit);
     let verdict = translate(&traced, &traced, &key);
     story.looked_up(&traced.seen());
@@ -125,7 +127,7 @@ struct Traced<'a, T> {
     client: Client,
     /// The client's cgroup, if it is known.
     cgroup: Option<u64>,
-    /// The key of its unit.
+    /// The key of its unit, if that is known.
     unit: Option<u64>,
     seen: Cell<Seen>,
 }
@@ -140,7 +142,7 @@ impl<'a, T: Tables> Traced<'a, T> {
     fn known_key(&self, by: Algorithm) -> Option<u64> {
         match by {
             Algorithm::HashClient => self.cgroup,
-            Algorithm::HashUnit => self.unit,
+            Algorithm::HashUnit => self.unit.or(self.cgroup),
             _ => None,
         }
     }
@@ -261,9 +263,12 @@ impl<T: Tables> Traced<'_, T> {
             }
             return;
         }
+        let heaviest = candidates.iter().map(|of| of.weight).max().unwrap_or(1).max(1);
         let load = |of: &Candidate| {
-            let latency = if by_latency { of.latency as f64 } else { 1.0 };
-            latency * of.active as f64 / f64::from(of.weight.max(1))
+            let load = of.active as f64 / f64::from(of.weight.max(1));
+            // As if each were compared with the heaviest.
+            let more = 1.0 / f64::from(heaviest);
+            if by_latency { of.latency as f64 * (load + more) } else { load }
         };
         let loads: Vec<f64> = candidates.iter().map(load).collect();
         let compare = |a: &usize, b: &usize| loads[*a].total_cmp(&loads[*b]);

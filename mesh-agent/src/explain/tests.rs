@@ -122,6 +122,10 @@ impl Names for Known {
             backends: self.0.clone(),
         })
     }
+
+    fn unit(&self, _: u64) -> Option<u64> {
+        None
+    }
 }
 
 const ORDERS: &str = "10.96.0.10:80";

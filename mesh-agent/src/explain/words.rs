@@ -22,6 +22,8 @@ pub(super) struct Story {
     is_datagram: bool,
     /// Who keeps an endpoint, and for how long.
     affinity: Option<Affinity>,
+    /// Whether it is known which unit the client is part of.
+    pub(super) knows_unit: bool,
 }
 
 impl Story {
@@ -48,6 +50,7 @@ impl Story {
             backends,
             is_datagram: query.protocol == Protocol::Udp,
             affinity,
+            knows_unit: false,
         };
         story.step(
             "client",
@@ -159,7 +162,9 @@ impl Story {
                 let (of, known) = match algorithm {
                     Algorithm::HashNamespace => ("network namespace", false),
                     Algorithm::HashProcess => ("process", false),
-                    Algorithm::HashUnit => ("unit", self.explanation.client.is_some()),
+                    Algorithm::HashUnit if self.explanation.client.is_none() => ("unit", false),
+                    Algorithm::HashUnit if self.knows_unit => ("unit", true),
+                    Algorithm::HashUnit => ("cgroup, whose unit is not known yet", true),
                     _ => ("cgroup", self.explanation.client.is_some()),
                 };
                 match known {

@@ -5,11 +5,11 @@
 //! the time at most: clients can be made faster than anybody can look for them.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::fs;
 use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fs, io};
 
 use tokio::time::Instant;
 
@@ -59,7 +59,7 @@ impl Clients {
         let walked = tokio::time::timeout(PATIENCE, walk).await;
         self.rest = Some(Instant::now() + now.elapsed() * REST);
         // A walk that takes too long, or finds no cgroup, says nothing about any id.
-        let Ok(Ok(Some(found))) = walked else { return };
+        let Ok(Ok(Some(Walked { found, .. }))) = walked else { return };
         if self.names.len() + unknown.len() + found.len() > REMEMBERED {
             self.names.clear();
         }
@@ -77,28 +77,47 @@ impl Clients {
     }
 }
 
+/// What a walk came across.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) struct Walked {
+    /// Names by id.
+    pub(super) found: HashMap<u64, Arc<str>>,
+    /// Whether all was looked at that it was to look at.
+    pub(super) whole: bool,
+}
+
 /// Looks for ids at and below a cgroup, from the top down, at `most` directories. Gives all that it
 /// came across, or nothing when there is no such cgroup.
-pub(super) fn walk(
-    balanced: &Path,
-    mut wanted: HashSet<u64>,
-    most: usize,
-) -> Option<HashMap<u64, Arc<str>>> {
+pub(super) fn walk(balanced: &Path, mut wanted: HashSet<u64>, most: usize) -> Option<Walked> {
     let Cgroup { directory, path } = Cgroup::open(balanced).ok()?;
     let name = |path: &Path| Arc::<str>::from(path.to_string_lossy());
     let id = fs::metadata(&directory).ok()?.ino();
     let mut found = HashMap::from([(id, name(&path))]);
     wanted.remove(&id);
+    let mut whole = true;
     let mut queue = VecDeque::from([(directory, path)]);
     while let Some((directory, path)) = queue.pop_front() {
         if wanted.is_empty() {
             break;
         }
-        // One that was removed meanwhile has nothing below it.
-        let Ok(entries) = fs::read_dir(&directory) else { continue };
-        for entry in entries.flatten() {
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) => {
+                // One that was removed meanwhile has nothing below it.
+                whole &= is_gone(&error);
+                continue;
+            }
+        };
+        for entry in entries {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) => {
+                    whole &= is_gone(&error);
+                    continue;
+                }
+            };
             if found.len() >= most {
-                return Some(found);
+                return Some(Walked { found, whole: false });
             }
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 let path = path.join(entry.file_name());
@@ -108,7 +127,12 @@ pub(super) fn walk(
             }
         }
     }
-    Some(found)
+    Some(Walked { found, whole })
+}
+
+/// Whether a directory was removed while it was looked at.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 #[cfg(test)]
@@ -125,9 +149,11 @@ mod tests {
     #[test]
     fn a_walk_finds_the_hierarchy_and_is_bounded() {
         let id = fs::metadata(top()).expect("cgroup").ino();
-        let found = walk(&top(), HashSet::from([id]), WALK).expect("a cgroup");
+        let Walked { found, whole } = walk(&top(), HashSet::from([id]), WALK).expect("a cgroup");
+        assert!(whole);
         assert_eq!(found, HashMap::from([(id, "/".into())]), "it stops when all is found");
-        let found = walk(&top(), HashSet::from([u64::MAX]), 3).expect("a cgroup");
+        let walked = walk(&top(), HashSet::from([u64::MAX]), 3).expect("a cgroup");
+        let found = walked.found;
         assert!((1..=3).contains(&found.len()), "{found:?}");
         assert_eq!(walk(Path::new("/proc"), HashSet::new(), WALK), None);
     }

@@ -7,16 +7,17 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
-use inotify::{Inotify, WatchMask, Watches};
-use tokio::sync::watch;
+use futures_util::{FutureExt as _, StreamExt as _};
+use inotify::{EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::clients::{WALK, walk};
+use super::clients::{WALK, Walked, walk};
 use crate::check::cgroup::Cgroup;
 use crate::dataplane::units::Units;
 use crate::text::chain;
@@ -33,13 +34,19 @@ const REST: u32 = 10;
 /// Room for hundreds of events.
 const BUFFER: usize = 16_384;
 
-/// The part of a cgroup's place that names its unit.
+/// The part of a cgroup's place that names its unit, without what differs by the cgroup namespace that it is
+/// seen from.
 #[must_use]
 pub fn unit_of(cgroup: &Path) -> &Path {
+    let mut components = cgroup.components();
+    while let Some(Component::RootDir | Component::ParentDir) = components.clone().next() {
+        components.next();
+    }
+    let cgroup = components.as_path();
     let mut service = None;
     for place in cgroup.ancestors() {
         let Some(name) = place.file_name().and_then(|name| name.to_str()) else { continue };
-        // The outermost: containers are below it.
+        // Containers are below it.
         if is_pod(name) {
             return place;
         }
@@ -69,58 +76,79 @@ pub fn key_of(unit: &Path) -> u64 {
     })
 }
 
-/// Keeps the keys of all cgroups below `balanced` in the kernel, from when they are wanted until `cancel`,
-/// and says when they are there for the first time.
+/// How [`follow`] is asked, and answers.
+pub struct Signals {
+    /// Whether anybody wants to know.
+    pub wanted: watch::Receiver<bool>,
+    /// That the balanced cgroup is another one now.
+    pub again: Arc<Notify>,
+    /// That it was looked for the first time.
+    pub there: watch::Sender<bool>,
+}
+
+/// Keeps the keys of all cgroups below `balanced` in the kernel, from when they are wanted until `cancel`.
 pub async fn follow(
     units: Units,
     balanced: PathBuf,
-    mut wanted: watch::Receiver<bool>,
-    there: watch::Sender<bool>,
+    mut signals: Signals,
     cancel: CancellationToken,
 ) {
-    let wait = cancel.run_until_cancelled(wanted.wait_for(|wanted| *wanted));
+    let wait = cancel.run_until_cancelled(signals.wanted.wait_for(|wanted| *wanted));
     if !matches!(wait.await, Some(Ok(_))) {
         return cancel.cancelled().await;
     }
-    let mut eyes = Eyes { units, balanced, watches: None, seen: HashSet::new() };
-    let (mut ear, mut deaf) = match Inotify::init() {
-        Ok(inotify) => {
-            eyes.watches = Some(inotify.watches());
-            (inotify.into_event_stream(vec![0; BUFFER]).ok(), None)
-        }
+    let mut eyes = Eyes { units, balanced, watches: None, seen: HashMap::new() };
+    let (mut ear, deaf) = match listen(&mut eyes) {
+        Ok(ear) => (Some(ear), None),
         Err(error) => (None, Some(format!("inotify: {error}"))),
     };
     let mut told = None;
     loop {
         let begin = Instant::now();
         let looked = tokio::task::spawn_blocking(move || (eyes.look(), eyes)).await;
-        let (result, back) =
+        let (Look { more, problem }, back) =
             looked.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
         eyes = back;
-        let problem = result.err().or_else(|| deaf.take());
+        let problem = problem.or_else(|| deaf.clone());
         if problem.is_some() && problem != told {
             tracing::warn!(
                 problem,
                 "not all cgroups are known by their units: for hashes by unit these clients are told \
                  apart by their cgroups"
             );
-            told = problem;
         }
+        told = problem;
         // Nobody may wait for it.
-        there.send_replace(true);
+        signals.there.send_replace(true);
         let rest = (begin.elapsed() * REST).max(SETTLE);
         let heard = async {
             match &mut ear {
+                _ if more => {}
                 // What it says does not matter.
                 Some(ear) => drop(ear.next().await),
                 None => std::future::pending().await,
             }
+        };
+        let waited = async {
+            tokio::select! {
+                () = heard => {}
+                () = signals.again.notified() => {}
+                () = tokio::time::sleep(AGAIN) => {}
+            }
             tokio::time::sleep(rest).await;
         };
-        if cancel.run_until_cancelled(tokio::time::timeout(AGAIN, heard)).await.is_none() {
+        if cancel.run_until_cancelled(waited).await.is_none() {
             return;
         }
+        // All that has been said meanwhile is seen by one look.
+        while let Some(Some(_)) = ear.as_mut().and_then(|ear| ear.next().now_or_never()) {}
     }
+}
+
+fn listen(eyes: &mut Eyes) -> io::Result<EventStream<Vec<u8>>> {
+    let inotify = Inotify::init()?;
+    eyes.watches = Some(inotify.watches());
+    inotify.into_event_stream(vec![0; BUFFER])
 }
 
 /// What looks at the hierarchy.
@@ -128,50 +156,71 @@ struct Eyes {
     units: Units,
     balanced: PathBuf,
     watches: Option<Watches>,
-    /// The cgroups that are watched.
-    seen: HashSet<u64>,
+    /// The cgroups that are watched. The kernel does not end the watch of one that is removed.
+    seen: HashMap<u64, WatchDescriptor>,
+}
+
+/// What came of looking.
+struct Look {
+    /// There may be more to see: a cgroup was found that was not watched before, and others may have been
+    /// made in it.
+    more: bool,
+    /// What was in the way. What could be done was done.
+    problem: Option<String>,
 }
 
 impl Eyes {
-    /// Looks at all cgroups. Those that are made in one while it is not watched yet are seen by the next
-    /// look, which follows at once. What is wrong is told; what could be done was done.
-    fn look(&mut self) -> Result<(), String> {
-        loop {
-            let (new, keys, result) = self.look_once()?;
-            let held = self.units.hold(&keys).map_err(|error| chain(&error));
-            if new == 0 || result.is_err() || held.is_err() {
-                return result.and(held);
-            }
+    /// Looks at all cgroups, twice if there are new ones: mostly nothing is made in them meanwhile.
+    fn look(&mut self) -> Look {
+        match self.look_once() {
+            Look { more: true, problem: None } => self.look_once(),
+            look => look,
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "for the caller alone")]
-    fn look_once(&mut self) -> Result<(usize, HashMap<u64, u64>, Result<(), String>), String> {
-        let top = Cgroup::open(&self.balanced).map_err(|error| chain(&error))?;
-        let found = walk(&self.balanced, HashSet::from([NOBODY]), WALK);
-        let found = found.ok_or_else(|| format!("{} is no cgroup", self.balanced.display()))?;
-        let mut result = match found.len() >= WALK {
-            true => Err(format!("there are more than {WALK} cgroups")),
-            false => Ok(()),
+    fn look_once(&mut self) -> Look {
+        let failed = |problem| Look { more: false, problem: Some(problem) };
+        let top = match Cgroup::open(&self.balanced) {
+            Ok(top) => top,
+            Err(error) => return failed(chain(&error)),
         };
-        self.seen.retain(|id| found.contains_key(id));
-        let mut new = 0;
-        for (id, path) in &found {
-            let Some(watches) = self.watches.as_mut().filter(|_| !self.seen.contains(id)) else {
-                continue;
-            };
-            let inside = Path::new(&**path).strip_prefix(&top.path).unwrap_or(Path::new(""));
-            match watches.add(top.directory.join(inside), MASK) {
-                Ok(_) => {
-                    self.seen.insert(*id);
-                    new += 1;
+        let Some(Walked { found, whole }) = walk(&self.balanced, HashSet::from([NOBODY]), WALK)
+        else {
+            return failed(format!("{} is no cgroup", self.balanced.display()));
+        };
+        let mut problem =
+            (!whole).then(|| format!("not all cgroups could be looked at; at most {WALK} are"));
+        let mut more = false;
+        if let Some(watches) = &mut self.watches {
+            self.seen.retain(|id, watch| {
+                let stays = !whole || found.contains_key(id);
+                if !stays {
+                    // It may have ended by itself after all.
+                    let _ = watches.remove(watch.clone());
                 }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => result = Err(format!("watching cgroups: {error}")),
+                stays
+            });
+            for (id, path) in &found {
+                if self.seen.contains_key(id) {
+                    continue;
+                }
+                let inside = Path::new(&**path).strip_prefix(&top.path).unwrap_or(Path::new(""));
+                match watches.add(top.directory.join(inside), MASK) {
+                    Ok(watch) => {
+                        self.seen.insert(*id, watch);
+                        more = true;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => problem = Some(format!("watching cgroups: {error}")),
+                }
             }
         }
         let key = |path: &str| key_of(unit_of(Path::new(path)));
-        Ok((new, found.into_iter().map(|(id, path)| (id, key(&path))).collect(), result))
+        let keys = found.into_iter().map(|(id, path)| (id, key(&path))).collect();
+        if let Err(error) = self.units.hold(&keys, whole) {
+            problem = Some(chain(&error));
+        }
+        Look { more, problem }
     }
 }
 
@@ -207,8 +256,12 @@ mod tests {
             ("/machine.slice/db.scope/payload".into(), "/machine.slice/db.scope"),
             ("/trial/worker".into(), "/trial/worker"),
             ("/podium".into(), "/podium"),
-            ("/".into(), "/"),
+            ("/".into(), ""),
+            // The same, from another cgroup namespace.
+            ("/../../system.slice/orders.service".into(), "/system.slice/orders.service"),
+            (format!("/../..{pod}/4bf1e"), &*pod),
         ] {
+            let unit = unit.strip_prefix('/').unwrap_or(unit);
             assert_eq!(unit_of(Path::new(&cgroup)), Path::new(unit), "{cgroup}");
         }
     }

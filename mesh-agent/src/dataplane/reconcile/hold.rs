@@ -29,6 +29,7 @@ impl<M: Maps> Reconciler<M> {
         wanted: &Tables,
         problems: &mut Vec<Problem>,
     ) {
+        self.maps.forget_shortage();
         let (ids, busy) = self.hold_backends(name, held, wanted, problems);
         let mut missing = 0;
         let mut tables = Vec::with_capacity(wanted.tables.len());
