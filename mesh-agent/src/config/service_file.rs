@@ -162,6 +162,9 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         return None;
     }
     check_endpoints(&addresses, &ports, &endpoints, problems);
+    // It is kept for long, and would keep the room that reading took.
+    let mut endpoints: Vec<_> = endpoints.into_iter().map(|(_, endpoint)| endpoint).collect();
+    endpoints.shrink_to_fit();
     let service = Service {
         name: ServiceName::new(name?),
         addresses,
@@ -176,7 +179,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         slow_start,
         fallback: fallback.as_ref().map(|(fallback, _)| *fallback),
         fallback_service: fallback.and_then(|(_, other)| other),
-        endpoints: endpoints.into_iter().map(|(_, endpoint)| endpoint).collect(),
+        endpoints,
     };
     Some((name_node?.at, service))
 }
