@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::process::{LIMIT, until};
 use mesh_tests::shares::{Counts, ensure_credible, ensure_credible_beyond, ensure_exact};
 use mesh_tests::{Node, Service, check};
@@ -81,8 +81,7 @@ fn ensure_shares(node: &Node, balance: &str, weights: [u32; 4]) -> Result<()> {
     let parts = weights.map(|weight| weight / common);
     let round: u32 = parts.iter().sum();
     let rounds = MANY.div_ceil(round);
-    let before = opened(node)?;
-    let seen = select(node, VIP, round * rounds)?;
+    let (before, seen) = select_undisturbed(node, round * rounds)?;
     if balance == "round-robin" {
         let exact: Vec<_> = PLACES.into_iter().zip(parts.map(|part| part * rounds)).collect();
         ensure_exact(&seen, &exact)?;
@@ -95,6 +94,29 @@ fn ensure_shares(node: &Node, balance: &str, weights: [u32; 4]) -> Result<()> {
         ensure!(more == chosen, "{place}: {more} counted by the kernel, {chosen} seen");
     }
     Ok(())
+}
+
+/// Selects while nothing else is open, and gives what was opened before.
+///
+/// Very rarely, once in some ten million connects on a busy machine, the end of a socket is not seen, and its
+/// record stays until the audit releases it; two choices then rightly avoid its backend. That is said, and
+/// selected again.
+fn select_undisturbed(node: &Node, times: u32) -> Result<(Counts, Counts)> {
+    const ATTEMPTS: usize = 4;
+    for _ in 0..ATTEMPTS {
+        let before = opened(node)?;
+        let seen = select(node, VIP, times)?;
+        let backends: Vec<Value> = node.agent.json(&["backends", "app"])?;
+        if backends.iter().all(|backend| backend["active"] == 0) {
+            return Ok((before, seen));
+        }
+        eprintln!("a record was left by a socket that has ended: {backends:?}");
+        // Released when it is found so twice.
+        for _ in 0..2 {
+            let _: Value = node.agent.json(&["audit"])?;
+        }
+    }
+    bail!("records are left each time")
 }
 
 /// The greatest common divisor.
