@@ -32,8 +32,9 @@ use crate::{Addr, Word};
 /// [ cookie >> 16 ][ told ][ token ][ 1 ][ backend ]
 /// ```
 ///
-/// The lower bits of the cookie are the record's place, so records are at least 2^16. The 37 bits
-/// kept here last for 2^53 sockets.
+/// The lower bits of the cookie are the record's place, so records are at least 2^16. The kernel counts
+/// cookies up from 1, and, for those that it makes while it is making another on the same CPU, down from
+/// 2^64 (`gen_cookie_next`): the 37 bits kept here are a signed number, which lasts for 2^52 of each.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Held(pub u64);
@@ -80,8 +81,8 @@ impl Held {
     /// The cookie of the socket, for a record at this place.
     #[must_use]
     pub const fn cookie(self, place: u32) -> u64 {
-        self.0 >> Self::COOKIE_SHIFT << Self::PLACE_BITS
-            | place as u64 & ((1 << Self::PLACE_BITS) - 1)
+        let upper = self.0.cast_signed() >> Self::COOKIE_SHIFT;
+        upper.cast_unsigned() << Self::PLACE_BITS | place as u64 & ((1 << Self::PLACE_BITS) - 1)
     }
 
     /// The backend.

@@ -7,8 +7,14 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Cookies that a word has room for.
-const COOKIES: u64 = 1 << 53;
+/// Cookies of each direction that a word has room for.
+const COOKIES: u64 = 1 << 52;
+
+/// A cookie as the kernel makes them: mostly counted up from 1, sometimes down from 2^64.
+fn cookies() -> impl Strategy<Value = u64> {
+    let up = 1..COOKIES;
+    prop_oneof![up.clone(), up.prop_map(u64::wrapping_neg)]
+}
 
 /// Whether a record could be had and says now whose it is.
 fn take(word: &Word, mine: Held) -> Claim {
@@ -22,7 +28,7 @@ fn take(word: &Word, mine: Held) -> Claim {
 proptest! {
     #[test]
     fn words_survive_packing(
-        cookie in 0..COOKIES,
+        cookie in cookies(),
         backend in 0..Held::MAX_BACKENDS,
         token: bool,
         more_places in 0u32..8,
@@ -40,7 +46,8 @@ proptest! {
     /// At one place, a word is one socket's. Elsewhere it says nothing: whoever keeps records by
     /// other means than their place has to tell sockets apart by itself.
     #[test]
-    fn sockets_at_one_place_are_told_apart(one in 0..COOKIES >> 16, other in 0..COOKIES >> 16) {
+    fn sockets_at_one_place_are_told_apart(one in cookies(), other in cookies()) {
+        let (one, other) = (one >> 16, other >> 16);
         let place = 0x1234;
         let held = Held::new(one << 16 | place, 1, false);
         prop_assert_eq!(held.is_of(other << 16 | place), one == other);
@@ -48,7 +55,7 @@ proptest! {
     }
 
     #[test]
-    fn who_claims_releases_once(cookie in 1..COOKIES, other in 1..COOKIES, token: bool) {
+    fn who_claims_releases_once(cookie in cookies(), other in cookies(), token: bool) {
         let (word, mine) = (Word::new(0), Held::new(cookie, 5, token));
         prop_assert_eq!(release(&word, cookie), None);
         prop_assert_eq!(take(&word, mine), Claim::Taken);
@@ -69,8 +76,8 @@ proptest! {
     /// the socket, or another one, holds since.
     #[test]
     fn what_was_seen_is_released_once(
-        cookie in 1..COOKIES,
-        next in prop_oneof![Just(None), (1..COOKIES).prop_map(Some)],
+        cookie in cookies(),
+        next in prop_oneof![Just(None), cookies().prop_map(Some)],
         token: bool,
         used_up: bool,
     ) {
@@ -92,7 +99,7 @@ proptest! {
 proptest! {
     /// Between claiming and saying whose it is, a record is neither free nor anybody's.
     #[test]
-    fn what_is_being_filled_in_is_nobodys(cookie in 0..COOKIES, token: bool) {
+    fn what_is_being_filled_in_is_nobodys(cookie in cookies(), token: bool) {
         let word = Word::new(0);
         prop_assert_eq!(claim(&word), Claim::Taken);
         let filling = Held(word.load());
@@ -113,7 +120,7 @@ proptest! {
     /// A failure of what goes on is told once, by whoever comes first; its token is used up with it, and
     /// the record is released as before, by its socket or by the agent that saw it earlier.
     #[test]
-    fn a_failure_is_told_once(cookie in 1..COOKIES, token: bool, by_agent: bool) {
+    fn a_failure_is_told_once(cookie in cookies(), token: bool, by_agent: bool) {
         let (word, mine) = (Word::new(0), Held::new(cookie, 5, token));
         let seen = || Held(word.load());
         prop_assert!(!tell(&word, seen(), cookie));
