@@ -8,29 +8,82 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::client::errno_name;
+use crate::process::LIMIT;
 use crate::shares::Counts;
 use crate::sys::fork;
 
-/// How often each address was chosen, or each error came, in so many connects of new sockets.
-#[must_use]
-pub fn count(address: SocketAddr, times: u32) -> Counts {
+/// What came of very many connects.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Selections {
+    /// How often each address was chosen, or each error came.
+    pub chosen: Counts,
+    /// How many sockets did not end when this process closed them, because somebody else was looking at
+    /// them: who reads the links in `/proc/PID/fd` holds each of them for a moment (`proc_fd_link`). Such
+    /// a socket ends as soon, but in the context of whoever looked, which `crate::withheld` is about.
+    pub held: u32,
+}
+
+/// Connects so many new sockets, one after the other, all bound to the same port: while one is there, the
+/// next cannot be bound.
+///
+/// # Errors
+///
+/// The port is in use for good.
+pub fn count(address: SocketAddr, times: u32) -> io::Result<Selections> {
     let mut counts = BTreeMap::<Result<IpAddr, String>, u32>::new();
+    let mut held = 0;
+    let mut port = any_port(address);
     for _ in 0..times {
-        let chosen = choose(address).map_err(|error| errno_name(&error));
-        *counts.entry(chosen).or_default() += 1;
+        let socket = datagram(address)?;
+        if let Err(error) = socket.bind(&port.into()) {
+            held += 1;
+            bind_soon(&socket, port, error)?;
+        }
+        // The first one has chosen for all of them.
+        if port.port() == 0 {
+            port.set_port(socket.local_addr()?.as_socket().map_or(0, |own| own.port()));
+        }
+        let chosen = socket.connect(&address.into()).and_then(|()| own(&socket));
+        *counts.entry(chosen.map_err(|error| errno_name(&error))).or_default() += 1;
     }
     let name =
         |chosen: Result<IpAddr, String>| chosen.map_or_else(|error| error, |ip| ip.to_string());
-    counts.into_iter().map(|(chosen, count)| (name(chosen), count)).collect()
+    let chosen = counts.into_iter().map(|(chosen, count)| (name(chosen), count)).collect();
+    Ok(Selections { chosen, held })
+}
+
+/// Binds to a port that is in use, and soon will not be.
+fn bind_soon(socket: &Socket, port: SocketAddr, mut error: io::Error) -> io::Result<()> {
+    let begin = Instant::now();
+    while error.kind() == io::ErrorKind::AddrInUse && begin.elapsed() < LIMIT {
+        match socket.bind(&port.into()) {
+            Ok(()) => return Ok(()),
+            Err(again) => error = again,
+        }
+        thread::yield_now();
+    }
+    Err(error)
+}
+
+/// Any port at any address of the family of this one.
+fn any_port(address: SocketAddr) -> SocketAddr {
+    let any: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    (any, 0).into()
 }
 
 fn choose(address: SocketAddr) -> io::Result<IpAddr> {
@@ -38,9 +91,13 @@ fn choose(address: SocketAddr) -> io::Result<IpAddr> {
 }
 
 fn connected(address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    let socket = datagram(address)?;
     socket.connect(&address.into())?;
     Ok(socket)
+}
+
+fn datagram(address: SocketAddr) -> io::Result<Socket> {
+    Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))
 }
 
 fn own(socket: &Socket) -> io::Result<IpAddr> {

@@ -1,10 +1,15 @@
 //! How connects are spread, by every algorithm that does so by weight, through the real hook and after
 //! every kind of change. Which of them consistent hashes choose is in `hashes`.
 
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::process::{LIMIT, until};
+use mesh_tests::selections::Selections;
 use mesh_tests::shares::{Counts, ensure_credible, ensure_credible_beyond, ensure_exact};
 use mesh_tests::{Node, Service, check};
 use serde_json::Value;
@@ -34,6 +39,10 @@ fn node(app: Service) -> Result<Node> {
 }
 
 fn select(node: &Node, address: &str, times: u32) -> Result<Counts> {
+    Ok(selections(node, address, times)?.chosen)
+}
+
+fn selections(node: &Node, address: &str, times: u32) -> Result<Selections> {
     let mut command = check::mesh_client(node)?;
     command.args(["select", address, &times.to_string()]);
     check::printed(command)
@@ -98,25 +107,32 @@ fn ensure_shares(node: &Node, balance: &str, weights: [u32; 4]) -> Result<()> {
 
 /// Selects while nothing else is open, and gives what was opened before.
 ///
-/// Very rarely, once in some ten million connects on a busy machine, the end of a socket is not seen, and its
-/// record stays until the audit releases it; two choices then rightly avoid its backend. That is said, and
-/// selected again.
+/// A socket that somebody else held when it was closed may end where no program is run, see
+/// [`mesh_tests::withheld`]: its record stays until the audit releases it, and two choices then rightly avoid
+/// its backend. Then it is selected again; a record that was left by anything else is an error.
 fn select_undisturbed(node: &Node, times: u32) -> Result<(Counts, Counts)> {
     const ATTEMPTS: usize = 4;
     for _ in 0..ATTEMPTS {
         let before = opened(node)?;
-        let seen = select(node, VIP, times)?;
-        let backends: Vec<Value> = node.agent.json(&["backends", "app"])?;
-        if backends.iter().all(|backend| backend["active"] == 0) {
-            return Ok((before, seen));
+        let Selections { chosen, held } = selections(node, VIP, times)?;
+        let left = left(node)?;
+        ensure!(left <= held.into(), "{left} records left, {held} sockets held");
+        if left == 0 {
+            return Ok((before, chosen));
         }
-        eprintln!("a record was left by a socket that has ended: {backends:?}");
+        eprintln!("{left} records left by {held} sockets that somebody else held: selected again");
         // Released when it is found so twice.
         for _ in 0..2 {
             let _: Value = node.agent.json(&["audit"])?;
         }
     }
     bail!("records are left each time")
+}
+
+/// How many records there are, after all sockets have ended.
+fn left(node: &Node) -> Result<u64> {
+    let backends: Vec<Value> = node.agent.json(&["backends", "app"])?;
+    backends.iter().map(|backend| backend["active"].as_u64().context("active")).sum()
 }
 
 /// The greatest common divisor.
@@ -204,7 +220,7 @@ fn while_one_is_out() -> Result<()> {
             .with_context(|| balance.to_owned())?;
 
         until("the first to be back", LIMIT, || {
-            std::thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(50));
             Ok(select(&node, BACK, 1_000)?.contains_key(PLACES[0]).then_some(()))
         })?;
         let seen = select(&node, BACK, MANY)?;
@@ -236,6 +252,48 @@ fn who_answers() -> Result<()> {
         node.agent.stop()?;
         let seen = check::histogram(&node, VIP, 10)?;
         ensure!(seen.keys().eq(["connect: ENETUNREACH"]), "control: {seen:?}");
+    }
+    Ok(())
+}
+
+/// The end of a socket is seen also when another process held it while its own closed it: when that one reads
+/// the links of its files.
+#[test]
+fn who_looks_at_the_sockets_does_not_keep_their_records() -> Result<()> {
+    const HELD: u32 = 20;
+    let node = node(app("random", [Some(1), Some(1), None, None]))?;
+    let processes = node.cgroup().path().join("cgroup.procs");
+    let over = AtomicBool::new(false);
+    let held = thread::scope(|scope| {
+        let looks = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                look(&processes)?;
+            }
+            Ok(())
+        });
+        let held = until("sockets that are held", LIMIT, {
+            let mut held = 0;
+            let node = &node;
+            move || {
+                held += selections(node, VIP, MANY / 10)?.held;
+                Ok((held >= HELD).then_some(held))
+            }
+        });
+        over.store(true, Ordering::Relaxed);
+        looks.join().expect("does not panic").and(held)
+    })?;
+    // One may have been held by somebody else.
+    let left = left(&node)?;
+    ensure!(left <= 1, "{left} records left, {held} sockets held");
+    Ok(())
+}
+
+/// Reads the links of all files of these processes; those that have ended meanwhile have none.
+fn look(processes: &Path) -> Result<()> {
+    for process in fs::read_to_string(processes)?.lines() {
+        for file in fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten() {
+            let _ = fs::read_link(file.path());
+        }
     }
     Ok(())
 }

@@ -152,7 +152,7 @@ fn main() -> Result<()> {
                 serde_json::to_string(&named)
             }
             Client::Select { address, times } => {
-                serde_json::to_string(&selections::count(address, times))
+                serde_json::to_string(&selections::count(address, times)?)
             }
             Client::SelectByCgroup { address, directory, each } => {
                 serde_json::to_string(&selections::by_cgroup(address, &directory, each)?)
