@@ -18,6 +18,8 @@ pub enum Field {
     Error,
     /// 4 bytes: an `errno` that was not believed at once.
     SoftError,
+    /// A pointer: the first error in its queue; the field itself when there is none.
+    ErrorQueue,
     /// A pointer: who has it open; null when nobody has.
     Owner,
     /// 8 bytes: acknowledged by the peer; the SYN counts.
@@ -38,12 +40,13 @@ pub enum Field {
 
 impl Field {
     /// All of them: the kernel's struct, and the field in it or in one that it begins with.
-    pub const ALL: [(Self, &str, &str); 13] = [
+    pub const ALL: [(Self, &str, &str); 14] = [
         (Self::Cookie, "sock", "skc_cookie"),
         (Self::State, "sock", "skc_state"),
         (Self::PeerPort, "sock", "skc_dport"),
         (Self::Error, "sock", "sk_err"),
         (Self::SoftError, "sock", "sk_err_soft"),
+        (Self::ErrorQueue, "sock", "sk_error_queue"),
         (Self::Owner, "sock", "sk_socket"),
         (Self::BytesAcked, "tcp_sock", "bytes_acked"),
         (Self::BytesReceived, "tcp_sock", "bytes_received"),
@@ -111,8 +114,9 @@ pub struct Seen {
     pub disconnected: bool,
     /// It has sent something more than once.
     pub repeated: bool,
-    /// `sk_err_soft`: somebody said on the way that the host cannot be reached, which was not
-    /// believed at once.
+    /// Somebody said on the way that the host cannot be reached: that was not believed at once
+    /// (`sk_err_soft`), or is in the queue of errors, where all that is said to a connect lies also when
+    /// nobody asked to be told (`tcp_v4_err`).
     pub unreachable: bool,
 }
 

@@ -186,14 +186,16 @@ fn destroy(ctx: &BtfTracePointContext) -> i32 {
 /// What there is to see of a socket.
 #[inline(always)]
 fn seen(sock: Sock, tcp: TcpSock) -> Seen {
+    let connected = tcp.bytes_acked() != 0;
     Seen {
         error: sock.error(),
-        connected: tcp.bytes_acked() != 0,
+        connected,
         answered: tcp.bytes_received() != 0,
         closed: sock.is_closed(),
         disconnected: sock.is_disconnected(),
         repeated: tcp.has_retransmitted(),
-        unreachable: sock.is_unreachable(),
+        // Later there may also be time stamps in the queue.
+        unreachable: sock.is_unreachable() || !connected && sock.has_queued_error(),
     }
 }
 

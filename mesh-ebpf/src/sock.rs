@@ -46,6 +46,13 @@ impl Sock {
         read::<i32>(self.0, Field::SoftError) == errno::EHOSTUNREACH
     }
 
+    /// Whether something lies in its queue of errors.
+    #[inline(always)]
+    pub fn has_queued_error(self) -> bool {
+        let empty = self.0.wrapping_add(place(Field::ErrorQueue));
+        read::<*const u8>(self.0, Field::ErrorQueue) != empty
+    }
+
     /// Whether its state is `TCP_CLOSE`.
     #[inline(always)]
     pub fn is_closed(self) -> bool {
@@ -132,12 +139,18 @@ pub fn cookie_of(ctx: &SockAddrContext) -> u64 {
     if tcp.is_null() { 0 } else { read(tcp.cast(), Field::Cookie) }
 }
 
+/// Where a field is, in bytes from the start of the socket.
+#[inline(always)]
+fn place(field: Field) -> usize {
+    // SAFETY: an element of a static of this crate; volatile, so that the compiler does not take the
+    // value that it has here. To the verifier it is a constant, since the agent freezes it.
+    unsafe { (&raw const SOCKET_FIELDS[field as usize]).read_volatile() as usize }
+}
+
 /// Reads a field of a socket.
 #[inline(always)]
 fn read<T: Copy>(sk: *const u8, field: Field) -> T {
-    // SAFETY: an element of a static of this crate; volatile, so that the compiler does not take the
-    // value that it has here. To the verifier it is a constant, since the agent freezes it.
-    let place = unsafe { (&raw const SOCKET_FIELDS[field as usize]).read_volatile() } as usize;
+    let place = place(field);
     // SAFETY: the verifier checks place and width against the kernel's own type of the socket. The
     // kernel turns a fault of such a load into 0.
     unsafe { sk.wrapping_add(place).cast::<T>().read_volatile() }

@@ -3,7 +3,8 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
 use socket2::{SockAddr, Socket};
@@ -47,32 +48,49 @@ pub fn connect_by_uring(socket: &Socket, address: &SockAddr) -> io::Result<()> {
 
 /// Waits until a connect in progress has ended, well or not.
 ///
+/// That a socket has an error does not say so: over IPv4, an ICMP answer that comes while the socket is
+/// locked is only queued (`tcp_v4_err`), and connecting goes on. poll(2) says so all the while.
+///
 /// # Errors
 ///
 /// Those of poll(2), and `ETIMEDOUT`.
 pub fn wait_writable(socket: &Socket, timeout: Duration) -> io::Result<()> {
-    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    let millis = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
-    // SAFETY: one valid entry, which outlives the call.
-    match checked(unsafe { libc::poll(&raw mut entry, 1, millis) })? {
-        0 => Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
-        _ => Ok(()),
+    const PAUSE: Duration = Duration::from_millis(1);
+    let end = Instant::now() + timeout;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let events = poll(socket, libc::POLLOUT, left)?;
+        if events & (libc::POLLOUT | libc::POLLHUP) != 0 {
+            return Ok(());
+        }
+        if left.is_zero() {
+            return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+        }
+        // With an error queued, the next one returns at once.
+        if events != 0 {
+            thread::sleep(PAUSE);
+        }
     }
 }
 
 /// Whether a connect in progress has failed.
 ///
-/// That a socket has an error does not say so: over IPv4, a firewall's answer that comes while the
-/// socket is locked is only queued (`tcp_v4_err`), and connecting goes on.
+/// That it has an error does not say so, see [`wait_writable`].
 ///
 /// # Errors
 ///
 /// Those of poll(2).
 pub fn hung_up(socket: &Socket) -> io::Result<bool> {
-    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };
+    Ok(poll(socket, 0, Duration::ZERO)? & libc::POLLHUP != 0)
+}
+
+/// What poll(2) says of a socket; 0 when there was nothing for this long.
+fn poll(socket: &Socket, events: i16, timeout: Duration) -> io::Result<i16> {
+    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events, revents: 0 };
+    let millis = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
     // SAFETY: one valid entry, which outlives the call.
-    checked(unsafe { libc::poll(&raw mut entry, 1, 0) })?;
-    Ok(entry.revents & libc::POLLHUP != 0)
+    checked(unsafe { libc::poll(&raw mut entry, 1, millis) })?;
+    Ok(entry.revents)
 }
 
 /// Whether the SYN of a TCP connection carried data that the peer acknowledged (TCP fast open).
