@@ -29,7 +29,9 @@ use crate::discovery::files;
 use crate::engine::journal::Journal;
 use crate::engine::{Engine, Handle, Inputs, Watchers};
 use crate::health::{self, Monitor};
+use crate::metrics;
 use crate::observe;
+use crate::supervisor;
 use crate::text;
 
 /// How long a source that does not answer can delay the start.
@@ -135,6 +137,11 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             }
         });
     }
+    if let Some(listen) = config.metrics {
+        spawn(&mut tasks, "the metrics", metrics::serve(listen, engine.clone(), cancel.clone()));
+    }
+    let alive = supervisor::watchdog(engine.clone(), cancel.clone());
+    spawn(&mut tasks, "the watchdog", alive);
     let units = Clients { wanted: units_wanted, there: units_there, again: units_again };
     let serve = server::serve(claim.listen()?, engine.clone(), journal, cancel.clone());
     spawn(&mut tasks, "the API", async {
@@ -146,6 +153,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let result = tokio::select! {
         signal = signals.next() => {
             tracing::info!("{signal}: detaching");
+            supervisor::stopping(format!("{signal}: detaching")).await;
             Ok(())
         }
         ended = tasks.join_next() => Err(ended_early(ended)),
@@ -229,6 +237,7 @@ async fn balance(
     };
     engine.set_attachment(attachment.clone()).await;
     tracing::info!(cgroup = %cgroup.display(), "balancing");
+    supervisor::ready(format!("balancing {}", cgroup.display())).await;
     let mut hindrance = None;
     let mut tick = tokio::time::interval(WATCH);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -243,6 +252,8 @@ async fn balance(
                 "the programs are no longer attached: the cgroup was removed, or somebody detached \
                  them; attaching again as soon as it is there"
             );
+            let lost = format!("no longer attached to {}: nothing is balanced", cgroup.display());
+            supervisor::status(lost).await;
         }
         // What is left of ours would look like another agent's, and another cgroup of that name has
         // another lock, which another agent may have taken.
@@ -255,6 +266,7 @@ async fn balance(
         match again {
             Ok(again) => {
                 tracing::info!(cgroup = %cgroup.display(), "balancing again");
+                supervisor::status(format!("balancing {}", cgroup.display())).await;
                 units.again.notify_one();
                 engine.set_attachment(Some(again.clone())).await;
                 attachment = Some(again);

@@ -31,6 +31,7 @@ socket: /run/a.sock
 pin-dir: /sys/fs/bpf/a
 virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
 limits: {frontends: 1000, backends: 3000, connections: 200000, affinities: 5000}
+metrics: {listen: "[::1]:9000"}
 sources:
 - files: {directory: /a}
 - files: {directory: /b}
@@ -52,6 +53,7 @@ sources:
             .map(|net| net.parse().expect("a network"))
             .into(),
         limits: Limits { frontends: 1000, backends: 3000, pins: 5000, records: 262_144 },
+        metrics: Some("[::1]:9000".parse().expect("an address")),
         sources: directories.map(|d| Source::Files { directory: d.into() }).into(),
     };
     assert_eq!(config, expected);
@@ -60,7 +62,7 @@ sources:
 #[test]
 fn refusals_name_the_place_and_what_was_expected() {
     let said = refused(
-        r#"metrics: {listen: 127.0.0.1:9464}
+        r#"state-dir: /var/lib/mesh
 nod: {}
 node: {name: "a b"}
 cgroup: sys/fs/cgroup
@@ -69,8 +71,8 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
 "#,
     );
     let expected = [
-        "a:1:1: `metrics` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, sources)",
-        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, sources",
+        "a:1:1: `state-dir` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, sources)",
+        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, sources",
         "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
         "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",
         "a:5:15: 10.96.0.1/16 has bits set behind its prefix; write 10.96.0.0/16",
@@ -128,4 +130,28 @@ fn errors_are_one_line_with_the_file() {
     let place = format!("{}:1:1: unknown key \"a\"", file.display());
     assert!(invalid.starts_with(&place), "{invalid}");
     assert!(invalid.ends_with(" (and 1 more problem)"), "{invalid}");
+}
+
+#[test]
+fn metrics_are_had_at_an_address_or_nowhere() {
+    let listen = |text: &str| Config::parse(text.as_bytes()).map(|config| config.metrics);
+    let usual = Config::default().metrics;
+    assert_eq!(usual, "127.0.0.1:9464".parse().ok());
+    for text in ["metrics: {}", "metrics: {listen: 127.0.0.1:9464}"] {
+        assert_eq!(listen(text), Ok(usual), "{text}");
+    }
+    assert_eq!(listen("metrics: {listen: none}"), Ok(None));
+    const EXPECTED: &str =
+        "expected an address and port such as 127.0.0.1:9464 or \"[::1]:9464\", or none";
+    for (text, end) in [
+        ("localhost:9464", "; found \"localhost:9464\""),
+        (":9464", "; found \":9464\""),
+        ("127.0.0.1", "; found \"127.0.0.1\""),
+        ("127.0.0.1:0", "; port 0 is none that can be found"),
+    ] {
+        let said = refused(&format!("metrics: {{listen: \"{text}\"}}"));
+        assert_eq!(said, [format!("a:1:19: {EXPECTED}{end}")]);
+    }
+    let said = refused("metrics: {port: 9464}");
+    assert_eq!(said, ["a:1:11: unknown key \"port\"; allowed in metrics: listen"]);
 }

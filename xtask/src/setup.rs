@@ -105,7 +105,7 @@ const LINKER: [Need; 4] = [
 ];
 
 /// Everything else.
-const NEEDS: [Need; 17] = [
+const NEEDS: [Need; 18] = [
     need(Group::Show, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
     need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
@@ -117,6 +117,12 @@ const NEEDS: [Need; 17] = [
     need(Group::Show, Probe::Program("python3"), "python3", "clients of the tests, demo servers"),
     need(Group::Show, Probe::Program("ip"), "iproute2", "the tests look at network namespaces"),
     need(Group::Test, Probe::Program("nft"), "nftables", "firewalls in the tests' own namespaces"),
+    need(
+        Group::Test,
+        Probe::File("/usr/lib/python3/dist-packages/prometheus_client/__init__.py"),
+        "python3-prometheus-client",
+        "reads what the agent tells Prometheus",
+    ),
     need(
         Group::Kernels,
         Probe::Program("qemu-system-x86_64"),

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -10,6 +11,7 @@ use mesh_common::{Limits, Settings};
 use super::values::{name, network, path};
 use crate::yaml::{
     self, Keys, MAX_SIZE, Node, Problem, Problems, excerpt, fields, integer, is_nothing, items,
+    text,
 };
 
 /// Where the agent file is looked for when none is named.
@@ -20,8 +22,18 @@ pub const DEFAULT_SERVICES: &str = "/etc/mesh/services.d";
 
 const AGENT: Keys = Keys {
     of: "the agent file",
-    known: &["node", "cgroup", "exclude", "socket", "pin-dir", "virtual-ips", "limits", "sources"],
-    later: &["state-dir", "metrics"],
+    known: &[
+        "node",
+        "cgroup",
+        "exclude",
+        "socket",
+        "pin-dir",
+        "virtual-ips",
+        "limits",
+        "metrics",
+        "sources",
+    ],
+    later: &["state-dir"],
 };
 
 const NODE: Keys = Keys { of: "node", known: &["name", "zone"], later: &[] };
@@ -33,6 +45,11 @@ const LIMITS: Keys = Keys {
     known: &["frontends", "backends", "connections", "affinities"],
     later: &[],
 };
+
+const METRICS: Keys = Keys { of: "metrics", known: &["listen"], later: &[] };
+
+/// Where metrics are had when the agent file does not say: on this node only.
+const METRICS_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464);
 
 const SOURCE: Keys = Keys {
     of: "a source",
@@ -63,6 +80,8 @@ pub struct Config {
     pub virtual_ips: Vec<IpNet>,
     /// How much the maps hold.
     pub limits: Limits,
+    /// Where `/metrics`, `/healthz` and `/readyz` are; nowhere if there is none.
+    pub metrics: Option<SocketAddr>,
     /// In order of precedence; no directory twice.
     pub sources: Vec<Source>,
 }
@@ -134,6 +153,7 @@ impl Default for Config {
             pin_dir: "/sys/fs/bpf/mesh".into(),
             virtual_ips: Vec::new(),
             limits: Limits::default(),
+            metrics: Some(METRICS_LISTEN),
             sources: vec![Source::Files { directory: DEFAULT_SERVICES.into() }],
         }
     }
@@ -215,6 +235,9 @@ impl Config {
         if let Some(node) = top.get("limits") {
             self.limits = limits(node, problems).unwrap_or_default();
         }
+        if let Some(node) = top.get("metrics") {
+            self.metrics = metrics(node, problems);
+        }
         if let Some(node) = top.get("sources") {
             self.sources = sources(node, problems).unwrap_or_default();
         }
@@ -269,6 +292,23 @@ fn limits(node: &Node, problems: &mut Problems) -> Option<Limits> {
     // A place in the array is some bits of a number.
     limits.records = limits.records.next_power_of_two();
     Some(limits)
+}
+
+fn metrics(node: &Node, problems: &mut Problems) -> Option<SocketAddr> {
+    const EXPECTED: &str = "an address and port such as 127.0.0.1:9464 or \"[::1]:9464\", or none";
+    let fields = fields(node, &METRICS, problems)?;
+    let Some(node) = fields.get("listen") else { return Some(METRICS_LISTEN) };
+    let written = text(node, EXPECTED, problems)?;
+    if written == "none" {
+        return None;
+    }
+    let wrong = match written.parse::<SocketAddr>() {
+        Ok(address) if address.port() > 0 => return Some(address),
+        Ok(_) => "port 0 is none that can be found".to_owned(),
+        Err(_) => format!("found {}", excerpt(written)),
+    };
+    problems.add(node.at, format!("expected {EXPECTED}; {wrong}"));
+    None
 }
 
 fn sources(node: &Node, problems: &mut Problems) -> Option<Vec<Source>> {

@@ -9,6 +9,7 @@ mod observed;
 mod open;
 mod out;
 mod pause;
+mod readings;
 mod removed;
 mod spread;
 mod view;

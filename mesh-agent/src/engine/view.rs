@@ -25,7 +25,7 @@ use crate::compile;
 use crate::config::Config;
 use crate::dataplane::clock;
 use crate::dataplane::footprint;
-use crate::dataplane::load::{self, Attachment};
+use crate::dataplane::load::{self, Attachment, ProgramState};
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::maps::{self, Counts};
 use crate::explain::{self, BackendInfo, ClientView, FrontendInfo, Names};
@@ -290,10 +290,7 @@ impl Engine {
     }
 
     fn status(&self) -> types::Status {
-        let programs = match &self.attachment {
-            Some(attachment) => attachment.states(),
-            None => load::detached(),
-        };
+        let programs = self.programs();
         let attached = programs.iter().all(|program| program.attached);
         let reasons = self.reasons(attached);
         let config = &self.config;
@@ -301,7 +298,7 @@ impl Engine {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: config.node.clone(),
             zone: config.zone.clone(),
-            ready: attached && self.all_ready(),
+            ready: self.is_ready(attached),
             reasons,
             pid: std::process::id(),
             cgroup: config.cgroup.as_ref().map_or_else(String::new, |c| c.display().to_string()),
@@ -329,8 +326,18 @@ impl Engine {
         }
     }
 
+    /// The kernel programs, as they are now.
+    pub(super) fn programs(&self) -> Vec<ProgramState> {
+        self.attachment.as_ref().map_or_else(load::detached, Attachment::states)
+    }
+
+    /// Whether connects are balanced as defined.
+    pub(super) fn is_ready(&self, attached: bool) -> bool {
+        attached && self.all_ready()
+    }
+
     /// Why the node is not ready, and what else needs attention.
-    fn reasons(&self, attached: bool) -> Vec<String> {
+    pub(super) fn reasons(&self, attached: bool) -> Vec<String> {
         let mut reasons = Vec::new();
         for position in 0..self.config.sources.len() {
             match self.sources.get(&position) {
@@ -504,7 +511,7 @@ fn by_reason(counts: maps::Refused) -> impl Iterator<Item = types::Refused> {
         .map(|(reason, count)| types::Refused { reason: reason.name().to_owned(), count })
 }
 
-fn failures([refused, timeout, unreachable, reset]: [u64; 4]) -> types::Failures {
+pub(super) fn failures([refused, timeout, unreachable, reset]: [u64; 4]) -> types::Failures {
     types::Failures { refused, timeout, unreachable, reset }
 }
 

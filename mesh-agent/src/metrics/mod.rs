@@ -1,0 +1,218 @@
+//! What other programs ask about the agent, over HTTP: `/metrics` for Prometheus, `/healthz` and `/readyz`
+//! for whoever restarts the agent or sends work to the node.
+
+mod exposition;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::server::ViewError;
+use crate::api::types;
+
+/// How long the agent may take for an answer. Longer, and it counts as hanging.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// How long a visitor may take from its first byte to its last.
+const VISIT: Duration = Duration::from_secs(10);
+
+/// How many visitors there may be at a time; others wait to be accepted. Each takes a file descriptor,
+/// which the health checks need too.
+const VISITORS: usize = 32;
+
+/// How often it is tried to listen where somebody else does.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What is asked of the engine.
+pub trait Readings: Clone + Send + Sync + 'static {
+    /// Answers as soon as the engine gets to it.
+    fn alive(&self) -> impl Future<Output = Result<(), ViewError>> + Send;
+
+    /// Whether connects are balanced as defined, and what is in the way of that or needs attention.
+    fn readiness(&self) -> impl Future<Output = Result<(bool, Vec<String>), ViewError>> + Send;
+
+    /// Everything that is counted.
+    fn snapshot(&self) -> impl Future<Output = Result<Snapshot, ViewError>> + Send;
+}
+
+/// Everything that is counted, at one moment.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Snapshot {
+    /// The agent, and the data plane as a whole.
+    pub status: types::Status,
+    /// Backends to which this node has connected.
+    pub backends: Vec<Traffic>,
+}
+
+/// What is counted for a backend since it appeared.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Traffic {
+    /// Its service.
+    pub service: String,
+    /// The service's port.
+    pub port: u16,
+    /// Transport protocol.
+    pub protocol: &'static str,
+    /// Its address, with the port.
+    pub address: SocketAddr,
+    /// Connects that were given to it.
+    pub opened: u64,
+    /// How many of them are open.
+    pub active: u64,
+    /// How many of them failed, by reason.
+    pub failures: types::Failures,
+}
+
+/// Answers at this address until `cancel`. When somebody else listens there, that is said, and tried
+/// again: no connect on this node depends on it.
+pub async fn serve<R: Readings>(listen: SocketAddr, readings: R, cancel: CancellationToken) {
+    if let Some(listener) = cancel.run_until_cancelled(bind(listen)).await {
+        receive(listener, readings, cancel).await;
+    }
+}
+
+async fn receive<R: Readings>(listener: TcpListener, readings: R, cancel: CancellationToken) {
+    let router = router(readings);
+    let places = Arc::new(Semaphore::new(VISITORS));
+    // Dropped with this, they end.
+    let mut visits = JoinSet::new();
+    loop {
+        while visits.try_join_next().is_some() {}
+        let next = async {
+            let place = Arc::clone(&places).acquire_owned().await.ok()?;
+            Some((accept(&listener).await, place))
+        };
+        let Some(Some((stream, place))) = cancel.run_until_cancelled(next).await else { return };
+        let router = router.clone();
+        visits.spawn(async move {
+            visit(stream, router).await;
+            drop(place);
+        });
+    }
+}
+
+async fn bind(listen: SocketAddr) -> TcpListener {
+    let mut hindrance = None;
+    loop {
+        match TcpListener::bind(listen).await {
+            Ok(listener) => {
+                tracing::info!(%listen, "metrics");
+                return listener;
+            }
+            Err(error) => {
+                let error = error.to_string();
+                if hindrance.as_ref() != Some(&error) {
+                    tracing::error!(
+                        "metrics cannot be had at {listen}: {error}; name another address with \
+                         `metrics: {{listen: …}}` in the agent file, or `none`; trying again every \
+                         {} seconds",
+                        RETRY.as_secs()
+                    );
+                    hindrance = Some(error);
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                // Most likely no file descriptor is free. Without a pause this would spin.
+                tracing::warn!(%error, "cannot accept a visitor of the metrics");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// One request: who comes for the next one comes again.
+async fn visit(stream: TcpStream, router: Router) {
+    let answer = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(VISIT)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    match tokio::time::timeout(VISIT, answer).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "a visitor of the metrics"),
+        Err(_) => tracing::debug!("a visitor of the metrics is too slow"),
+    }
+}
+
+fn router<R: Readings>(readings: R) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics::<R>))
+        .route("/healthz", get(healthz::<R>))
+        .route("/readyz", get(readyz::<R>))
+        .fallback(async || {
+            (StatusCode::NOT_FOUND, "no such path: there are /metrics, /healthz and /readyz\n")
+        })
+        .with_state(readings)
+}
+
+// === handlers ===
+
+/// What comes of a question within [`ANSWER`].
+async fn within<T>(answer: impl Future<Output = Result<T, ViewError>>) -> Result<T, Response> {
+    let text = match tokio::time::timeout(ANSWER, answer).await {
+        Ok(Ok(answer)) => return Ok(answer),
+        Ok(Err(error)) => format!("{error}\n"),
+        Err(_) => format!("the engine has not answered for {} seconds\n", ANSWER.as_secs()),
+    };
+    Err((StatusCode::SERVICE_UNAVAILABLE, text).into_response())
+}
+
+async fn healthz<R: Readings>(State(readings): State<R>) -> Response {
+    match within(readings.alive()).await {
+        Ok(()) => "ok\n".into_response(),
+        Err(response) => response,
+    }
+}
+
+/// The reasons are told also when the node is ready: then they are what needs attention.
+async fn readyz<R: Readings>(State(readings): State<R>) -> Response {
+    let (ready, reasons) = match within(readings.readiness()).await {
+        Ok(readiness) => readiness,
+        Err(response) => return response,
+    };
+    let (status, first) = match ready {
+        true => (StatusCode::OK, "ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+    };
+    let lines: Vec<&str> =
+        std::iter::once(first).chain(reasons.iter().map(String::as_str)).collect();
+    (status, lines.join("\n") + "\n").into_response()
+}
+
+async fn metrics<R: Readings>(State(readings): State<R>) -> Response {
+    let snapshot = match within(readings.snapshot()).await {
+        Ok(snapshot) => snapshot,
+        Err(response) => return response,
+    };
+    match exposition::text(snapshot) {
+        Ok(text) => ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response(),
+        Err(error) => {
+            let text = format!("writing the metrics: {error}; please report this\n");
+            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! What the service manager is told (`sd_notify(3)`): that the agent is ready, that it is alive, that it ends.
+//! Where there is none, nobody is told.
+
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::Readings;
+
+/// Connects are balanced from now on, as `status` says in a few words.
+pub async fn ready(status: String) {
+    tell(vec![State::Ready, State::Status(status)]).await;
+}
+
+/// What the agent is doing now, in a few words.
+pub async fn status(status: String) {
+    tell(vec![State::Status(status)]).await;
+}
+
+/// The agent ends, for this reason.
+pub async fn stopping(reason: String) {
+    tell(vec![State::Stopping, State::Status(reason)]).await;
+}
+
+/// Tells that the agent is alive each time that the engine answers, twice in the time that the service
+/// manager has set (`WatchdogSec=`). Returns at once when it has set none.
+pub async fn watchdog<R: Readings>(readings: R, cancel: CancellationToken) {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return cancel.cancelled().await };
+    let period = (limit / 2).max(Duration::from_millis(1));
+    let mut tick = tokio::time::interval(period);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while cancel.run_until_cancelled(tick.tick()).await.is_some() {
+        match tokio::time::timeout(period, readings.alive()).await {
+            Ok(Ok(())) => tell(vec![State::Alive]).await,
+            Ok(Err(_)) | Err(_) => tracing::error!("the engine does not answer"),
+        }
+    }
+}
+
+enum State {
+    Ready,
+    Alive,
+    Stopping,
+    Status(String),
+}
+
+/// In a thread of its own: who reads may not.
+async fn tell(states: Vec<State>) {
+    let told = tokio::task::spawn_blocking(move || {
+        let states: Vec<_> = states
+            .iter()
+            .map(|state| match state {
+                State::Ready => NotifyState::Ready,
+                State::Alive => NotifyState::Watchdog,
+                State::Stopping => NotifyState::Stopping,
+                State::Status(text) => NotifyState::Status(text),
+            })
+            .collect();
+        sd_notify::notify(&states)
+    });
+    match tokio::time::timeout(PATIENCE, told).await {
+        Ok(Ok(Ok(()))) => {}
+        Ok(Ok(Err(error))) => tracing::warn!(%error, "the service manager cannot be told"),
+        Ok(Err(error)) => tracing::warn!(%error, "the service manager cannot be told"),
+        Err(_) => tracing::warn!("the service manager does not listen"),
+    }
+}
+
+/// How long the service manager may take to be told something.
+const PATIENCE: Duration = Duration::from_secs(1);

@@ -1,0 +1,77 @@
+//! What a service manager is told, over the socket that it names.
+
+use std::io::ErrorKind;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use mesh_tests::Node;
+use mesh_tests::process::{Echo, LIMIT, Process};
+
+/// What is read as long as it takes.
+struct Told(UnixDatagram);
+
+impl Told {
+    /// Waits for a message with this line, and gives all of it.
+    fn until(&self, line: &str) -> Result<String> {
+        let begin = Instant::now();
+        let mut buffer = [0; 4_096];
+        while begin.elapsed() < LIMIT {
+            match self.0.recv(&mut buffer) {
+                Ok(len) => {
+                    let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+                    if text.lines().any(|found| found == line) {
+                        return Ok(text);
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        bail!("{line} was not said")
+    }
+
+    /// Whether nothing is said for so long, within a bounded time.
+    fn is_silent_for(&self, long: Duration) -> Result<bool> {
+        let (begin, mut last) = (Instant::now(), Instant::now());
+        while begin.elapsed() < LIMIT {
+            match self.0.recv(&mut [0; 4_096]) {
+                Ok(_) => last = Instant::now(),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            if last.elapsed() > long {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+#[test]
+fn ready_alive_and_stopping() -> Result<()> {
+    let node = Node::builder().start_without_agent()?;
+    let socket = node.directory().join("notify.sock");
+    let told = Told(UnixDatagram::bind(&socket)?);
+    told.0.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let mut command = node.agent.run_command()?;
+    command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "200000");
+    let mut agent = Process::spawn("supervised", command, Echo::On)?;
+
+    let text = told.until("READY=1")?;
+    let cgroup = node.cgroup().path().display().to_string();
+    ensure!(text.contains(&format!("STATUS=balancing {cgroup}")), "{text}");
+    ensure!(!node.attached()?.is_empty(), "ready before the programs are attached");
+    for _ in 0..5 {
+        told.until("WATCHDOG=1")?;
+    }
+    // Who is frozen is not alive. What was sent before is read first.
+    agent.freeze(true)?;
+    ensure!(told.is_silent_for(Duration::from_secs(1))?, "frozen, and still alive");
+    agent.freeze(false)?;
+    told.until("WATCHDOG=1")?;
+    let status = agent.terminate(LIMIT)?;
+    ensure!(status.success(), "{status}");
+    told.until("STOPPING=1")?;
+    Ok(())
+}
