@@ -1,15 +1,20 @@
 //! The clock of the kernel programs.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use mesh_common::Origin;
 use rustix::time::{ClockId, clock_getres, clock_gettime};
 
 /// Nanoseconds from one tick of the kernel to the next: 10^9 / `HZ`. The resolution of the coarse clocks
-/// is just that (`KTIME_LOW_RES`).
+/// is just that (`KTIME_LOW_RES`). The kernel is asked once: it is a system call, and everything that is
+/// told of a backend needs it.
 pub fn tick() -> u64 {
-    let tick = clock_getres(ClockId::MonotonicCoarse);
-    u64::try_from(tick.tv_nsec).unwrap_or_default().max(1)
+    static TICK: OnceLock<u64> = OnceLock::new();
+    *TICK.get_or_init(|| {
+        let tick = clock_getres(ClockId::MonotonicCoarse);
+        u64::try_from(tick.tv_nsec).unwrap_or_default().max(1)
+    })
 }
 
 /// So many seconds in units of 2^[`Origin::TIME_SHIFT`] ticks, at least one.

@@ -424,6 +424,10 @@ impl Maps for KernelMaps {
         Counts { latency: self.latency_of(id), ..counts }
     }
 
+    fn opened(&self, id: u32) -> u64 {
+        self.stats.get(id).map_or(0, |stats| stats.opened.load())
+    }
+
     fn refused(&self, index: u32) -> Refused {
         let mut refused = Refused::default();
         if let Some(stats) = self.service_stats.get(index) {

@@ -112,6 +112,11 @@ pub trait Maps {
     fn backend(&self, id: u32) -> Option<Backend>;
     /// Reads what is counted for a backend.
     fn counts(&self, id: u32) -> Counts;
+    /// Reads how many connects were given to a backend: the one of its counts that is looked at for all
+    /// of them at once.
+    fn opened(&self, id: u32) -> u64 {
+        self.counts(id).opened
+    }
     /// Reads how many connects to the frontend of a record of `SERVICES` were refused, by
     /// [`Reason`].
     fn refused(&self, index: u32) -> Refused;

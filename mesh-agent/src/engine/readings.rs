@@ -34,10 +34,10 @@ impl Engine {
         let mut used = Vec::new();
         for service in self.reconciler.services() {
             for (key, id) in self.reconciler.backends(service) {
-                let counts = maps.counts(id);
-                if counts.opened == 0 {
+                if maps.opened(id) == 0 {
                     continue;
                 }
+                let counts = maps.counts(id);
                 let Some(backend) = maps.backend(id) else { continue };
                 used.push(Traffic {
                     service: service.to_string(),

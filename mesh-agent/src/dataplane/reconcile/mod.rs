@@ -401,9 +401,9 @@ impl<M: Maps> Reconciler<M> {
     /// Connects that were given a backend, as far as all of them are counted: each backend that is
     /// there or was, besides those that go at this moment.
     pub fn opened(&self) -> u64 {
-        let going = self.going.keys().map(|&id| self.maps.counts(id).opened);
+        let going = self.going.keys().map(|&id| self.maps.opened(id));
         let held = self.services.values().flat_map(|held| held.backends.values());
-        let held = held.map(|backend| self.maps.counts(backend.id).opened);
+        let held = held.map(|backend| self.maps.opened(backend.id));
         self.gone_opened + held.chain(going).sum::<u64>()
     }
 
