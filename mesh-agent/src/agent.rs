@@ -4,7 +4,7 @@
 //! so that no connect is refused only because the agent has just begun; a source that does not
 //! answer delays that by [`PATIENCE`] at the most.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,12 +14,12 @@ use rustix::process::Resource;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{server, socket};
 use crate::audit::task::Auditor;
-use crate::check::hooks;
+use crate::claim::{refuse_second, take_cgroup, try_cgroup};
 use crate::config::{Config, Exclude, Source};
 use crate::dataplane::exclusions::Exclusions;
 use crate::dataplane::load::{self, Attachment, Loaded, Options, Programs};
@@ -36,9 +36,6 @@ use crate::text;
 
 /// How long a source that does not answer can delay the start.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long a former agent of the cgroup may take to be gone.
-const TAKING: Duration = Duration::from_secs(1);
 
 /// More files than this are of no use.
 const MOST_FILES: u64 = 65_536;
@@ -326,41 +323,6 @@ impl Signals {
     }
 }
 
-/// The right to balance a cgroup: a lock on its directory, which ends with the process. It works
-/// without the privilege to see the names of attached programs, which [`refuse_second`] needs.
-///
-/// An agent that was killed keeps both for some milliseconds, so both are tried for a while.
-async fn take_cgroup(cgroup: &Path) -> anyhow::Result<File> {
-    let until = Instant::now() + TAKING;
-    loop {
-        match try_cgroup(cgroup) {
-            Err(_) if Instant::now() < until => tokio::time::sleep(TAKING / 20).await,
-            result => return result,
-        }
-    }
-}
-
-fn try_cgroup(cgroup: &Path) -> anyhow::Result<File> {
-    let lock = lock(cgroup)?;
-    refuse_second(cgroup)?;
-    Ok(lock)
-}
-
-fn lock(cgroup: &Path) -> anyhow::Result<File> {
-    let name = cgroup.display();
-    let directory = File::open(cgroup)
-        .with_context(|| format!("opening cgroup {name}; does it exist, and are you root?"))?;
-    match directory.try_lock() {
-        Ok(()) => Ok(directory),
-        Err(TryLockError::WouldBlock) => {
-            bail!("another agent balances {name}: stop it first, or name another cgroup")
-        }
-        Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("locking cgroup {name}"))
-        }
-    }
-}
-
 /// Raises the number of files that this process may open, as far as it may by itself, and returns
 /// it. The default of 1,024 is for programs that use `select(2)`.
 fn raise_open_files() -> usize {
@@ -372,24 +334,6 @@ fn raise_open_files() -> usize {
         Err(_) => now,
     };
     usize::try_from(reached).unwrap_or(usize::MAX)
-}
-
-/// Two agents on one cgroup would count and translate twice.
-fn refuse_second(cgroup: &Path) -> anyhow::Result<()> {
-    let ours = hooks::ours(cgroup).with_context(|| {
-        format!(
-            "asking for the programs attached to {}; run as root, and see `mesh-agent check`",
-            cgroup.display()
-        )
-    })?;
-    if let Some((directory, id)) = ours.first() {
-        bail!(
-            "kernel programs of another agent are attached to {} (program id {id}); stop that \
-             agent first, or name a cgroup outside it",
-            directory.display()
-        );
-    }
-    Ok(())
 }
 
 /// Hands what the kernel programs log to `tracing`, through the `log` crate.

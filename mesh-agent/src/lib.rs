@@ -9,6 +9,7 @@ pub mod api;
 pub mod audit;
 pub mod catalog;
 pub mod check;
+pub mod claim;
 pub mod cli;
 pub mod compile;
 pub mod config;

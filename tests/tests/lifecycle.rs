@@ -78,7 +78,8 @@ fn a_second_agent_on_the_same_cgroup_refuses() -> Result<()> {
     let directory = node.directory().join("second");
     let second = Agent::new(&directory, node.cgroup().path(), node.namespace(), &[], Echo::On)?;
     let output = run(second.run_command()?)?;
-    ensure_refused(&output, &[&*node.cgroup().path().to_string_lossy()])?;
+    let pid = format!("(process {})", node.agent.id()?);
+    ensure_refused(&output, &[&*node.cgroup().path().to_string_lossy(), &pid])?;
     check::balanced(&mut node, &["a"], |node| check::who(node, VIP))
 }
 
