@@ -420,8 +420,7 @@ impl Maps for KernelMaps {
     }
 
     fn counts(&self, id: u32) -> Counts {
-        let counts = self.stats.get(id).map(Counts::of).unwrap_or_default();
-        Counts { latency: self.latency_of(id), ..counts }
+        self.stats.get(id).map(Counts::of).unwrap_or_default()
     }
 
     fn opened(&self, id: u32) -> u64 {
@@ -440,8 +439,8 @@ impl Maps for KernelMaps {
 }
 
 impl KernelMaps {
-    /// As the programs see it now.
-    fn latency_of(&self, id: u32) -> u64 {
+    /// How far a backend is, in microseconds, as the programs see it now; 0 when nothing is known.
+    pub fn latency_of(&self, id: u32) -> u64 {
         let word = self.latencies.get(id).map_or(0, Word::load);
         Latency(word).average(clock::jiffies() >> Origin::TIME_SHIFT, clock::half_life())
     }

@@ -136,8 +136,6 @@ pub struct Counts {
     pub failed: [u64; 4],
     /// Whether it is out of rotation.
     pub ejection: Ejection,
-    /// How far it is, in microseconds; 0 when nothing is known.
-    pub latency: u64,
 }
 
 impl Counts {
@@ -148,7 +146,6 @@ impl Counts {
             opened: stats.opened.load(),
             failed: [0, 1, 2, 3].map(|reason| stats.failed[reason].load()),
             ejection: stats.ejection(),
-            latency: 0,
         }
     }
 }

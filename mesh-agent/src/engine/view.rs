@@ -225,6 +225,7 @@ impl Engine {
             .filter_map(|(key, id)| {
                 let backend = self.reconciler.maps().backend(id)?;
                 let counts = self.reconciler.maps().counts(id);
+                let latency = self.reconciler.maps().latency_of(id);
                 let own = self.known(name, key.address);
                 let behind = self.behind(entry).filter(|_| own.is_none());
                 let known =
@@ -255,7 +256,7 @@ impl Engine {
                     opened: counts.opened,
                     failed: counts.failed.iter().sum(),
                     failures: failures(counts.failed),
-                    latency_us: (counts.latency > 0).then_some(counts.latency),
+                    latency_us: Some(latency).filter(|&latency| latency > 0),
                     since: timestamp(
                         standing.since.or(known.map(|k| k.since)).unwrap_or_else(SystemTime::now),
                     ),
