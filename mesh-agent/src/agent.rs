@@ -150,7 +150,6 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let result = tokio::select! {
         signal = signals.next() => {
             tracing::info!("{signal}: detaching");
-            supervisor::stopping(format!("{signal}: detaching")).await;
             Ok(())
         }
         ended = tasks.join_next() => Err(ended_early(ended)),
@@ -158,6 +157,8 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     };
     // No new connect is balanced from here on; what is open stays as it is.
     drop(programs);
+    let reason = result.as_ref().err().map_or("detached".to_owned(), |error| format!("{error:#}"));
+    supervisor::stopping(reason).await;
     cancel.cancel();
     let all = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(ENDING, all).await.is_err() {
@@ -263,9 +264,9 @@ async fn balance(
         match again {
             Ok(again) => {
                 tracing::info!(cgroup = %cgroup.display(), "balancing again");
-                supervisor::status(format!("balancing {}", cgroup.display())).await;
                 units.again.notify_one();
                 engine.set_attachment(Some(again.clone())).await;
+                supervisor::status(format!("balancing {}", cgroup.display())).await;
                 attachment = Some(again);
                 hindrance = None;
             }

@@ -1,6 +1,8 @@
 //! What the service manager is told (`sd_notify(3)`): that the agent is ready, that it is alive, that it ends.
-//! Where there is none, nobody is told.
+//! Where there is none, nobody is told. Its socket is a path (`NOTIFY_SOCKET`), as systemd's is.
 
+use std::io;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -25,7 +27,7 @@ pub async fn stopping(reason: String) {
 }
 
 /// Tells that the agent is alive each time that the engine answers, twice in the time that the service
-/// manager has set (`WatchdogSec=`). Returns at once when it has set none.
+/// manager has set (`WatchdogSec=`), until `cancel`.
 pub async fn watchdog<R: Readings>(readings: R, cancel: CancellationToken) {
     let Some(limit) = sd_notify::watchdog_enabled() else { return cancel.cancelled().await };
     let period = (limit / 2).max(Duration::from_millis(1));
@@ -46,9 +48,11 @@ enum State {
     Status(String),
 }
 
-/// In a thread of its own: who reads may not.
+/// In a thread of its own, since who should read may not: then it waits, alone, and nobody else is told.
 async fn tell(states: Vec<State>) {
+    static ONE: Mutex<()> = Mutex::new(());
     let told = tokio::task::spawn_blocking(move || {
+        let Ok(_one) = ONE.try_lock() else { return Err(io::ErrorKind::WouldBlock.into()) };
         let states: Vec<_> = states
             .iter()
             .map(|state| match state {
@@ -69,4 +73,4 @@ async fn tell(states: Vec<State>) {
 }
 
 /// How long the service manager may take to be told something.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(250);

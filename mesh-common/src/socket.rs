@@ -116,7 +116,8 @@ pub struct Seen {
     pub repeated: bool,
     /// Somebody said on the way that the host cannot be reached: that was not believed at once
     /// (`sk_err_soft`), or is in the queue of errors, where all that is said to a connect lies also when
-    /// nobody asked to be told (`tcp_v4_err`).
+    /// nobody asked to be told (`tcp_v4_err`). What exactly was said is not looked at: what a firewall refuses
+    /// in that way counts as unreachable too, and so may the next attempt of a socket that was told before.
     pub unreachable: bool,
 }
 

@@ -45,11 +45,18 @@ pub fn count(address: SocketAddr, times: u32) -> io::Result<Selections> {
     let mut counts = BTreeMap::<Result<IpAddr, String>, u32>::new();
     let mut held = 0;
     let mut port = any_port(address);
-    for _ in 0..times {
+    let mut last = None;
+    for n in 0..=times {
         let socket = datagram(address)?;
+        // Closed at the last moment: who looked at it has the less time to let go unnoticed.
+        drop(last.take());
         if let Err(error) = socket.bind(&port.into()) {
             held += 1;
             bind_soon(&socket, port, error)?;
+        }
+        // Only to know of the one before.
+        if n == times {
+            break;
         }
         // The first one has chosen for all of them.
         if port.port() == 0 {
@@ -57,6 +64,7 @@ pub fn count(address: SocketAddr, times: u32) -> io::Result<Selections> {
         }
         let chosen = socket.connect(&address.into()).and_then(|()| own(&socket));
         *counts.entry(chosen.map_err(|error| errno_name(&error))).or_default() += 1;
+        last = Some(socket);
     }
     let name =
         |chosen: Result<IpAddr, String>| chosen.map_or_else(|error| error, |ip| ip.to_string());

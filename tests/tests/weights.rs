@@ -260,7 +260,7 @@ fn who_answers() -> Result<()> {
 /// the links of its files.
 #[test]
 fn who_looks_at_the_sockets_does_not_keep_their_records() -> Result<()> {
-    const HELD: u32 = 20;
+    const HELD: u32 = 5;
     let node = node(app("random", [Some(1), Some(1), None, None]))?;
     let processes = node.cgroup().path().join("cgroup.procs");
     let over = AtomicBool::new(false);

@@ -134,6 +134,12 @@ const MANY: usize = 20;
 
 type Question = Box<dyn FnOnce(&mut Engine) + Send>;
 
+/// Somebody who asks whether the engine is alive.
+type Pulse = oneshot::Sender<()>;
+
+/// How many of those may wait.
+const PULSES: usize = 8;
+
 impl Engine {
     /// An engine over maps that are empty. The receiver hears when every source has been heard
     /// once and what it defines is in the kernel; the future is the engine's work, until `cancel`.
@@ -150,7 +156,8 @@ impl Engine {
         let (questions, receiver) = mpsc::channel(BATCH);
         let (all_heard, heard) = oneshot::channel();
         let Watchers { journal, auditor, pinned, units, unit_keys } = watchers;
-        let handle = Handle::new(questions, Arc::clone(config), auditor.clone());
+        let (pulses, felt) = mpsc::channel(PULSES);
+        let handle = Handle::new(questions, pulses, Arc::clone(config), auditor.clone());
         let engine = Self {
             catalog: Catalog::default(),
             sources: BTreeMap::new(),
@@ -183,13 +190,14 @@ impl Engine {
             spread: Spread::default(),
             config: Arc::clone(config),
         };
-        (handle, heard, engine.run(inputs, receiver, cancel))
+        (handle, heard, engine.run(inputs, receiver, felt, cancel))
     }
 
     async fn run(
         mut self,
         mut inputs: Inputs,
         mut questions: mpsc::Receiver<Question>,
+        mut pulses: mpsc::Receiver<Pulse>,
         cancel: CancellationToken,
     ) {
         let (mut events, mut findings) = (Vec::new(), Vec::new());
@@ -199,6 +207,8 @@ impl Engine {
                 // In this order, so that a flood of what comes later holds up nothing.
                 biased;
                 () = cancel.cancelled() => break,
+                // Who is busy is alive.
+                Some(pulse) = pulses.recv() => { let _ = pulse.send(()); }
                 waited = joined(&mut self.waiting) => self.end_grace(&waited),
                 () = self.retry.over() => self.try_again(),
                 1.. = inputs.findings.recv_many(&mut findings, FINDINGS) => {

@@ -1,6 +1,7 @@
 //! What the engine counts, for other programs.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use super::Engine;
 use super::view::{Handle, failures};
@@ -10,7 +11,7 @@ use crate::metrics::{Readings, Snapshot, Traffic};
 
 impl Readings for Handle {
     async fn alive(&self) -> Result<(), ViewError> {
-        self.ask(|_| ()).await
+        self.feel_pulse().await
     }
 
     async fn readiness(&self) -> Result<(bool, Vec<String>), ViewError> {
@@ -22,25 +23,32 @@ impl Readings for Handle {
     }
 
     async fn snapshot(&self) -> Result<Snapshot, ViewError> {
-        let backends = self.ask(|engine| engine.traffic()).await?;
+        let mut backends = self.ask(|engine| engine.traffic()).await?;
+        // Not in the engine's time.
+        backends.sort_by(|a, b| {
+            let key = |one: &Traffic| (one.port, one.protocol, one.address);
+            a.service.cmp(&b.service).then_with(|| key(a).cmp(&key(b)))
+        });
         Ok(Snapshot { status: self.status().await?, backends })
     }
 }
 
 impl Engine {
-    /// The backends that were ever given a connect; most are not, on most nodes.
+    /// The backends of services that were ever given a connect; most are not, on most nodes. Also those of
+    /// their backends that were not: a counter is to be seen before it first counts.
     fn traffic(&self) -> Vec<Traffic> {
         let maps = self.reconciler.maps();
         let mut used = Vec::new();
         for service in self.reconciler.services() {
+            if self.reconciler.backends(service).all(|(_, id)| maps.opened(id) == 0) {
+                continue;
+            }
+            let name: Arc<str> = service.as_str().into();
             for (key, id) in self.reconciler.backends(service) {
-                if maps.opened(id) == 0 {
-                    continue;
-                }
-                let counts = maps.counts(id);
                 let Some(backend) = maps.backend(id) else { continue };
+                let counts = maps.counts(id);
                 used.push(Traffic {
-                    service: service.to_string(),
+                    service: Arc::clone(&name),
                     port: key.port,
                     protocol: key.protocol.name(),
                     address: SocketAddr::new(backend.addr.ip(), u16::from_be(backend.port)),
@@ -50,10 +58,6 @@ impl Engine {
                 });
             }
         }
-        used.sort_by(|a, b| {
-            let key = |one: &Traffic| (one.port, one.protocol, one.address);
-            a.service.cmp(&b.service).then_with(|| key(a).cmp(&key(b)))
-        });
         used
     }
 }

@@ -15,7 +15,7 @@ use mesh_common::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::out::{self, Standing};
-use super::{Engine, Known, Question, few};
+use super::{Engine, Known, Pulse, Question, few};
 use crate::api::server::{DrainQuery, ExplainQuery, View, ViewError};
 use crate::api::types;
 use crate::audit::Report;
@@ -38,6 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct Handle {
     questions: mpsc::Sender<Question>,
+    pulses: mpsc::Sender<Pulse>,
     pub(super) config: Arc<Config>,
     pub(super) auditor: Auditor,
 }
@@ -45,10 +46,11 @@ pub struct Handle {
 impl Handle {
     pub(super) fn new(
         questions: mpsc::Sender<Question>,
+        pulses: mpsc::Sender<Pulse>,
         config: Arc<Config>,
         auditor: Auditor,
     ) -> Self {
-        Self { questions, config, auditor }
+        Self { questions, pulses, config, auditor }
     }
 
     /// Runs `question` in the engine's task, between two changes.
@@ -63,6 +65,14 @@ impl Handle {
             let _ = sender.send(question(engine));
         });
         self.questions.send(question).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())
+    }
+
+    /// Waits for a turn of the engine, whatever it is busy with.
+    pub(super) async fn feel_pulse(&self) -> Result<(), ViewError> {
+        let stopping = || ViewError::Unavailable("the agent is stopping".to_owned());
+        let (sender, answer) = oneshot::channel();
+        self.pulses.send(sender).await.map_err(|_| stopping())?;
         answer.await.map_err(|_| stopping())
     }
 

@@ -109,7 +109,7 @@ fn agent(status: &Status, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let labels = [("version", status.version.as_str()), ("node", status.node.as_str())];
     let info = encoder.encode_descriptor("agent", "The agent", None, MetricType::Info)?;
     Info::new(labels).encode(info)?;
-    Family::new("ready", "1 while connects are balanced as defined")
+    Family::new("ready", "1 while all sources have been read and all programs are attached")
         .gauge(encoder, status.ready.into())?;
     let programs = status.programs.iter().map(|program| {
         let labels = [("program", program.name.as_str()), ("hook", program.hook.as_str())];
@@ -195,7 +195,7 @@ fn traffic(backends: &[Traffic], encoder: &mut DescriptorEncoder<'_>) -> fmt::Re
     let all = || {
         backends.iter().zip(&places).map(|(backend, (port, address))| {
             let labels: [Labels<'_>; 4] = [
-                ("service", &backend.service),
+                ("service", &*backend.service),
                 ("port", port),
                 ("protocol", backend.protocol),
                 ("backend", address),
@@ -216,8 +216,6 @@ fn traffic(backends: &[Traffic], encoder: &mut DescriptorEncoder<'_>) -> fmt::Re
             ("unreachable", failed.unreachable),
             ("reset", failed.reset),
         ]
-        .into_iter()
-        .filter(|&(_, count)| count > 0)
         .map(move |(reason, count)| ([service, port, protocol, address, ("reason", reason)], count))
     });
     Family::new("backend_failures", "Connections to a backend that failed, by reason")

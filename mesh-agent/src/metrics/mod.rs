@@ -14,26 +14,37 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::server::ViewError;
 use crate::api::types;
+use crate::dataplane::sys::heap;
 
 /// How long the agent may take for an answer. Longer, and it counts as hanging.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// How long a visitor may take from its first byte to its last.
+/// How long a visitor may take until it has asked.
+const QUESTION: Duration = Duration::from_secs(1);
+
+/// How long a visitor may take from its coming to the last byte.
 const VISIT: Duration = Duration::from_secs(10);
 
 /// How many visitors there may be at a time; others wait to be accepted. Each takes a file descriptor,
 /// which the health checks need too.
-const VISITORS: usize = 32;
+const VISITORS: usize = 128;
+
+/// How many of them may have all that is counted, which can be tens of megabytes.
+const READERS: usize = 2;
+
+/// An answer of so many bytes is large.
+const LARGE: usize = 1 << 20;
 
 /// How often it is tried to listen where somebody else does.
 const RETRY: Duration = Duration::from_secs(5);
@@ -50,12 +61,12 @@ pub trait Readings: Clone + Send + Sync + 'static {
     fn snapshot(&self) -> impl Future<Output = Result<Snapshot, ViewError>> + Send;
 }
 
-/// Everything that is counted, at one moment.
+/// Everything that is counted, within some milliseconds.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Snapshot {
     /// The agent, and the data plane as a whole.
     pub status: types::Status,
-    /// Backends to which this node has connected.
+    /// Backends of the services that this node has used.
     pub backends: Vec<Traffic>,
 }
 
@@ -63,7 +74,7 @@ pub struct Snapshot {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Traffic {
     /// Its service.
-    pub service: String,
+    pub service: Arc<str>,
     /// The service's port.
     pub port: u16,
     /// Transport protocol.
@@ -148,7 +159,7 @@ async fn accept(listener: &TcpListener) -> TcpStream {
 async fn visit(stream: TcpStream, router: Router) {
     let answer = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(VISIT)
+        .header_read_timeout(QUESTION)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     match tokio::time::timeout(VISIT, answer).await {
@@ -166,7 +177,14 @@ fn router<R: Readings>(readings: R) -> Router {
         .fallback(async || {
             (StatusCode::NOT_FOUND, "no such path: there are /metrics, /healthz and /readyz\n")
         })
-        .with_state(readings)
+        .with_state(Shared { readings, readers: Arc::new(Semaphore::new(READERS)) })
+}
+
+/// What the handlers share.
+#[derive(Clone)]
+struct Shared<R> {
+    readings: R,
+    readers: Arc<Semaphore>,
 }
 
 // === handlers ===
@@ -181,7 +199,7 @@ async fn within<T>(answer: impl Future<Output = Result<T, ViewError>>) -> Result
     Err((StatusCode::SERVICE_UNAVAILABLE, text).into_response())
 }
 
-async fn healthz<R: Readings>(State(readings): State<R>) -> Response {
+async fn healthz<R: Readings>(State(Shared { readings, .. }): State<Shared<R>>) -> Response {
     match within(readings.alive()).await {
         Ok(()) => "ok\n".into_response(),
         Err(response) => response,
@@ -189,7 +207,7 @@ async fn healthz<R: Readings>(State(readings): State<R>) -> Response {
 }
 
 /// The reasons are told also when the node is ready: then they are what needs attention.
-async fn readyz<R: Readings>(State(readings): State<R>) -> Response {
+async fn readyz<R: Readings>(State(Shared { readings, .. }): State<Shared<R>>) -> Response {
     let (ready, reasons) = match within(readings.readiness()).await {
         Ok(readiness) => readiness,
         Err(response) => return response,
@@ -203,16 +221,46 @@ async fn readyz<R: Readings>(State(readings): State<R>) -> Response {
     (status, lines.join("\n") + "\n").into_response()
 }
 
-async fn metrics<R: Readings>(State(readings): State<R>) -> Response {
-    let snapshot = match within(readings.snapshot()).await {
+/// What is being sent. Its place is free when the last of it is gone, or nobody wants it any more.
+struct Told {
+    text: String,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Drop for Told {
+    /// What was taken for a large answer is given back to the system.
+    fn drop(&mut self) {
+        if self.text.len() > LARGE {
+            drop(std::mem::take(&mut self.text));
+            heap::trim();
+        }
+    }
+}
+
+impl AsRef<[u8]> for Told {
+    fn as_ref(&self) -> &[u8] {
+        self.text.as_bytes()
+    }
+}
+
+async fn metrics<R: Readings>(State(shared): State<Shared<R>>) -> Response {
+    let Ok(place) = shared.readers.try_acquire_owned() else {
+        let text = format!("{READERS} others are reading the metrics; try again\n");
+        return (StatusCode::SERVICE_UNAVAILABLE, text).into_response();
+    };
+    let snapshot = match within(shared.readings.snapshot()).await {
         Ok(snapshot) => snapshot,
         Err(response) => return response,
     };
-    match exposition::text(snapshot) {
-        Ok(text) => ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response(),
-        Err(error) => {
-            let text = format!("writing the metrics: {error}; please report this\n");
-            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+    let text = tokio::task::spawn_blocking(move || exposition::text(snapshot));
+    let wrong = match text.await {
+        Ok(Ok(text)) => {
+            let text = Bytes::from_owner(Told { text, _place: place });
+            return ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response();
         }
-    }
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let text = format!("writing the metrics: {wrong}; please report this\n");
+    (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
 }
