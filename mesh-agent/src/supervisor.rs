@@ -1,11 +1,10 @@
 //! What the service manager is told (`sd_notify(3)`): that the agent is ready, that it is alive, that it ends.
 //! Where there is none, nobody is told. Its socket is a path (`NOTIFY_SOCKET`), as systemd's is.
 
-use std::io;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -35,7 +34,12 @@ pub async fn watchdog<R: Readings>(readings: R, cancel: CancellationToken) {
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while cancel.run_until_cancelled(tick.tick()).await.is_some() {
         match tokio::time::timeout(period, readings.alive()).await {
-            Ok(Ok(())) => tell(vec![State::Alive]).await,
+            // While something else is being told, the next time will do.
+            Ok(Ok(())) => {
+                if let Ok(turn) = TELLING.try_lock() {
+                    cancel.run_until_cancelled(send(turn, vec![State::Alive])).await;
+                }
+            }
             Ok(Err(_)) | Err(_) => tracing::error!("the engine does not answer"),
         }
     }
@@ -48,11 +52,28 @@ enum State {
     Status(String),
 }
 
-/// In a thread of its own, since who should read may not: then it waits, alone, and nobody else is told.
+/// How long the agent waits until the service manager was told something.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// Who is telling something: one at a time.
+static TELLING: Mutex<()> = Mutex::const_new(());
+
+/// Tells it in the order in which this is called, as soon as the service manager listens; waits for that
+/// only for a moment.
 async fn tell(states: Vec<State>) {
-    static ONE: Mutex<()> = Mutex::new(());
-    let told = tokio::task::spawn_blocking(move || {
-        let Ok(_one) = ONE.try_lock() else { return Err(io::ErrorKind::WouldBlock.into()) };
+    let told = tokio::spawn(async {
+        let turn = TELLING.lock().await;
+        send(turn, states).await;
+    });
+    if tokio::time::timeout(PATIENCE, told).await.is_err() {
+        tracing::warn!("the service manager does not listen");
+    }
+}
+
+/// In a thread of its own, which waits while nobody reads.
+async fn send(turn: MutexGuard<'static, ()>, states: Vec<State>) {
+    let sent = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
         let states: Vec<_> = states
             .iter()
             .map(|state| match state {
@@ -64,13 +85,9 @@ async fn tell(states: Vec<State>) {
             .collect();
         sd_notify::notify(&states)
     });
-    match tokio::time::timeout(PATIENCE, told).await {
-        Ok(Ok(Ok(()))) => {}
-        Ok(Ok(Err(error))) => tracing::warn!(%error, "the service manager cannot be told"),
+    match sent.await {
+        Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the service manager cannot be told"),
-        Err(_) => tracing::warn!("the service manager does not listen"),
+        Err(error) => tracing::warn!(%error, "the service manager cannot be told"),
     }
 }
-
-/// How long the service manager may take to be told something.
-const PATIENCE: Duration = Duration::from_millis(250);

@@ -54,7 +54,8 @@ pub trait Readings: Clone + Send + Sync + 'static {
     /// Answers as soon as the engine gets to it.
     fn alive(&self) -> impl Future<Output = Result<(), ViewError>> + Send;
 
-    /// Whether connects are balanced as defined, and what is in the way of that or needs attention.
+    /// Whether all sources have been read and all programs are attached; what is in the way of that, and
+    /// what else needs attention.
     fn readiness(&self) -> impl Future<Output = Result<(bool, Vec<String>), ViewError>> + Send;
 
     /// Everything that is counted.
