@@ -12,17 +12,17 @@ use crate::metrics::Readings;
 
 /// Connects are balanced from now on, as `status` says in a few words.
 pub async fn ready(status: String) {
-    tell(vec![State::Ready, State::Status(status)]).await;
+    tell(Some(NotifyState::Ready), status).await;
 }
 
 /// What the agent is doing now, in a few words.
 pub async fn status(status: String) {
-    tell(vec![State::Status(status)]).await;
+    tell(None, status).await;
 }
 
 /// The agent ends, for this reason.
 pub async fn stopping(reason: String) {
-    tell(vec![State::Stopping, State::Status(reason)]).await;
+    tell(Some(NotifyState::Stopping), reason).await;
 }
 
 /// Tells that the agent is alive each time that the engine answers, twice in the time that the service
@@ -37,19 +37,12 @@ pub async fn watchdog<R: Readings>(readings: R, cancel: CancellationToken) {
             // While something else is being told, the next time will do.
             Ok(Ok(())) => {
                 if let Ok(turn) = TELLING.try_lock() {
-                    cancel.run_until_cancelled(send(turn, vec![State::Alive])).await;
+                    cancel.run_until_cancelled(send(turn, Some(NotifyState::Watchdog), None)).await;
                 }
             }
             Ok(Err(_)) | Err(_) => tracing::error!("the engine does not answer"),
         }
     }
-}
-
-enum State {
-    Ready,
-    Alive,
-    Stopping,
-    Status(String),
 }
 
 /// How long the agent waits until the service manager was told something.
@@ -60,10 +53,10 @@ static TELLING: Mutex<()> = Mutex::const_new(());
 
 /// Tells it in the order in which this is called, as soon as the service manager listens; waits for that
 /// only for a moment.
-async fn tell(states: Vec<State>) {
+async fn tell(state: Option<NotifyState<'static>>, status: String) {
     let told = tokio::spawn(async {
         let turn = TELLING.lock().await;
-        send(turn, states).await;
+        send(turn, state, Some(status)).await;
     });
     if tokio::time::timeout(PATIENCE, told).await.is_err() {
         tracing::warn!("the service manager does not listen");
@@ -71,19 +64,15 @@ async fn tell(states: Vec<State>) {
 }
 
 /// In a thread of its own, which waits while nobody reads.
-async fn send(turn: MutexGuard<'static, ()>, states: Vec<State>) {
+async fn send(
+    turn: MutexGuard<'static, ()>,
+    state: Option<NotifyState<'static>>,
+    status: Option<String>,
+) {
     let sent = tokio::task::spawn_blocking(move || {
         let _turn = turn;
-        let states: Vec<_> = states
-            .iter()
-            .map(|state| match state {
-                State::Ready => NotifyState::Ready,
-                State::Alive => NotifyState::Watchdog,
-                State::Stopping => NotifyState::Stopping,
-                State::Status(text) => NotifyState::Status(text),
-            })
-            .collect();
-        sd_notify::notify(&states)
+        let status = status.as_deref().map(NotifyState::Status);
+        sd_notify::notify(&state.into_iter().chain(status).collect::<Vec<_>>())
     });
     match sent.await {
         Ok(Ok(())) => {}
