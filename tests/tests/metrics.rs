@@ -104,14 +104,18 @@ fn where_somebody_else_listens() -> Result<()> {
     let app = Service::new("app").address("10.96.0.10").port(80, 8080).endpoint("10.0.0.1");
     let node = Node::builder().backend("other", "127.0.0.1:9464").backend("a", "10.0.0.1:8080");
     let mut node = node.service(app).start()?;
-    until("what is said of it", LIMIT, || {
-        Ok(node.agent.log()?.has(&["metrics", "127.0.0.1:9464", "in use"]).then_some(()))
-    })?;
+    let says = |node: &Node| -> Result<bool> {
+        let told = |reason: &String| reason.contains("127.0.0.1:9464: Address already in use");
+        Ok(node.agent.status()?.reasons.iter().any(told))
+    };
+    until("what is said of it", LIMIT, || Ok(says(&node)?.then_some(())))?;
+    ensure!(node.agent.status()?.ready, "not ready");
     ensure!(check::who(&node, VIP)? == "a");
     node.kill_server("other")?;
     until("metrics", LIMIT, || {
         Ok(get(&node, "/healthz").ok().filter(|(status, _)| status == "200"))
     })?;
+    ensure!(!says(&node)?, "it is said still");
     Ok(())
 }
 

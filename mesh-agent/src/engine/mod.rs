@@ -75,6 +75,8 @@ pub struct Engine {
     attachment: Option<Attachment>,
     /// Why what was lost cannot be attached again.
     lost: Option<String>,
+    /// Why nobody can ask for metrics.
+    unheard: Option<String>,
     grace: Arc<Grace>,
     waiting: Option<JoinHandle<Result<(), MapError>>>,
     /// When the next grace period may start, after one that failed.
@@ -172,6 +174,7 @@ impl Engine {
             last_error: None,
             attachment: None,
             lost: None,
+            unheard: None,
             grace,
             waiting: None,
             grace_pause: Pause::default(),

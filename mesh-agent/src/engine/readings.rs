@@ -22,6 +22,11 @@ impl Readings for Handle {
         .await
     }
 
+    async fn set_hindrance(&self, why: Option<String>) {
+        // An engine that is gone does not need to know.
+        let _ = self.ask(move |engine| engine.unheard = why).await;
+    }
+
     async fn snapshot(&self) -> Result<Snapshot, ViewError> {
         let mut backends = self.ask(|engine| engine.traffic()).await?;
         // Not in the engine's time.

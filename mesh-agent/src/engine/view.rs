@@ -371,6 +371,7 @@ impl Engine {
             });
         }
         reasons.extend(self.trouble.clone());
+        reasons.extend(self.unheard.clone());
         let of_services = |texts: &BTreeMap<ServiceName, Vec<String>>| {
             let text = |(name, texts): (&ServiceName, &Vec<String>)| {
                 format!("service {name}: {}", texts.join("; "))

@@ -56,13 +56,9 @@ impl Family {
     fn gauges<L: EncodeLabelSet>(
         &self,
         encoder: &mut DescriptorEncoder<'_>,
-        values: impl IntoIterator<Item = (L, u64)>,
+        values: impl Iterator<Item = (L, u64)>,
     ) -> fmt::Result {
-        let mut family = self.begin(encoder, MetricType::Gauge)?;
-        for (labels, value) in values {
-            gauge(value).encode(family.encode_family(&labels)?)?;
-        }
-        Ok(())
+        self.each(encoder, MetricType::Gauge, values.map(|(labels, value)| (labels, gauge(value))))
     }
 
     /// So many ever.
@@ -74,11 +70,21 @@ impl Family {
     fn counters<L: EncodeLabelSet>(
         &self,
         encoder: &mut DescriptorEncoder<'_>,
-        values: impl IntoIterator<Item = (L, u64)>,
+        values: impl Iterator<Item = (L, u64)>,
     ) -> fmt::Result {
-        let mut family = self.begin(encoder, MetricType::Counter)?;
+        let values = values.map(|(labels, value)| (labels, ConstCounter::new(value)));
+        self.each(encoder, MetricType::Counter, values)
+    }
+
+    fn each<L: EncodeLabelSet, V: EncodeMetric>(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        kind: MetricType,
+        values: impl Iterator<Item = (L, V)>,
+    ) -> fmt::Result {
+        let mut family = self.begin(encoder, kind)?;
         for (labels, value) in values {
-            ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+            value.encode(family.encode_family(&labels)?)?;
         }
         Ok(())
     }
@@ -142,7 +148,8 @@ fn agent(status: &Status, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
     };
     memory.gauges(
         encoder,
-        [([("of", "agent")], status.memory.anonymous), ([("of", "maps")], status.memory.maps)],
+        [([("of", "agent")], status.memory.anonymous), ([("of", "maps")], status.memory.maps)]
+            .into_iter(),
     )
 }
 

@@ -58,6 +58,9 @@ pub trait Readings: Clone + Send + Sync + 'static {
     /// what else needs attention.
     fn readiness(&self) -> impl Future<Output = Result<(bool, Vec<String>), ViewError>> + Send;
 
+    /// Says why nobody can ask, or that everybody can.
+    fn set_hindrance(&self, why: Option<String>) -> impl Future<Output = ()> + Send;
+
     /// Everything that is counted.
     fn snapshot(&self) -> impl Future<Output = Result<Snapshot, ViewError>> + Send;
 }
@@ -93,7 +96,7 @@ pub struct Traffic {
 /// Answers at this address until `cancel`. When somebody else listens there, that is said, and tried
 /// again: no connect on this node depends on it.
 pub async fn serve<R: Readings>(listen: SocketAddr, readings: R, cancel: CancellationToken) {
-    if let Some(listener) = cancel.run_until_cancelled(bind(listen)).await {
+    if let Some(listener) = cancel.run_until_cancelled(bind(listen, &readings)).await {
         receive(listener, readings, cancel).await;
     }
 }
@@ -118,24 +121,28 @@ async fn receive<R: Readings>(listener: TcpListener, readings: R, cancel: Cancel
     }
 }
 
-async fn bind(listen: SocketAddr) -> TcpListener {
+async fn bind<R: Readings>(listen: SocketAddr, readings: &R) -> TcpListener {
     let mut hindrance = None;
     loop {
         match TcpListener::bind(listen).await {
             Ok(listener) => {
                 tracing::info!(%listen, "metrics");
+                if hindrance.is_some() {
+                    readings.set_hindrance(None).await;
+                }
                 return listener;
             }
             Err(error) => {
-                let error = error.to_string();
-                if hindrance.as_ref() != Some(&error) {
-                    tracing::error!(
-                        "metrics cannot be had at {listen}: {error}; name another address with \
-                         `metrics: {{listen: …}}` in the agent file, or `none`; trying again every \
-                         {} seconds",
-                        RETRY.as_secs()
-                    );
-                    hindrance = Some(error);
+                let why = format!(
+                    "metrics cannot be had at {listen}: {error}; name another address with \
+                     `metrics: {{listen: …}}` in the agent file, or `none`; it is tried again every \
+                     {} seconds",
+                    RETRY.as_secs()
+                );
+                if hindrance.as_ref() != Some(&why) {
+                    tracing::error!("{why}");
+                    readings.set_hindrance(Some(why.clone())).await;
+                    hindrance = Some(why);
                 }
             }
         }

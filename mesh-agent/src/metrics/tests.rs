@@ -40,6 +40,8 @@ impl Readings for Fixed {
         self.give((*self == Self::Ready, vec!["one".into(), "two".into()])).await
     }
 
+    async fn set_hindrance(&self, _: Option<String>) {}
+
     async fn snapshot(&self) -> Result<Snapshot, ViewError> {
         let mut snapshot = snapshot();
         if *self == Self::Large {
