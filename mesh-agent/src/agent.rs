@@ -73,7 +73,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
 
     let Loaded { mut programs, maps, grace, records, mut exclusions, pins, units, events: ring } =
         load::load(options)?;
-    let mut reconciler = Reconciler::new(maps);
+    let (mut reconciler, _) = Reconciler::adopt(maps).context("reading the maps")?;
     reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
 
     // Reading the kernel's types took more than all that follows.

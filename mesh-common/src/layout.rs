@@ -10,7 +10,7 @@ use crate::{Addr, Affinity, Algorithm, Policy, Word, maglev};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -369,7 +369,7 @@ impl State {
 }
 
 /// A record of `BACKENDS`. Writer: the agent. The programs for datagrams read it, of ids that a record of
-/// theirs names and whose generation is still the same: then only `state`, `weight` and `listed` can change, and
+/// theirs names and whose generation is still the same: then only `marks` and `weight` can change, and
 /// what is written over the rest is what is there.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -378,16 +378,106 @@ pub struct Backend {
     pub addr: Addr,
     /// Port in network byte order.
     pub port: u16,
+    /// Weight.
+    pub weight: u16,
     /// IANA protocol number; 0 while the record is free.
     pub protocol: u8,
-    /// A [`State`].
-    pub state: u8,
+    /// How it is.
+    pub marks: Marks,
+    /// The port of the service that it serves, in host byte order. For the agent, like `owner`.
+    pub service_port: u16,
     /// Differs between the lives of the same id, so that a late close cannot count for another.
     pub generation: u32,
-    /// Weight, 0 to 65,535.
-    pub weight: u32,
-    /// 1 while a table in force leads there: then clients may keep it ([`crate::affinity`]).
-    pub listed: u32,
+    /// Whose it is: index into `NAMES`.
+    pub owner: u32,
+}
+
+/// A [`State`] with what else there is to know of a backend, in one byte.
+///
+/// ```text
+/// 7        6                  5    4 3     0
+/// [ listed ] [ by a command ] [ 0  ] [ state ]
+/// ```
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Marks(pub u8);
+
+impl Marks {
+    const STATE: u8 = 0x0f;
+    const LISTED: u8 = 0x80;
+    const BY_COMMAND: u8 = 0x40;
+
+    /// This state, and nothing else.
+    #[must_use]
+    pub const fn of(state: State) -> Self {
+        Self(state as u8)
+    }
+
+    /// The same; a table in force leads there, or not: if one does, clients may keep it
+    /// ([`crate::affinity`]).
+    #[must_use]
+    pub const fn listed(self, listed: bool) -> Self {
+        Self(if listed { self.0 | Self::LISTED } else { self.0 & !Self::LISTED })
+    }
+
+    /// The same; somebody has it drained by command, or not.
+    #[must_use]
+    pub const fn by_command(self, drained: bool) -> Self {
+        Self(if drained { self.0 | Self::BY_COMMAND } else { self.0 & !Self::BY_COMMAND })
+    }
+
+    /// The state.
+    #[inline(always)]
+    #[must_use]
+    pub const fn state(self) -> State {
+        State::from_number(self.0 & Self::STATE)
+    }
+
+    /// Whether a table in force leads there.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_listed(self) -> bool {
+        self.0 & Self::LISTED != 0
+    }
+
+    /// Whether somebody has it drained by command.
+    #[must_use]
+    pub const fn is_by_command(self) -> bool {
+        self.0 & Self::BY_COMMAND != 0
+    }
+}
+
+/// A record of `NAMES`: what a service is called. Written by the agent before anything says that it is
+/// this service's, and read by whoever finds the maps without their agent.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Name {
+    len: u8,
+    text: [u8; Self::MOST],
+}
+
+impl Name {
+    /// The longest name, in bytes.
+    pub const MOST: usize = 255;
+
+    /// Nobody's.
+    pub const NONE: Self = Self { len: 0, text: [0; Self::MOST] };
+
+    /// This name; nothing when it is empty or too long.
+    #[must_use]
+    pub fn new(name: &str) -> Option<Self> {
+        let mut record = Self::NONE;
+        record.len = u8::try_from(name.len()).ok().filter(|&len| len > 0)?;
+        record.text.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
+        Some(record)
+    }
+
+    /// The name; nothing when there is none, or what is there is no text.
+    #[must_use]
+    pub fn get(&self) -> Option<&str> {
+        let text = self.text.get(..usize::from(self.len)).filter(|text| !text.is_empty())?;
+        core::str::from_utf8(text).ok()
+    }
 }
 
 /// The key of `OVERFLOW`: records that do not lie at the place that their socket's cookie names.
@@ -414,6 +504,15 @@ pub struct Settings {
     pub cgroups: [Word; Self::EXCLUDED],
     /// Cookies of network namespaces that are excluded; 0 is none.
     pub namespaces: [Word; Self::EXCLUDED],
+    /// The last [`Service::generation`] that was given, so that none is given again.
+    pub generation: Word,
+    /// The last [`Backend::generation`], likewise.
+    pub backend_generation: Word,
+    /// Connects that were given to backends whose counters are another's now.
+    pub gone_opened: Word,
+    /// Which programs are attached, all of them: a number that differs between builds and what they were
+    /// loaded with; 0 while some are others. Nothing is decided by it but whether they stay.
+    pub programs: Word,
 }
 
 impl Settings {
@@ -477,7 +576,8 @@ const _: () = {
     assert!(size_of::<Slot>() == 40);
     assert!(size_of::<Backend>() == 32);
     #[cfg(not(loom))]
-    assert!(size_of::<Settings>() == 152);
+    assert!(size_of::<Settings>() == 184);
+    assert!(size_of::<Name>() == 256);
     assert!(Reason::ALL.len() <= counter::NO_FLOW_RECORD as usize);
 };
 

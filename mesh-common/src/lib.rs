@@ -39,8 +39,8 @@ pub use ejection::{Client, Ejection, Policy, Token};
 pub use event::Event;
 pub use flow::{Flow, Given, Held, Origin, Places, Role};
 pub use layout::{
-    ABI_VERSION, Backend, Elsewhere, FrontendKey, FrontendValue, Protocol, Reason, Service,
-    Settings, Slot, State, Table,
+    ABI_VERSION, Backend, Elsewhere, FrontendKey, FrontendValue, Marks, Name, Protocol, Reason,
+    Service, Settings, Slot, State, Table,
 };
 pub use limits::{Limits, chunk};
 pub use stats::{BackendStats, Failure, ServiceStats};

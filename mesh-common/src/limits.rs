@@ -49,6 +49,8 @@ pub mod chunk {
     pub const SLOTS: usize = 32_768;
     /// Of `BACKENDS`, `BACKEND_STATS` and `LATENCIES`.
     pub const BACKENDS: usize = 8_192;
+    /// Of `NAMES`.
+    pub const NAMES: usize = 1_024;
     /// Of `FLOWS`: no less, see [`crate::Held::PLACE_BITS`].
     pub const FLOWS: usize = 65_536;
 
@@ -63,6 +65,8 @@ pub mod chunk {
         assert!(BACKENDS.is_power_of_two() && FLOWS.is_power_of_two());
         // Records are multiples of 8 bytes, and no page is larger than 64 KiB.
         assert!(SERVICES >= 8_192 && SLOTS >= 8_192 && BACKENDS >= 8_192 && FLOWS >= 8_192);
+        // These are of 256 bytes.
+        assert!(NAMES.is_power_of_two() && NAMES >= 256);
         assert!(FLOWS == Limits::LEAST.records as usize);
     };
 }

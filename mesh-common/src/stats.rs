@@ -77,6 +77,8 @@ pub struct BackendStats {
 pub struct ServiceStats {
     /// By the number of the reason.
     pub refused: [Word; Reason::ALL.len()],
+    /// Whose frontend it is: index into `NAMES`. Written and read by the agent only.
+    pub owner: Word,
 }
 
 /// How often a change of [`BackendStats::ejection`] is tried. What changes it is rare, so somebody
@@ -260,7 +262,7 @@ const _: () = {
     #[cfg(not(loom))]
     assert!(size_of::<BackendStats>() == 64);
     #[cfg(not(loom))]
-    assert!(size_of::<ServiceStats>() == 64);
+    assert!(size_of::<ServiceStats>() == 72);
 };
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use aya_ebpf::btf_maps::HashMap;
 use aya_ebpf::macros::btf_map;
 use mesh_common::datagram;
 use mesh_common::layout::counter;
-use mesh_common::{Limits, Origin, Pin, PinKey, State, Tables as _, Word};
+use mesh_common::{Limits, Origin, Pin, PinKey, Tables as _, Word};
 
 use crate::chunks::{BACKEND_STATS, BACKENDS};
 use crate::maps::{Maps, count, jiffies, serves};
@@ -35,14 +35,15 @@ pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
         return NONE;
     };
-    let state = State::from_number(backend.state);
+    let state = backend.marks.state();
     if until < now || !stats.is_life(generation) {
         return NONE;
     }
     // What drains is in no table while there is another.
-    let good = backend.listed != 0 && datagram::serves(state, stats.ejection(), || Maps.client());
+    let good =
+        backend.marks.is_listed() && datagram::serves(state, stats.ejection(), || Maps.client());
     // When all are down, or out, nobody is sent from one to the other.
-    if !good && (serves(chosen) || backend.listed == 0) {
+    if !good && (serves(chosen) || !backend.marks.is_listed()) {
         return NONE;
     }
     // Not with every connect.

@@ -5,7 +5,9 @@ use core::marker::PhantomData;
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps};
 use aya_ebpf::macros::btf_map;
-use mesh_common::{Backend, BackendStats, Flow, Limits, Service, ServiceStats, Slot, Word, chunk};
+use mesh_common::{
+    Backend, BackendStats, Flow, Limits, Name, Service, ServiceStats, Slot, Word, chunk,
+};
 
 /// Flat arrays, and chunks of them, are mapped by the agent and written with plain stores.
 pub const FLAT: usize = BPF_F_MMAPABLE as usize;
@@ -79,5 +81,7 @@ chunks! {
     /// A [`mesh_common::latency::Latency`] for each backend; the agent sets it to 0 when the id is given to
     /// another.
     LATENCIES: Word, chunk::BACKENDS, MOST.backends;
+    #[expect(dead_code, reason = "no program reads it: it is for whoever finds the maps without their agent")]
+    NAMES: Name, chunk::NAMES, MOST.frontends;
     FLOWS: Flow, chunk::FLOWS, MOST.records;
 }

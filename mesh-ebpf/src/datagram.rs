@@ -16,8 +16,8 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps};
 use mesh_common::layout::counter;
 use mesh_common::{
-    Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, State, Tables as _,
-    Token, Verdict, translate,
+    Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, Tables as _, Token,
+    Verdict, translate,
 };
 
 use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
@@ -176,7 +176,7 @@ fn way(flow: *mut Flow) -> Way {
         is_connected: given.role.is_connected(),
         idle,
         ejection,
-        state: State::from_number(backend.state),
+        state: backend.marks.state(),
         is_try: held.has_token() && ejection.token() == given.token,
     };
     match keeps(standing, || Maps.client()) {

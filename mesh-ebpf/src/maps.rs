@@ -17,8 +17,8 @@ use mesh_common::layout::counter;
 use mesh_common::translate::{self, Detour};
 use mesh_common::{
     ABI_VERSION, Addr, BackendStats, Client, Ejection, Elsewhere, Event, Flow, FrontendKey,
-    FrontendValue, Limits, Origin, Places, Policy, Reason, Service, Settings, Slot, State, Table,
-    Tables, Word, balance, chance, datagram, latency, maglev,
+    FrontendValue, Limits, Origin, Places, Policy, Reason, Service, Settings, Slot, Table, Tables,
+    Word, balance, chance, datagram, latency, maglev,
 };
 
 use crate::chunks::{BACKEND_STATS, BACKENDS, FLAT, LATENCIES, SERVICE_STATS, SERVICES, SLOTS};
@@ -244,7 +244,7 @@ pub fn serves(id: u32) -> bool {
     let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
         return false;
     };
-    datagram::serves(State::from_number(backend.state), stats.ejection(), || Maps.client())
+    datagram::serves(backend.marks.state(), stats.ejection(), || Maps.client())
 }
 
 /// Whether anybody is excluded.

@@ -98,7 +98,7 @@ fn the_kernels_maps_survive_faults() -> Result<()> {
     let (faults, on) = (RefCell::new(random.fork()), Rc::new(Cell::new(true)));
     let failing = Rc::clone(&on);
     let fails = move |_: &'static str| failing.get() && faults.borrow_mut().u8(..100) < 15;
-    let mut reconciler = Reconciler::new(Faulty { maps, fails });
+    let mut reconciler = Reconciler::new(Faulty::new(maps, fails));
     let mut wanted = Wanted::new();
     for _ in 0..300 {
         let service = random.u8(..5);

@@ -19,10 +19,11 @@ use crate::check::mounts::Mounts;
 use crate::config::Config;
 
 /// What this project pins in a directory `v<N>`, besides what begins with [`PREFIX`].
-const MAPS: [&str; 16] = [
+const MAPS: [&str; 17] = [
     "FRONTENDS",
     "SERVICES",
     "SERVICE_STATS",
+    "NAMES",
     "SLOTS",
     "BACKENDS",
     "BACKEND_STATS",

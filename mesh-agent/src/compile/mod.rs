@@ -154,6 +154,14 @@ pub struct Tables {
     pub groups: BTreeMap<TableKey, u8>,
 }
 
+impl Tables {
+    /// Whether the kernel is to hold nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.backends.is_empty() && self.tables.is_empty() && self.frontends.is_empty()
+    }
+}
+
 /// What a service's record says besides its table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Rules {

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::yaml::{Node, Problems, excerpt, text};
 
-/// The longest name of anything, in characters: that of a DNS name.
+/// The longest name of anything, in bytes: that of a DNS name, and what `NAMES` has room for.
 const MAX_NAME: usize = 253;
 
 /// A name that can be typed on a command line and shown in a column.
@@ -17,8 +17,8 @@ pub(super) fn name<'n>(node: &'n Node, what: &str, problems: &mut Problems) -> O
     let name = text(node, what, problems)?;
     let wrong = if name.is_empty() {
         "it is empty"
-    } else if name.chars().count() > MAX_NAME {
-        "it is longer than 253 characters"
+    } else if name.len() > MAX_NAME {
+        "it is longer than 253 bytes"
     } else if name.chars().any(|c| c.is_control() || c.is_whitespace()) {
         "it has spaces or control characters"
     } else {

@@ -21,6 +21,14 @@ impl IdPool {
         Self { limit, fresh: 0, free: VecDeque::new() }
     }
 
+    /// A pool of which these ids are in use. What is free below them may rest no longer.
+    pub fn adopt(limit: u32, used: impl Iterator<Item = u32>) -> Self {
+        let used: BTreeSet<u32> = used.filter(|&id| id < limit).collect();
+        let fresh = used.last().map_or(0, |last| last + 1);
+        let free = (0..fresh).filter(|id| !used.contains(id)).collect();
+        Self { limit, fresh, free }
+    }
+
     /// Takes an id; nothing when all are in use. `reach` is asked whether a fresh one can be had: if it
     /// cannot, none has to rest.
     pub fn take(&mut self, reach: impl FnOnce(u32) -> bool) -> Option<u32> {
@@ -63,6 +71,24 @@ impl ExtentPool {
             pool.insert(0, limit);
         }
         pool
+    }
+
+    /// Takes these very slots. `false` when one of them is in use, or there is none of that number.
+    pub fn take_at(&mut self, base: u32, len: u32) -> bool {
+        let Some((&from, &size)) = self.by_base.range(..=base).next_back() else { return false };
+        let (Some(end), until) = (base.checked_add(len), from + size) else { return false };
+        if len == 0 || end > until {
+            return false;
+        }
+        self.remove(from, size);
+        if from < base {
+            self.insert(from, base - from);
+        }
+        if end < until {
+            self.insert(end, until - end);
+        }
+        self.used += len;
+        true
     }
 
     /// Takes `len` consecutive slots and returns the first; nothing when there is no such room.

@@ -2,9 +2,11 @@
 
 use std::io;
 
-use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Slot, Table};
+use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Name, Slot, Table};
 
-use super::maps::{Capacity, Counts, Kind, MapError, Maps, Refused};
+use super::maps::{
+    Capacity, Contents, Counts, Frontend, Generations, Kind, MapError, Maps, Refused,
+};
 use crate::compile::Rules;
 
 /// Passes calls on to another implementation, unless `fails` says that this one fails.
@@ -13,14 +15,32 @@ pub struct Faulty<M, F> {
     pub maps: M,
     /// Asked before each write, with the name of the operation.
     pub fails: F,
+    /// After so many changes the agent is gone: nothing that comes later is done.
+    pub lives: Option<usize>,
 }
 
 impl<M, F: FnMut(&'static str) -> bool> Faulty<M, F> {
-    fn gate(&mut self, operation: &'static str) -> Result<&mut M, MapError> {
-        if (self.fails)(operation) {
-            return Err(MapError { operation, source: io::Error::from_raw_os_error(libc::ENOMEM) });
+    /// Another implementation with these faults, whose agent lives on.
+    pub const fn new(maps: M, fails: F) -> Self {
+        Self { maps, fails, lives: None }
+    }
+
+    /// Nothing once the agent is gone.
+    fn alive(&mut self) -> Option<&mut M> {
+        match &mut self.lives {
+            Some(0) => return None,
+            Some(left) => *left -= 1,
+            None => {}
         }
-        Ok(&mut self.maps)
+        Some(&mut self.maps)
+    }
+
+    fn gate(&mut self, operation: &'static str) -> Result<&mut M, MapError> {
+        let failed = |error| MapError { operation, source: io::Error::from_raw_os_error(error) };
+        if (self.fails)(operation) {
+            return Err(failed(libc::ENOMEM));
+        }
+        self.alive().ok_or_else(|| failed(libc::ESRCH))
     }
 }
 
@@ -54,26 +74,43 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
     }
 
     fn retire_stats(&mut self, id: u32) {
-        self.maps.retire_stats(id);
+        if let Some(maps) = self.alive() {
+            maps.retire_stats(id);
+        }
     }
 
     fn forget_failures(&mut self, id: u32) {
-        self.maps.forget_failures(id);
+        if let Some(maps) = self.alive() {
+            maps.forget_failures(id);
+        }
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
         self.gate("writing SLOTS")?.write_slots(base, slots)
     }
 
-    fn write_service(
-        &mut self,
-        index: u32,
-        key: &FrontendKey,
-        generation: u64,
-        table: Table,
-        rules: Rules,
-    ) -> Result<(), MapError> {
-        self.gate("writing SERVICES")?.write_service(index, key, generation, table, rules)
+    fn write_service(&mut self, index: u32, frontend: &Frontend) -> Result<(), MapError> {
+        self.gate("writing SERVICES")?.write_service(index, frontend)
+    }
+
+    fn set_owner(&mut self, index: u32, owner: u32) -> Result<(), MapError> {
+        self.gate("giving a record of SERVICES to another")?.set_owner(index, owner)
+    }
+
+    fn write_name(&mut self, index: u32, name: &Name) -> Result<(), MapError> {
+        self.gate("writing NAMES")?.write_name(index, name)
+    }
+
+    fn note_generations(&mut self, last: Generations) {
+        if let Some(maps) = self.alive() {
+            maps.note_generations(last);
+        }
+    }
+
+    fn note_gone(&mut self, opened: u64) {
+        if let Some(maps) = self.alive() {
+            maps.note_gone(opened);
+        }
     }
 
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
@@ -100,6 +137,10 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         self.gate("inserting into VIRTUAL_IPS")?.insert_virtual_ip(addr, bits)
     }
 
+    fn remove_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        self.gate("removing from VIRTUAL_IPS")?.remove_virtual_ip(addr, bits)
+    }
+
     fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError> {
         self.gate("writing SETTINGS")?.set_virtual_ip_count(count)
     }
@@ -122,5 +163,39 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
 
     fn refused(&self, index: u32) -> Refused {
         self.maps.refused(index)
+    }
+}
+
+impl<M: Contents, F: FnMut(&'static str) -> bool> Contents for Faulty<M, F> {
+    fn entries(&self) -> Result<Vec<(FrontendKey, FrontendValue)>, MapError> {
+        self.maps.entries()
+    }
+
+    fn virtual_ips(&self) -> Result<Vec<(Addr, u8)>, MapError> {
+        self.maps.virtual_ips()
+    }
+
+    fn there(&self, kind: Kind) -> u32 {
+        self.maps.there(kind)
+    }
+
+    fn service(&self, index: u32) -> Option<Frontend> {
+        self.maps.service(index)
+    }
+
+    fn name(&self, index: u32) -> Option<Name> {
+        self.maps.name(index)
+    }
+
+    fn life(&self, id: u32) -> u64 {
+        self.maps.life(id)
+    }
+
+    fn generations(&self) -> Generations {
+        self.maps.generations()
+    }
+
+    fn gone(&self) -> u64 {
+        self.maps.gone()
     }
 }

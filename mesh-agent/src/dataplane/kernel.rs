@@ -12,13 +12,15 @@ use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::latency::Latency;
 use mesh_common::{
-    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Limits, Origin,
-    Service, ServiceStats, Settings, Slot, Table, Tables, Word, chunk,
+    Addr, Backend, BackendStats, Client, Ejection, FrontendKey, FrontendValue, Limits, Name,
+    Origin, Service, ServiceStats, Settings, Slot, Table, Tables, Word, chunk,
 };
 
 use super::chunks::Chunks;
 use super::clock;
-use super::maps::{Capacity, Counts, Kind, MapError, Maps, Refused};
+use super::maps::{
+    Capacity, Contents, Counts, Frontend, Generations, Kind, MapError, Maps, Refused,
+};
 use super::sys::{Flat, Mapped};
 use crate::compile::Rules;
 
@@ -67,12 +69,13 @@ pub struct KernelMaps {
     stats: Chunks<BackendStats>,
     latencies: Chunks<Word>,
     service_stats: Chunks<ServiceStats>,
+    names: Chunks<Name>,
     settings: Mapped<Settings>,
     virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
     counters: Mapped<Word>,
     capacity: Capacity,
     /// Of each kind.
-    shortages: [Option<Shortage>; 3],
+    shortages: [Option<Shortage>; 4],
     /// One that was met.
     shortage: Option<Arc<str>>,
 }
@@ -119,6 +122,7 @@ impl KernelMaps {
             frontends,
             services: Chunks::open(ebpf, "SERVICES", chunk::SERVICES, services)?,
             service_stats: Chunks::open(ebpf, "SERVICE_STATS", chunk::SERVICES, services)?,
+            names: Chunks::open(ebpf, "NAMES", chunk::NAMES, services)?,
             slots: Chunks::open(ebpf, "SLOTS", chunk::SLOTS, capacity.slots)?,
             backends: Chunks::open(ebpf, "BACKENDS", chunk::BACKENDS, backends)?,
             stats: Chunks::open(ebpf, "BACKEND_STATS", chunk::BACKENDS, backends)?,
@@ -127,7 +131,7 @@ impl KernelMaps {
             virtual_ips,
             counters: mapped(ebpf, "COUNTERS")?,
             capacity,
-            shortages: [None, None, None],
+            shortages: [const { None }; 4],
             shortage: None,
         })
     }
@@ -153,6 +157,7 @@ impl KernelMaps {
         match kind {
             Kind::Services => self.service_stats.size().min(self.services.size()),
             Kind::Slots => self.slots.size(),
+            Kind::Names => self.names.size(),
             Kind::Backends => {
                 self.stats.size().min(self.latencies.size()).min(self.backends.size())
             }
@@ -163,6 +168,7 @@ impl KernelMaps {
     pub fn bytes(&self) -> u64 {
         self.services.bytes()
             + self.service_stats.bytes()
+            + self.names.bytes()
             + self.slots.bytes()
             + self.backends.bytes()
             + self.stats.bytes()
@@ -252,6 +258,7 @@ impl Maps for KernelMaps {
         let grown = match kind {
             Kind::Services => self.service_stats.reach(len).and_then(|()| self.services.reach(len)),
             Kind::Slots => self.slots.reach(len),
+            Kind::Names => self.names.reach(len),
             Kind::Backends => self
                 .stats
                 .reach(len)
@@ -259,7 +266,7 @@ impl Maps for KernelMaps {
                 .and_then(|()| self.backends.reach(len)),
         };
         self.shortages[place] = grown.err().map(|error| {
-            let map = ["SERVICES", "SLOTS", "BACKENDS"][place];
+            let map = ["SERVICES", "SLOTS", "BACKENDS", "NAMES"][place];
             let text = format!("{map} cannot grow to {len} records: {error}").into();
             self.shortage = Some(Arc::clone(&text));
             Shortage { text, len, until: Instant::now() + SHORT }
@@ -273,12 +280,12 @@ impl Maps for KernelMaps {
             let found = wanted.iter().find(|&&(kind, len)| kind == of && len > self.there(kind));
             found.map(|&(_, len)| len)
         };
-        let lens = [Kind::Services, Kind::Slots, Kind::Backends].map(len);
-        if lens == [None; 3] || self.shortages.iter().flatten().any(|known| known.holds(u32::MAX)) {
+        let lens = [Kind::Services, Kind::Slots, Kind::Backends, Kind::Names].map(len);
+        if lens == [None; 4] || self.shortages.iter().flatten().any(|known| known.holds(u32::MAX)) {
             return;
         }
-        let [of_services, of_slots, of_backends] = lens;
-        let Self { services, service_stats, slots, backends, stats, latencies, .. } = self;
+        let [of_services, of_slots, of_backends, of_names] = lens;
+        let Self { services, service_stats, slots, backends, stats, latencies, names, .. } = self;
         thread::scope(|scope| {
             // Without a thread, or memory, it is as if nobody had asked yet.
             let spawn = |grow: Box<dyn FnOnce() + Send>| {
@@ -290,6 +297,9 @@ impl Maps for KernelMaps {
             }
             if let Some(len) = of_slots {
                 spawn(Box::new(move || drop(slots.reach(len))));
+            }
+            if let Some(len) = of_names {
+                spawn(Box::new(move || drop(names.reach(len))));
             }
             if let Some(len) = of_backends {
                 spawn(Box::new(move || drop(backends.reach(len))));
@@ -340,26 +350,37 @@ impl Maps for KernelMaps {
         self.slots.write(base, slots).map_err(out_of_range("writing SLOTS"))
     }
 
-    fn write_service(
-        &mut self,
-        index: u32,
-        key: &FrontendKey,
-        generation: u64,
-        table: Table,
-        rules: Rules,
-    ) -> Result<(), MapError> {
-        let record = [Service {
-            table: Word::new(table.0),
-            generation: Word::new(generation),
-            policy: Word::new(rules.policy.0),
-            key: *key,
-            pad: 0,
-            position: Word::new(0),
-            affinity: Word::new(rules.affinity.0),
-        }];
-        let stats = [ServiceStats::default()];
+    fn write_service(&mut self, index: u32, frontend: &Frontend) -> Result<(), MapError> {
+        let record = [record(frontend)];
+        let owner = Word::new(frontend.owner.into());
+        let stats = [ServiceStats { owner, ..ServiceStats::default() }];
         self.service_stats.write(index, &stats).map_err(out_of_range("writing SERVICE_STATS"))?;
         self.services.write(index, &record).map_err(out_of_range("writing SERVICES"))
+    }
+
+    fn set_owner(&mut self, index: u32, owner: u32) -> Result<(), MapError> {
+        if let Some(stats) = self.service_stats.get(index) {
+            stats.owner.store(owner.into());
+        }
+        Ok(())
+    }
+
+    fn write_name(&mut self, index: u32, name: &Name) -> Result<(), MapError> {
+        let names = std::slice::from_ref(name);
+        self.names.write(index, names).map_err(out_of_range("writing NAMES"))
+    }
+
+    fn note_generations(&mut self, last: Generations) {
+        if let Some(settings) = self.settings.get(0) {
+            settings.generation.store(last.service);
+            settings.backend_generation.store(last.backend.into());
+        }
+    }
+
+    fn note_gone(&mut self, opened: u64) {
+        if let Some(settings) = self.settings.get(0) {
+            settings.gone_opened.store(opened);
+        }
     }
 
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
@@ -389,15 +410,17 @@ impl Maps for KernelMaps {
     }
 
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError> {
-        match self.frontends.remove(key).map_err(map_error("removing from FRONTENDS")) {
-            Err(error) if error.source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            result => result,
-        }
+        gone(self.frontends.remove(key).map_err(map_error("removing from FRONTENDS")))
     }
 
     fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
         let key = Key::new(u32::from(bits), addr.octets());
         self.virtual_ips.insert(&key, 1, 0).map_err(map_error("inserting into VIRTUAL_IPS"))
+    }
+
+    fn remove_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        let key = Key::new(u32::from(bits), addr.octets());
+        gone(self.virtual_ips.remove(&key).map_err(map_error("removing from VIRTUAL_IPS")))
     }
 
     fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError> {
@@ -435,6 +458,85 @@ impl Maps for KernelMaps {
             }
         }
         refused
+    }
+}
+
+/// Removing what is not there is no error.
+fn gone(removed: Result<(), MapError>) -> Result<(), MapError> {
+    removed.or_else(|error| match error.source.raw_os_error() {
+        Some(libc::ENOENT) => Ok(()),
+        _ => Err(error),
+    })
+}
+
+/// A record as it is written.
+pub(super) fn record(frontend: &Frontend) -> Service {
+    let Frontend { key, generation, table, rules, .. } = frontend;
+    Service {
+        table: Word::new(table.0),
+        generation: Word::new(*generation),
+        policy: Word::new(rules.policy.0),
+        key: *key,
+        pad: 0,
+        position: Word::new(0),
+        affinity: Word::new(rules.affinity.0),
+    }
+}
+
+/// What a record says, and whose it is.
+pub(super) fn frontend(record: &Service, owner: u64) -> Option<Frontend> {
+    Some(Frontend {
+        key: record.key,
+        generation: record.generation(),
+        table: record.table(),
+        rules: Rules { policy: record.policy(), affinity: record.affinity() },
+        owner: u32::try_from(owner).ok()?,
+    })
+}
+
+impl Contents for KernelMaps {
+    fn entries(&self) -> Result<Vec<(FrontendKey, FrontendValue)>, MapError> {
+        let entries = self.frontends.iter().collect::<Result<_, _>>();
+        entries.map_err(map_error("reading FRONTENDS"))
+    }
+
+    fn virtual_ips(&self) -> Result<Vec<(Addr, u8)>, MapError> {
+        let prefix = |key: Key<[u8; 16]>| {
+            (Addr::from(std::net::Ipv6Addr::from(key.data())), u8::try_from(key.prefix_len()))
+        };
+        let prefixes = self.virtual_ips.keys().map(|key| {
+            let (addr, bits) = prefix(key?);
+            Ok((addr, bits.unwrap_or(128)))
+        });
+        prefixes.collect::<Result<_, _>>().map_err(map_error("reading VIRTUAL_IPS"))
+    }
+
+    fn there(&self, kind: Kind) -> u32 {
+        Self::there(self, kind)
+    }
+
+    fn service(&self, index: u32) -> Option<Frontend> {
+        frontend(self.services.get(index)?, self.service_stats.get(index)?.owner.load())
+    }
+
+    fn name(&self, index: u32) -> Option<Name> {
+        self.names.get(index).copied()
+    }
+
+    fn life(&self, id: u32) -> u64 {
+        self.stats.get(id).map_or(0, |stats| stats.generation.load())
+    }
+
+    fn generations(&self) -> Generations {
+        self.settings.get(0).map_or(Generations::default(), |settings| Generations {
+            service: settings.generation.load(),
+            // Only what fits was ever stored.
+            backend: u32::try_from(settings.backend_generation.load()).unwrap_or_default(),
+        })
+    }
+
+    fn gone(&self) -> u64 {
+        self.settings.get(0).map_or(0, |settings| settings.gone_opened.load())
     }
 }
 

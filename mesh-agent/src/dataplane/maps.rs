@@ -5,7 +5,7 @@
 use std::io;
 
 use mesh_common::{
-    Addr, Backend, BackendStats, Ejection, FrontendKey, FrontendValue, Reason, Slot, Table,
+    Addr, Backend, BackendStats, Ejection, FrontendKey, FrontendValue, Name, Reason, Slot, Table,
 };
 
 use crate::compile::Rules;
@@ -44,6 +44,33 @@ pub enum Kind {
     Slots,
     /// `BACKENDS` and what is known of them.
     Backends,
+    /// `NAMES`.
+    Names,
+}
+
+/// A record of `SERVICES`, with whose it is, as the agent writes it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Frontend {
+    /// What is dialled.
+    pub key: FrontendKey,
+    /// Which life of the record this is; never 0.
+    pub generation: u64,
+    /// The table in force.
+    pub table: Table,
+    /// What else the programs heed.
+    pub rules: Rules,
+    /// Index into `NAMES`.
+    pub owner: u32,
+}
+
+/// The last generations that were given, of services' records and of backends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Generations {
+    /// 64 bits do not wrap; 0 is none.
+    pub service: u64,
+    /// It wraps after 2^32 backends: a stale pair of id and generation would have to survive exactly that
+    /// many. 0 is none.
+    pub backend: u32,
 }
 
 /// The maps, as the agent writes and reads them.
@@ -80,14 +107,15 @@ pub trait Maps {
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError>;
     /// Writes a record of `SERVICES` that no entry of `FRONTENDS` names, and sets what is counted
     /// for it to zero.
-    fn write_service(
-        &mut self,
-        index: u32,
-        key: &FrontendKey,
-        generation: u64,
-        table: Table,
-        rules: Rules,
-    ) -> Result<(), MapError>;
+    fn write_service(&mut self, index: u32, frontend: &Frontend) -> Result<(), MapError>;
+    /// Gives a record to another service. No program reads that.
+    fn set_owner(&mut self, index: u32, owner: u32) -> Result<(), MapError>;
+    /// Writes a record of `NAMES`: before anything is its, and after everything was.
+    fn write_name(&mut self, index: u32, name: &Name) -> Result<(), MapError>;
+    /// Notes the last generations that were given, before they are written anywhere.
+    fn note_generations(&mut self, last: Generations);
+    /// Notes how many connects were given to backends that are gone, all together.
+    fn note_gone(&mut self, opened: u64);
     /// Gives a record other rules: a store for each.
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError>;
     /// Switches a record to another table: a single store, after all that was written before.
@@ -101,6 +129,8 @@ pub trait Maps {
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError>;
     /// Makes an entry of `VIRTUAL_IPS`: a prefix of so many of the 128 bits.
     fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError>;
+    /// Removes an entry of `VIRTUAL_IPS`; it is no error when there is none.
+    fn remove_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError>;
     /// Says in `SETTINGS` how many entries `VIRTUAL_IPS` has; while it is 0, none is looked at.
     fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError>;
 
@@ -120,6 +150,26 @@ pub trait Maps {
     /// Reads how many connects to the frontend of a record of `SERVICES` were refused, by
     /// [`Reason`].
     fn refused(&self, index: u32) -> Refused;
+}
+
+/// What the maps hold, for whoever takes them over from an agent that is gone.
+pub trait Contents: Maps {
+    /// All entries of `FRONTENDS`.
+    fn entries(&self) -> Result<Vec<(FrontendKey, FrontendValue)>, MapError>;
+    /// All entries of `VIRTUAL_IPS`.
+    fn virtual_ips(&self) -> Result<Vec<(Addr, u8)>, MapError>;
+    /// How many records of a kind there are.
+    fn there(&self, kind: Kind) -> u32;
+    /// A record of `SERVICES`, and whose it is.
+    fn service(&self, index: u32) -> Option<Frontend>;
+    /// A record of `NAMES`.
+    fn name(&self, index: u32) -> Option<Name>;
+    /// Whose the counters of a backend are: the generation of one, 0 for nobody's.
+    fn life(&self, id: u32) -> u64;
+    /// The last generations that were noted.
+    fn generations(&self) -> Generations;
+    /// What was last noted of backends that are gone.
+    fn gone(&self) -> u64;
 }
 
 /// Refused connects, by the number of the [`Reason`].

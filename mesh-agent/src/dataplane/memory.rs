@@ -3,13 +3,18 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::Ipv6Addr;
 
 use mesh_common::{
-    Addr, Backend, BackendStats, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy,
-    Service, Slot, Table, Tables, Token, Word,
+    Addr, Backend, BackendStats, Caller, Client, Ejection, FrontendKey, FrontendValue, Name,
+    Policy, Service, Slot, Table, Tables, Token, Word,
 };
 
-use super::maps::{Capacity, Counts, Kind, MapError, Maps, Refused};
+use super::kernel::{frontend, record};
+use super::maps::{
+    Capacity, Contents, Counts, Frontend, Generations, Kind, MapError, Maps, Refused,
+};
+use super::reconcile::UNNAMED;
 use crate::compile::Rules;
 
 /// The tables, with the memory of what is still in use.
@@ -26,6 +31,11 @@ pub struct Memory {
     slots: Vec<Slot>,
     backends: Vec<Backend>,
     stats: Vec<BackendStats>,
+    /// By record of `SERVICES`.
+    owners: Vec<u32>,
+    names: Vec<Name>,
+    generations: Generations,
+    gone: u64,
     virtual_ips: Vec<(u128, u8)>,
     virtual_ip_count: u32,
     /// Draws so far.
@@ -35,6 +45,22 @@ pub struct Memory {
     /// Backends, by id and generation, whose connections programs still running have seen end: the
     /// id must stay nobody else's.
     pub enders: Vec<(u32, u64)>,
+}
+
+/// A value that is not what was written: a place, as a number of any size, and what is there.
+#[derive(Clone, Copy, Debug)]
+#[expect(missing_docs, reason = "each is a map")]
+#[expect(clippy::large_enum_variant, reason = "a test has few of them")]
+pub enum Spoiled {
+    Entry(u32, FrontendValue),
+    Table(u32, u64),
+    Generation(u32, u64),
+    Key(u32, FrontendKey),
+    Owner(u32, u32),
+    Slot(u32, Slot),
+    Backend(u32, Backend),
+    Life(u32, u64),
+    Name(u32, Name),
 }
 
 impl Memory {
@@ -54,6 +80,10 @@ impl Memory {
             slots: filled(capacity.slots),
             backends: filled(capacity.backends),
             stats: filled(capacity.backends),
+            owners: filled(capacity.services),
+            names: vec![Name::NONE; capacity.services as usize],
+            generations: Generations::default(),
+            gone: 0,
             virtual_ips: Vec::new(),
             virtual_ip_count: 0,
             draws: Word::new(0),
@@ -78,6 +108,55 @@ impl Memory {
         self.enders.clear();
     }
 
+    /// Another value in place of one: what no agent would write.
+    pub fn spoil(&mut self, spoiled: Spoiled) {
+        let at = |place: u32, len: usize| place as usize % len.max(1);
+        let Capacity { services, slots, backends, .. } = self.there;
+        if services.min(slots).min(backends) == 0 {
+            return;
+        }
+        match spoiled {
+            Spoiled::Entry(place, value) => {
+                let place = at(place, self.frontends.len());
+                if let Some(entry) = self.frontends.values_mut().nth(place) {
+                    *entry = value;
+                }
+            }
+            Spoiled::Table(place, table) => {
+                let place = at(place, services as usize);
+                self.services[place].table.store(table);
+            }
+            Spoiled::Generation(place, generation) => {
+                let place = at(place, services as usize);
+                self.services[place].generation.store(generation);
+            }
+            Spoiled::Key(place, key) => {
+                let place = at(place, services as usize);
+                self.services[place].key = key;
+            }
+            Spoiled::Owner(place, owner) => {
+                let place = at(place, services as usize);
+                self.owners[place] = owner;
+            }
+            Spoiled::Slot(place, slot) => {
+                let place = at(place, slots as usize);
+                self.slots[place] = slot;
+            }
+            Spoiled::Backend(place, backend) => {
+                let place = at(place, backends as usize);
+                self.backends[place] = backend;
+            }
+            Spoiled::Life(place, life) => {
+                let place = at(place, backends as usize);
+                self.stats[place].generation.store(life);
+            }
+            Spoiled::Name(place, name) => {
+                let place = at(place, services as usize);
+                self.names[place] = name;
+            }
+        }
+    }
+
     /// The entries of `FRONTENDS`.
     pub fn frontends(&self) -> impl Iterator<Item = (&FrontendKey, &FrontendValue)> {
         self.frontends.iter()
@@ -92,6 +171,19 @@ impl Memory {
             .flat_map(|table| &self.slots[table.base() as usize..][..table.len() as usize])
     }
 
+    fn size_of(&self, kind: Kind) -> u32 {
+        match kind {
+            Kind::Services | Kind::Names => self.there.services,
+            Kind::Slots => self.there.slots,
+            Kind::Backends => self.there.backends,
+        }
+    }
+
+    fn assert_named(&self, owner: u32) {
+        let name = self.names.get(owner as usize).and_then(Name::get);
+        assert!(owner == UNNAMED || name.is_some(), "service {owner} has no name");
+    }
+
     fn named_services(&self) -> impl Iterator<Item = u32> {
         self.frontends.iter().filter(|(key, _)| key.protocol != 0).map(|(_, value)| value.service)
     }
@@ -104,13 +196,13 @@ impl Maps for Memory {
 
     fn reach(&mut self, kind: Kind, len: u32) -> u32 {
         let of = |all: &Capacity| match kind {
-            Kind::Services => all.services,
+            Kind::Services | Kind::Names => all.services,
             Kind::Slots => all.slots,
             Kind::Backends => all.backends,
         };
         let there = len.min(of(&self.memory)).max(of(&self.there));
         match kind {
-            Kind::Services => self.there.services = there,
+            Kind::Services | Kind::Names => self.there.services = there,
             Kind::Slots => self.there.slots = there,
             Kind::Backends => self.there.backends = there,
         }
@@ -128,6 +220,10 @@ impl Maps for Memory {
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
         assert!(id < self.there.backends, "backend {id} is not there");
+        if backend.protocol != 0 {
+            assert!(backend.generation <= self.generations.backend, "a generation is not noted");
+            self.assert_named(backend.owner);
+        }
         let record = &mut self.backends[id as usize];
         let same_life = record.generation == backend.generation;
         *record = *backend;
@@ -169,26 +265,41 @@ impl Maps for Memory {
         Ok(())
     }
 
-    fn write_service(
-        &mut self,
-        index: u32,
-        key: &FrontendKey,
-        generation: u64,
-        table: Table,
-        rules: Rules,
-    ) -> Result<(), MapError> {
+    fn write_service(&mut self, index: u32, frontend: &Frontend) -> Result<(), MapError> {
         assert!(index < self.there.services, "record {index} is not there");
         assert!(self.named_services().all(|named| named != index), "service {index} is named");
-        self.services[index as usize] = Service {
-            table: Word::new(table.0),
-            generation: Word::new(generation),
-            policy: Word::new(rules.policy.0),
-            key: *key,
-            pad: 0,
-            position: Word::new(0),
-            affinity: Word::new(rules.affinity.0),
-        };
+        assert!(frontend.generation <= self.generations.service, "a generation is not noted");
+        self.assert_named(frontend.owner);
+        self.services[index as usize] = record(frontend);
+        self.owners[index as usize] = frontend.owner;
         Ok(())
+    }
+
+    fn set_owner(&mut self, index: u32, owner: u32) -> Result<(), MapError> {
+        self.assert_named(owner);
+        self.owners[index as usize] = owner;
+        Ok(())
+    }
+
+    fn write_name(&mut self, index: u32, name: &Name) -> Result<(), MapError> {
+        assert!(index < self.there.services, "name {index} is not there");
+        let of_frontend = |record: u32| self.owners[record as usize] == index;
+        assert!(!self.named_services().any(of_frontend), "name {index} is a frontend's");
+        let mut lives = self.backends.iter().zip(&self.stats);
+        let of_backend = |(backend, stats): (&Backend, &BackendStats)| {
+            backend.owner == index && stats.is_life(backend.generation) && backend.protocol != 0
+        };
+        assert!(!lives.any(of_backend), "name {index} is a backend's");
+        self.names[index as usize] = *name;
+        Ok(())
+    }
+
+    fn note_generations(&mut self, last: Generations) {
+        self.generations = last;
+    }
+
+    fn note_gone(&mut self, opened: u64) {
+        self.gone = opened;
     }
 
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
@@ -238,6 +349,12 @@ impl Maps for Memory {
         Ok(())
     }
 
+    fn remove_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        let prefix = (u128::from_be_bytes(addr.octets()), bits);
+        self.virtual_ips.retain(|known| *known != prefix);
+        Ok(())
+    }
+
     fn set_virtual_ip_count(&mut self, count: u32) -> Result<(), MapError> {
         self.virtual_ip_count = count;
         Ok(())
@@ -261,6 +378,42 @@ impl Maps for Memory {
 
     fn refused(&self, _: u32) -> Refused {
         Refused::default()
+    }
+}
+
+impl Contents for Memory {
+    fn entries(&self) -> Result<Vec<(FrontendKey, FrontendValue)>, MapError> {
+        Ok(self.frontends.iter().map(|(key, value)| (*key, *value)).collect())
+    }
+
+    fn virtual_ips(&self) -> Result<Vec<(Addr, u8)>, MapError> {
+        let prefix = |&(addr, bits): &(u128, u8)| (Ipv6Addr::from_bits(addr).into(), bits);
+        Ok(self.virtual_ips.iter().map(prefix).collect())
+    }
+
+    fn there(&self, kind: Kind) -> u32 {
+        self.size_of(kind)
+    }
+
+    fn service(&self, index: u32) -> Option<Frontend> {
+        let index = index as usize;
+        frontend(self.services.get(index)?, (*self.owners.get(index)?).into())
+    }
+
+    fn name(&self, index: u32) -> Option<Name> {
+        self.names.get(index as usize).copied()
+    }
+
+    fn life(&self, id: u32) -> u64 {
+        self.stats.get(id as usize).map_or(0, |stats| stats.generation.load())
+    }
+
+    fn generations(&self) -> Generations {
+        self.generations
+    }
+
+    fn gone(&self) -> u64 {
+        self.gone
     }
 }
 

@@ -192,7 +192,7 @@ impl Engine {
         let ids: Vec<u32> = self.reconciler.backends(name).map(|(_, id)| id).collect();
         let counts: Vec<Counts> = ids.iter().map(|&id| maps.counts(id)).collect();
         let healthy = ids.iter().zip(&counts).filter(|&(&id, counts)| {
-            let state = maps.backend(id).map(|backend| State::from_number(backend.state));
+            let state = maps.backend(id).map(|backend| backend.marks.state());
             state == Some(State::Healthy) && !out::is_out(counts.ejection, Client::NOBODY)
         });
         let failed = counts.iter().fold([0; 4], |mut sum, counts| {
@@ -260,7 +260,7 @@ impl Engine {
                         .to_string(),
                     state: standing.state.name().to_owned(),
                     reason: standing.reason,
-                    weight: backend.weight,
+                    weight: backend.weight.into(),
                     zone: endpoint.and_then(|e| e.zone.as_deref()).map(str::to_owned),
                     active: counts.active,
                     opened: counts.opened,
@@ -291,7 +291,7 @@ impl Engine {
         policy: Policy,
     ) -> Standing {
         let reason = known.map_or("", |known| &*known.reason);
-        let state = State::from_number(backend.state);
+        let state = backend.marks.state();
         let suspect = self.suspect(id, backend.generation);
         out::standing((state, reason), ejection, policy, suspect, ticks(clock::monotonic()))
     }
@@ -485,7 +485,7 @@ impl Names for Engine {
                     address: backend.address,
                     state: standing.state,
                     reason,
-                    weight: record.weight,
+                    weight: record.weight.into(),
                     ejection,
                 })
             })

@@ -29,6 +29,8 @@ struct Extent {
     base: u32,
     len: u32,
     backends: u32,
+    /// Whether all that it holds is what this agent has written, or compared with what it would.
+    is_known: bool,
 }
 
 /// What an extent holds.
@@ -78,15 +80,22 @@ impl Extents {
     }
 
     /// Whether a table holds exactly this.
-    pub fn holds<M: Maps>(&self, maps: &M, table: Table, content: &Content) -> bool {
+    pub fn holds<M: Maps>(&mut self, maps: &M, table: Table, content: &Content) -> bool {
         let Content { slots, backends, .. } = content;
-        (table.len() as usize, table.extent() as usize) == (*backends, slots.len())
-            && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
+        let holds = (table.len() as usize, table.extent() as usize) == (*backends, slots.len())
+            && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot));
+        if holds && let Some((extent, _)) = self.live.get_mut(&table.base()) {
+            extent.is_known = true;
+        }
+        holds
     }
 
-    /// Whether a table begins with exactly these backends.
+    /// Whether a table begins with exactly these backends, and what follows was found to be as it should
+    /// be for them.
     pub fn begins<M: Maps>(&self, maps: &M, table: Table, slots: &[Slot]) -> bool {
-        table.len() as usize == slots.len()
+        let extent = self.live.get(&table.base());
+        extent.is_some_and(|(extent, _)| extent.is_known)
+            && table.len() as usize == slots.len()
             && (table.base()..).zip(slots).all(|(index, slot)| maps.slot(index) == Some(*slot))
     }
 
@@ -126,11 +135,43 @@ impl Extents {
         }
         let backends = u32::try_from(*backends).unwrap_or(len).min(len);
         self.entries_used += entries;
-        self.live.insert(base, (Extent { base, len, backends }, 1));
+        self.live.insert(base, (Extent { base, len, backends, is_known: true }, 1));
         for slot in &slots[..backends as usize] {
             *self.backends.entry(slot.backend).or_default() += 1;
         }
         Ok(Written::Table(Table::slots(base, backends).sized(*size)))
+    }
+
+    /// One holder more of a table that is in force, which may not be known yet. `false` when it makes no
+    /// sense: it is not all there, or others lie in it, or it names backends that are not there.
+    pub fn adopt<M: Maps>(&mut self, maps: &M, table: Table) -> bool {
+        let (base, len, backends) = (table.base(), table.extent(), table.len());
+        if let Some((extent, holders)) = self.live.get_mut(&base) {
+            let same = (extent.len, extent.backends) == (len, backends);
+            *holders += u32::from(same);
+            return same;
+        }
+        let is_there = |slot: Slot| {
+            let backend = maps.backend(slot.backend);
+            backend.is_some_and(|b| b.protocol != 0 && b.generation == slot.generation)
+        };
+        let slots = base..base.saturating_add(backends);
+        if !slots.clone().all(|index| maps.slot(index).is_some_and(is_there))
+            || !self.pool.take_at(base, len)
+        {
+            return false;
+        }
+        self.entries_used += len - backends;
+        self.live.insert(base, (Extent { base, len, backends, is_known: false }, 1));
+        for slot in slots.filter_map(|index| maps.slot(index)) {
+            self.hold_backend(slot.backend);
+        }
+        true
+    }
+
+    /// Whether anything holds a backend.
+    pub fn names(&self, id: u32) -> bool {
+        self.backends.contains_key(&id)
     }
 
     /// So many slots in a row, which are there.
@@ -220,7 +261,7 @@ impl Extents {
 
     /// The wait is over. Backends that nothing holds any more are added to `unheld`.
     pub fn end_grace<M: Maps>(&mut self, maps: &M, unheld: &mut Vec<u32>) {
-        for Extent { base, len, backends } in std::mem::take(&mut self.waiting) {
+        for Extent { base, len, backends, .. } in std::mem::take(&mut self.waiting) {
             for slot in (base..base + backends).filter_map(|index| maps.slot(index)) {
                 if self.release_backend(slot.backend) {
                     unheld.push(slot.backend);

@@ -5,17 +5,21 @@ use std::net::SocketAddr;
 use mesh_common::alias::Column;
 use mesh_common::maglev::{self, Size};
 use mesh_common::{
-    Addr, Algorithm, Backend, FrontendKey, FrontendValue, Policy, Reason, Slot, Table,
+    Addr, Algorithm, Backend, FrontendKey, FrontendValue, Marks, Policy, Reason, Slot, Table,
 };
 
 use super::extents::{Content, Written};
-use super::{Held, HeldBackend, HeldFrontend, Problem, Reconciler};
+use super::{Held, HeldBackend, HeldFrontend, Owner, Problem, Reconciler};
 use crate::compile::{self, Rows, Rules, TableKey, Tables};
-use crate::dataplane::maps::{Kind, MapError, Maps};
+use crate::dataplane::maps::{Frontend, Kind, MapError, Maps};
 use crate::model::ServiceName;
 
 /// How many attempts a service waits for ids that it was granted.
 const PATIENCE: u32 = 3;
+
+/// What leads nowhere, but says that an address is some service's.
+pub(super) const ADDRESS: FrontendValue =
+    FrontendValue { service: u32::MAX, pad: 0, generation: 0 };
 
 /// Id and generation of each wanted backend that could be had, in their order.
 type Ids = [Option<(u32, u32)>];
@@ -24,13 +28,13 @@ impl<M: Maps> Reconciler<M> {
     /// Makes what is wanted and not there, and switches frontends to it.
     pub(super) fn hold(
         &mut self,
-        name: &ServiceName,
+        owner: Owner<'_>,
         held: &mut Held,
         wanted: &Tables,
         problems: &mut Vec<Problem>,
     ) {
         self.maps.forget_shortage();
-        let (ids, busy) = self.hold_backends(name, held, wanted, problems);
+        let (ids, busy) = self.hold_backends(owner, held, wanted, problems);
         let mut missing = 0;
         let mut tables = Vec::with_capacity(wanted.tables.len());
         for (key, rows) in &wanted.tables {
@@ -57,7 +61,7 @@ impl<M: Maps> Reconciler<M> {
                 note: ", and what is free is in pieces",
             });
         }
-        self.hold_frontends(name, held, wanted, &tables, problems);
+        self.hold_frontends(owner, held, wanted, &tables, problems);
         if let Some(shortage) = self.maps.shortage()
             && !problems.is_empty()
         {
@@ -76,15 +80,15 @@ impl<M: Maps> Reconciler<M> {
     /// running programs, or a write failed.
     fn hold_backends(
         &mut self,
-        name: &ServiceName,
+        owner: Owner<'_>,
         held: &mut Held,
         wanted: &Tables,
         problems: &mut Vec<Problem>,
     ) -> (Vec<Option<(u32, u32)>>, bool) {
-        let granted = self.shares.grow(name, wanted.backends.len());
+        let granted = self.shares.grow(owner.name, wanted.backends.len());
         let (mut busy, mut ids) = (false, Vec::with_capacity(wanted.backends.len()));
         for backend in &wanted.backends[..granted] {
-            let id = self.hold_backend(held, backend, problems);
+            let id = self.hold_backend(owner.id, held, backend, problems);
             busy |= id.is_none();
             ids.push(id);
         }
@@ -114,6 +118,7 @@ impl<M: Maps> Reconciler<M> {
     /// The id and generation of a backend, which is made or updated; nothing when that has to wait.
     fn hold_backend(
         &mut self,
+        owner: u32,
         held: &mut Held,
         wanted: &compile::Backend,
         problems: &mut Vec<Problem>,
@@ -121,11 +126,12 @@ impl<M: Maps> Reconciler<M> {
         let record = |generation| Backend {
             addr: wanted.key.address.ip().into(),
             port: wanted.key.address.port().to_be(),
+            weight: wanted.weight,
             protocol: wanted.key.protocol as u8,
-            state: wanted.state as u8,
+            marks: Marks::of(wanted.state).listed(wanted.listed),
+            service_port: wanted.key.port,
             generation,
-            weight: u32::from(wanted.weight),
-            listed: wanted.listed.into(),
+            owner,
         };
         if let Some(backend) = held.backends.get_mut(&wanted.key) {
             let record = record(backend.record.generation);
@@ -141,8 +147,9 @@ impl<M: Maps> Reconciler<M> {
         let maps = &mut self.maps;
         let id = self.backends.take(|id| maps.reach(Kind::Backends, id + 1) > id)?;
         // 0 says that the id is nobody's.
-        self.backend_generation = self.backend_generation.wrapping_add(1).max(1);
-        let record = record(self.backend_generation);
+        self.last.backend = self.last.backend.wrapping_add(1).max(1);
+        self.maps.note_generations(self.last);
+        let record = record(self.last.backend);
         let written = self
             .maps
             .reset_stats(id, record.generation)
@@ -264,7 +271,7 @@ impl<M: Maps> Reconciler<M> {
 
     fn hold_frontends(
         &mut self,
-        name: &ServiceName,
+        owner: Owner<'_>,
         held: &mut Held,
         wanted: &Tables,
         tables: &[Option<Table>],
@@ -274,13 +281,13 @@ impl<M: Maps> Reconciler<M> {
         for &(key, table) in &wanted.frontends {
             // Without its table, a frontend stays as it is; the reason has been noted.
             let Some(Some(table)) = tables.get(table) else { continue };
-            match self.hold_frontend(name, key, *table, wanted.rules) {
+            match self.hold_frontend(owner, key, *table, wanted.rules) {
                 Ok(true) => {}
                 Ok(false) => missing += 1,
                 Err(error) => problems.push(error.into()),
             }
             // Also after a failure it may have changed hands.
-            if self.owner(&key) == Some(name) {
+            if self.owner(&key) == Some(owner.name) {
                 held.frontends.insert(key);
             }
         }
@@ -300,13 +307,13 @@ impl<M: Maps> Reconciler<M> {
     /// there is no room.
     fn hold_frontend(
         &mut self,
-        name: &ServiceName,
+        owner: Owner<'_>,
         key: FrontendKey,
         table: Table,
         rules: Rules,
     ) -> Result<bool, MapError> {
-        if self.frontends.get(&key).is_some_and(|held| held.owner != *name && held.named)
-            && self.take_over(name, key, table, rules)?
+        if self.frontends.get(&key).is_some_and(|held| held.owner != *owner.name && held.named)
+            && self.take_over(owner, key, table, rules)?
         {
             return Ok(true);
         }
@@ -321,8 +328,12 @@ impl<M: Maps> Reconciler<M> {
                 self.extents.release(held.table);
                 held.table = table;
             }
-            if held.owner != *name {
-                let loser = std::mem::replace(&mut held.owner, name.clone());
+            if held.owner_id != owner.id {
+                self.maps.set_owner(held.index, owner.id)?;
+                held.owner_id = owner.id;
+            }
+            if held.owner != *owner.name {
+                let loser = std::mem::replace(&mut held.owner, owner.name.clone());
                 self.disown(&loser, &key);
             }
             let Some(held) = self.frontends.get_mut(&key) else { return Ok(true) };
@@ -338,7 +349,7 @@ impl<M: Maps> Reconciler<M> {
         if self.usage().frontends + 1 + new_address > self.maps.capacity().frontends {
             return Ok(false);
         }
-        let Some(held) = self.make_frontend(name, key, table, rules)? else { return Ok(false) };
+        let Some(held) = self.make_frontend(owner, key, table, rules)? else { return Ok(false) };
         *self.addresses.entry(key.addr).or_default() += 1;
         self.frontends.insert(key, held);
         Ok(true)
@@ -348,7 +359,7 @@ impl<M: Maps> Reconciler<M> {
     /// when there is no record left.
     fn make_frontend(
         &mut self,
-        name: &ServiceName,
+        owner: Owner<'_>,
         key: FrontendKey,
         table: Table,
         rules: Rules,
@@ -356,28 +367,30 @@ impl<M: Maps> Reconciler<M> {
         let maps = &mut self.maps;
         let reach = |index| maps.reach(Kind::Services, index + 1) > index;
         let Some(index) = self.records.take(reach) else { return Ok(None) };
-        self.generation += 1;
-        let generation = self.generation;
-        if let Err(error) = self.name(&key, index, generation, table, rules) {
+        self.last.service += 1;
+        self.maps.note_generations(self.last);
+        let generation = self.last.service;
+        let frontend = Frontend { key, generation, table, rules, owner: owner.id };
+        if let Err(error) = self.name(index, &frontend) {
             // No entry names the record, and none did.
             self.records.give(index);
             return Err(error);
         }
         self.extents.acquire(table);
-        let owner = name.clone();
-        Ok(Some(HeldFrontend { owner, index, generation, table, rules, named: true }))
+        let (owner, owner_id) = (owner.name.clone(), owner.id);
+        Ok(Some(HeldFrontend { owner, owner_id, index, generation, table, rules, named: true }))
     }
 
     /// Gives a frontend of another service a record of its own, with a generation of its own: what clients
     /// and sockets have of the former owner is not this service's. `false` when there is no record left.
     fn take_over(
         &mut self,
-        name: &ServiceName,
+        owner: Owner<'_>,
         key: FrontendKey,
         table: Table,
         rules: Rules,
     ) -> Result<bool, MapError> {
-        let Some(held) = self.make_frontend(name, key, table, rules)? else { return Ok(false) };
+        let Some(held) = self.make_frontend(owner, key, table, rules)? else { return Ok(false) };
         let Some(former) = self.frontends.insert(key, held) else { return Ok(true) };
         self.disown(&former.owner, &key);
         self.extents.release(former.table);
@@ -392,28 +405,22 @@ impl<M: Maps> Reconciler<M> {
             others.frontends.remove(key);
             if others.is_empty() {
                 self.services.remove(loser);
+                self.names.give(loser);
             }
         }
     }
 
     /// Writes a new record and the entry that names it.
-    fn name(
-        &mut self,
-        key: &FrontendKey,
-        index: u32,
-        generation: u64,
-        table: Table,
-        rules: Rules,
-    ) -> Result<(), MapError> {
+    fn name(&mut self, index: u32, frontend: &Frontend) -> Result<(), MapError> {
+        let Frontend { key, generation, .. } = *frontend;
         if !self.addresses.contains_key(&key.addr) {
-            let value = FrontendValue { service: u32::MAX, pad: 0, generation: 0 };
-            self.maps.insert_frontend(&FrontendKey::address_only(key.addr), value)?;
+            self.maps.insert_frontend(&FrontendKey::address_only(key.addr), ADDRESS)?;
             self.addresses.insert(key.addr, 0);
             // Until the frontend itself is made; `drop_addresses` looks at the count.
             self.unused_addresses.insert(key.addr);
         }
-        self.maps.write_service(index, key, generation, table, rules)?;
-        self.maps.insert_frontend(key, FrontendValue { service: index, pad: 0, generation })
+        self.maps.write_service(index, frontend)?;
+        self.maps.insert_frontend(&key, FrontendValue { service: index, pad: 0, generation })
     }
 }
 

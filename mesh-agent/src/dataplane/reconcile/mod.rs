@@ -8,9 +8,12 @@
 //! Any step may fail. What has been done stays accounted for, the service is remembered as
 //! unfinished, and [`Reconciler::retry`] goes on from there.
 
+mod adopt;
 mod extents;
 mod hold;
+mod names;
 mod problem;
+mod ranges;
 mod release;
 mod share;
 #[cfg(test)]
@@ -19,21 +22,32 @@ mod tests;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use ipnet::IpNet;
 use mesh_common::{Addr, Backend, FrontendKey, Table};
 
 use super::alloc::IdPool;
-use super::maps::{Kind, Maps, Refused};
+use super::maps::{Generations, Kind, Maps, Refused};
 use crate::compile::{BackendKey, Rules, TableKey, Tables};
 use crate::model::ServiceName;
+pub use adopt::Adopted;
 use extents::Extents;
+use names::Names;
+pub use names::UNNAMED;
 pub use problem::Problem;
 use share::Shares;
+
+/// A service, and its record of `NAMES`.
+#[derive(Clone, Copy)]
+struct Owner<'a> {
+    name: &'a ServiceName,
+    id: u32,
+}
 
 /// What is in the maps for a frontend.
 #[derive(Debug)]
 struct HeldFrontend {
     owner: ServiceName,
+    /// As the record says it.
+    owner_id: u32,
     index: u32,
     generation: u64,
     table: Table,
@@ -106,13 +120,11 @@ pub struct Reconciler<M> {
     unused_addresses: HashSet<Addr>,
     extents: Extents,
     shares: Shares,
+    names: Names,
     records: IdPool,
     backends: IdPool,
-    /// The last generation given to a service record; 0 is none.
-    generation: u64,
-    /// The last generation given to a backend. It wraps after 2^32 backends: a stale pair of id and
-    /// generation would have to survive exactly that many.
-    backend_generation: u32,
+    /// The last generations that were given.
+    last: Generations,
     retired_records: Vec<u32>,
     waiting_records: Vec<u32>,
     /// Backend ids that no service has any more, and how many grace periods had begun when their
@@ -151,10 +163,10 @@ impl<M: Maps> Reconciler<M> {
                 capacity.slots.saturating_sub(capacity.backends.saturating_mul(2)),
             ),
             shares: Shares::new(capacity.backends),
+            names: Names::new(capacity.services),
             records: IdPool::new(capacity.services),
             backends: IdPool::new(capacity.backends),
-            generation: 0,
-            backend_generation: 0,
+            last: Generations::default(),
             retired_records: Vec::new(),
             waiting_records: Vec::new(),
             going: HashMap::new(),
@@ -174,31 +186,22 @@ impl<M: Maps> Reconciler<M> {
         &self.maps
     }
 
+    /// The maps, for the agent that comes after this one.
+    #[cfg(test)]
+    fn into_maps(self) -> M {
+        self.maps
+    }
+
+    /// The last generations that were given.
+    #[cfg(test)]
+    fn last(&self) -> Generations {
+        self.last
+    }
+
     /// The maps, for tests that change how they behave.
     #[cfg(test)]
     fn maps_mut(&mut self) -> &mut M {
         &mut self.maps
-    }
-
-    /// Makes these the ranges in which an address that is no service is refused. Called once.
-    ///
-    /// # Errors
-    ///
-    /// When there are more than `VIRTUAL_IPS` holds, or the kernel refuses one.
-    pub fn set_virtual_ips(&mut self, ranges: &[IpNet]) -> Result<(), Problem> {
-        let limit = self.maps.capacity().virtual_ips;
-        let missing = ranges.len().saturating_sub(limit as usize);
-        if missing > 0 {
-            let (what, of, map) = ("ranges", ranges.len(), "VIRTUAL_IPS");
-            return Err(Problem::Full { what, missing, of, map, limit, note: "" });
-        }
-        for range in ranges {
-            // An IPv4 prefix lies behind the 96 bits that map it into IPv6.
-            let mapped = if range.network().is_ipv4() { 96 } else { 0 };
-            self.maps.insert_virtual_ip(range.network().into(), mapped + range.prefix_len())?;
-        }
-        self.virtual_ips = u32::try_from(ranges.len()).unwrap_or(limit);
-        Ok(self.maps.set_virtual_ip_count(self.virtual_ips)?)
     }
 
     /// How much of each map is used, including what waits for a grace period.
@@ -251,7 +254,7 @@ impl<M: Maps> Reconciler<M> {
 
     /// Whether something failed and [`Reconciler::retry`] has work.
     pub fn is_unfinished(&self) -> bool {
-        !self.unfinished.is_empty() || !self.clearing.is_empty()
+        !self.unfinished.is_empty() || !self.clearing.is_empty() || self.names.is_unfinished()
     }
 
     /// Makes the kernel hold `wanted` for each of these services, and says what was in the way.
@@ -272,9 +275,16 @@ impl<M: Maps> Reconciler<M> {
         }
         let mut outcome = Vec::with_capacity(wanted.len());
         for (name, tables) in &wanted {
-            let mut held = self.services.remove(name).unwrap_or_default();
             let mut problems = Vec::new();
-            self.hold(name, &mut held, tables, &mut problems);
+            // Of what holds nothing, and is to hold nothing, nobody asks.
+            let is_any = !tables.is_empty() || self.services.contains_key(name);
+            let id = if is_any { self.names.take(&mut self.maps, name) } else { Ok(UNNAMED) };
+            let id = id.unwrap_or_else(|problem| {
+                problems.push(problem);
+                UNNAMED
+            });
+            let mut held = self.services.remove(name).unwrap_or_default();
+            self.hold(Owner { name, id }, &mut held, tables, &mut problems);
             self.services.insert(name.clone(), held);
             if problems.is_empty() {
                 self.unfinished.remove(name);
@@ -292,7 +302,9 @@ impl<M: Maps> Reconciler<M> {
             let Some(mut held) = self.services.remove(&name) else { continue };
             let before = problems.len();
             let kept = self.release(&name, &mut held, &tables, &claimed, problems);
-            if !held.is_empty() {
+            if held.is_empty() {
+                self.names.give(&name);
+            } else {
                 self.services.insert(name.clone(), held);
             }
             if kept || problems.len() > before {
@@ -300,6 +312,7 @@ impl<M: Maps> Reconciler<M> {
             }
         }
         self.clear_backends();
+        self.names.clear(&mut self.maps);
         outcome
     }
 
@@ -307,17 +320,21 @@ impl<M: Maps> Reconciler<M> {
     fn make_room(&mut self, wanted: &[(ServiceName, Arc<Tables>)]) {
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let Usage { services, slots, backends, .. } = self.usage();
-        let mut needs =
-            [(Kind::Services, services), (Kind::Slots, slots), (Kind::Backends, backends)];
+        let mut needs = [
+            (Kind::Services, services),
+            (Kind::Slots, slots),
+            (Kind::Backends, backends),
+            (Kind::Names, self.names.used()),
+        ];
         for (_, tables) in wanted.iter().filter(|(name, _)| !self.services.contains_key(name)) {
             let rows: usize = tables.tables.iter().map(|(_, rows)| rows.len()).sum();
-            let more = [tables.frontends.len(), rows, tables.backends.len()];
+            let more = [tables.frontends.len(), rows, tables.backends.len(), 1];
             for ((_, need), more) in needs.iter_mut().zip(more) {
                 *need = need.saturating_add(number(more));
             }
         }
         let capacity = self.maps.capacity();
-        let most = [capacity.services, capacity.slots, capacity.backends];
+        let most = [capacity.services, capacity.slots, capacity.backends, capacity.services];
         for ((_, need), most) in needs.iter_mut().zip(most) {
             *need = most.min(*need);
         }
@@ -390,7 +407,8 @@ impl<M: Maps> Reconciler<M> {
         self.clearing.retain(|&id| {
             let cleared = maps.write_backend(id, &Backend::default()).is_ok();
             if cleared {
-                self.gone_opened += maps.counts(id).opened;
+                self.gone_opened += maps.opened(id);
+                maps.note_gone(self.gone_opened);
                 self.going.remove(&id);
                 ids.give(id);
             }

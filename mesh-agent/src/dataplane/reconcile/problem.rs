@@ -30,6 +30,15 @@ pub enum Problem {
         /// Its size.
         limit: u32,
     },
+    /// The maps do not say whose a service is.
+    #[error(
+        "it is served, but its name does not fit into NAMES, which holds {limit} of up to 255 bytes: an \
+         agent that is started anew makes it again; a larger `limits: {{frontends}}` makes room"
+    )]
+    Unnamed {
+        /// The size of that map.
+        limit: u32,
+    },
     /// Room is there, but programs that are still running may be reading it.
     #[error("waits for running programs to leave the room that it needs in {map}")]
     Busy {

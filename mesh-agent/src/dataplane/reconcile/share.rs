@@ -41,6 +41,11 @@ impl Shares {
         granted
     }
 
+    /// A service has so many already.
+    pub fn adopt(&mut self, name: &ServiceName, size: usize) {
+        self.set(name, size);
+    }
+
     fn set(&mut self, name: &ServiceName, size: usize) {
         if let Some(old) = self.of.remove(name) {
             self.total -= old;

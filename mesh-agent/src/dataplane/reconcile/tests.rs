@@ -1,5 +1,6 @@
 //! The order of updates, against maps that check it, with faults and with programs still running.
 
+mod adopt;
 mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +16,9 @@ use crate::compile::{self, BackendKey, Candidate, Rows, Rules, TableKey};
 use crate::dataplane::fault::Faulty;
 use crate::dataplane::maps::Capacity;
 use crate::dataplane::memory::Memory;
+
+/// Which operations fail.
+type Fails = Box<dyn FnMut(&'static str) -> bool>;
 
 const ROOMY: Capacity =
     Capacity { frontends: 64, services: 64, slots: 256, backends: 128, virtual_ips: 2 };
@@ -108,13 +112,10 @@ fn a_service_comes_changes_and_goes() {
 #[test]
 fn unchanged_tables_are_not_written() {
     let writes = std::cell::Cell::new(0);
-    let maps = Faulty {
-        maps: Memory::new(ROOMY),
-        fails: |_: &'static str| {
-            writes.set(writes.get() + 1);
-            false
-        },
-    };
+    let maps = Faulty::new(Memory::new(ROOMY), |_: &'static str| {
+        writes.set(writes.get() + 1);
+        false
+    });
     let mut reconciler = Reconciler::new(maps);
     reconciler.apply(vec![(name(1), tables(&[1, 2], &[1, 2]))]);
     assert!(writes.replace(0) > 0);
@@ -126,13 +127,10 @@ fn unchanged_tables_are_not_written() {
 #[test]
 fn another_algorithm_is_one_store() {
     let writes = std::cell::RefCell::new(Vec::new());
-    let maps = Faulty {
-        maps: Memory::new(ROOMY),
-        fails: |operation: &'static str| {
-            writes.borrow_mut().push(operation);
-            false
-        },
-    };
+    let maps = Faulty::new(Memory::new(ROOMY), |operation: &'static str| {
+        writes.borrow_mut().push(operation);
+        false
+    });
     let mut reconciler = Reconciler::new(maps);
     let of = |algorithm| {
         let tables = Tables::clone(&tables(&[1, 2], &[1, 2]));
@@ -337,10 +335,9 @@ fn consistent_hashes() {
 #[test]
 fn an_address_stays_until_its_new_owner_has_it() {
     let fail = std::cell::Cell::new(false);
-    let maps = Faulty {
-        maps: Memory::new(ROOMY),
-        fails: |operation: &'static str| fail.get() && operation == "writing SLOTS",
-    };
+    let maps = Faulty::new(Memory::new(ROOMY), |operation: &'static str| {
+        fail.get() && operation == "writing SLOTS"
+    });
     let mut reconciler = Reconciler::new(maps);
     reconciler.apply(vec![(name(1), tables(&[1], &[1]))]);
     fail.set(true);
@@ -417,13 +414,11 @@ proptest! {
         if let Some((services, slots, backends)) = short {
             memory.memory = Capacity { services, slots, backends, ..capacity };
         }
-        let maps = Faulty {
-            maps: memory,
-            fails: Box::new(move |_: &str| {
-                calls += 1;
-                faults.contains(&calls)
-            }) as Box<dyn FnMut(&'static str) -> bool>,
-        };
+        let fails: Fails = Box::new(move |_| {
+            calls += 1;
+            faults.contains(&calls)
+        });
+        let maps = Faulty::new(memory, fails);
         let mut reconciler = Reconciler::new(maps);
         let mut wanted: HashMap<u8, (Vec<u8>, Vec<u8>)> = HashMap::new();
         let mut grace = false;

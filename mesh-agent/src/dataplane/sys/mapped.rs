@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
 
-use mesh_common::{Backend, BackendStats, Flow, Service, ServiceStats, Settings, Slot, Word};
+use mesh_common::{Backend, BackendStats, Flow, Name, Service, ServiceStats, Settings, Slot, Word};
 
 /// A record of a mapped array.
 ///
@@ -26,6 +26,8 @@ unsafe impl Flat for Backend {}
 unsafe impl Flat for BackendStats {}
 // SAFETY: as above.
 unsafe impl Flat for ServiceStats {}
+// SAFETY: bytes only; the kernel programs do not write it.
+unsafe impl Flat for Name {}
 // SAFETY: words only. It is a `mesh_common::Flow`, which the kernel programs write whole, and of
 // which the agent sees nothing but words.
 unsafe impl Flat for [Word; size_of::<Flow>() / 8] {}

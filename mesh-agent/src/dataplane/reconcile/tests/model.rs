@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh_common::affinity::By;
 use mesh_common::alias::{self, Column, Entry};
 use mesh_common::maglev::{self, Turn};
-use mesh_common::{State, balance};
+use mesh_common::{Marks, State, balance};
 
 use super::*;
 use crate::compile::{Condition, Here, Input};
@@ -17,7 +17,7 @@ use crate::model::{
 };
 
 /// Entries of consistent hashes take most of the slots: so many tables may have them, twice.
-const WIDE: Capacity = Capacity { slots: 256 + 40 * 256, ..ROOMY };
+pub(super) const WIDE: Capacity = Capacity { slots: 256 + 40 * 256, ..ROOMY };
 
 /// An endpoint: the last byte of its address, and what is known of it.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,7 @@ struct End {
 
 /// A service as one step has it.
 #[derive(Clone, Debug)]
-struct Plan {
+pub(super) struct Plan {
     service: u8,
     /// Of both families, and each with all ports.
     addresses: Vec<u8>,
@@ -65,7 +65,7 @@ fn end() -> impl Strategy<Value = End> {
     )
 }
 
-fn plan() -> impl Strategy<Value = Plan> {
+pub(super) fn plan() -> impl Strategy<Value = Plan> {
     let addresses = prop::collection::vec(0u8..6, 0..4);
     let ends = prop::collection::vec(end(), 0..7);
     // Consistent hashes cost the test most.
@@ -126,15 +126,15 @@ fn endpoint(service: u8, end: &End) -> Endpoint {
 
 /// All services, and what is wanted of each.
 #[derive(Default)]
-struct Model {
+pub(super) struct Model {
     plans: BTreeMap<u8, Plan>,
-    wanted: BTreeMap<u8, Arc<Tables>>,
+    pub(super) wanted: BTreeMap<u8, Arc<Tables>>,
 }
 
 impl Model {
     /// Makes these plans the ones in force, as the catalog would: an address belongs to one service. Gives
     /// what has changed.
-    fn apply(&mut self, batch: Vec<Plan>) -> Vec<(ServiceName, Arc<Tables>)> {
+    pub(super) fn apply(&mut self, batch: Vec<Plan>) -> Vec<(ServiceName, Arc<Tables>)> {
         for mut plan in batch {
             plan.addresses.sort_unstable();
             plan.addresses.dedup();
@@ -182,7 +182,7 @@ impl Model {
     }
 
     /// Everything that is in the maps, and nothing else.
-    fn ensure_held<M: Maps>(
+    pub(super) fn ensure_held<M: Maps>(
         &self,
         reconciler: &Reconciler<M>,
         memory: &Memory,
@@ -211,17 +211,17 @@ impl Model {
 }
 
 /// What a record of `BACKENDS` says besides whose life it is.
-type Record = (Addr, u16, u8, u8, u32, u32);
+type Record = (Addr, u16, u8, Marks, u16, u16);
 
 fn written(held: &Backend) -> Record {
-    (held.addr, held.port, held.protocol, held.state, held.weight, held.listed)
+    (held.addr, held.port, held.protocol, held.marks, held.weight, held.service_port)
 }
 
 fn wanted(backend: &compile::Backend) -> Record {
     let BackendKey { address, protocol, .. } = backend.key;
-    let (state, weight) = (backend.state as u8, backend.weight.into());
+    let marks = Marks::of(backend.state).listed(backend.listed);
     let port = address.port().to_be();
-    (address.ip().into(), port, protocol as u8, state, weight, backend.listed.into())
+    (address.ip().into(), port, protocol as u8, marks, backend.weight, backend.key.port)
 }
 
 /// What is dialled leads to its record, and that to these rows by this algorithm and these rules.
@@ -309,14 +309,11 @@ proptest! {
         fails in prop_oneof![Just(None), any::<u64>().prop_map(Some)],
     ) {
         let mut random = fails.unwrap_or_default();
-        let maps = Faulty {
-            maps: Memory::new(WIDE),
-            fails: Box::new(move |_: &str| {
-                random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-                fails.is_some() && (random >> 33) % 10 == 0
-            }) as Box<dyn FnMut(&'static str) -> bool>,
-        };
-        let mut reconciler = Reconciler::new(maps);
+        let fails: Fails = Box::new(move |_| {
+            random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            fails.is_some() && (random >> 33) % 10 == 0
+        });
+        let mut reconciler = Reconciler::new(Faulty::new(Memory::new(WIDE), fails));
         let mut model = Model::default();
         for step in steps {
             match step {
