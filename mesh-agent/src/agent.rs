@@ -19,11 +19,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::{server, socket};
 use crate::audit::task::Auditor;
-use crate::claim::{refuse_second, take_cgroup, try_cgroup};
+use crate::claim::{refuse_second, take_cgroup, take_pins, try_cgroup};
 use crate::config::{Config, Exclude, Source};
 use crate::dataplane::exclusions::Exclusions;
-use crate::dataplane::load::{self, Attachment, Loaded, Options, Programs};
-use crate::dataplane::reconcile::Reconciler;
+use crate::dataplane::load::{self, Loaded, Options};
+use crate::dataplane::pindir::PinDir;
+use crate::dataplane::programs::{self, Attachment, Programs};
+use crate::dataplane::reconcile::{Adopted, Reconciler};
 use crate::dataplane::sys::heap;
 use crate::discovery::files;
 use crate::engine::journal::Journal;
@@ -55,7 +57,7 @@ const ENDING: Duration = Duration::from_secs(2);
 /// The agent's tasks, by what people call them. None ends before it is told to.
 type Tasks = JoinSet<&'static str>;
 
-/// Runs the agent until SIGTERM, SIGINT or SIGHUP, then detaches everything.
+/// Runs the agent until SIGTERM, which leaves the kernel balancing, or SIGINT or SIGHUP, which do not.
 ///
 /// # Errors
 ///
@@ -69,11 +71,18 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let open_files = raise_open_files();
     let claim = socket::Claim::take(&config.socket).await?;
-    let mut lock = Some(take_cgroup(&cgroup).await?);
+    let pin_dir = Arc::new(take_pins(&config.pin_dir).await?);
+    let mut lock = Some(take_cgroup(&cgroup, &programs::known(&pin_dir)?).await?);
+    let mut fresh = Fresh::new(&pin_dir);
 
-    let Loaded { mut programs, maps, grace, records, mut exclusions, pins, units, events: ring } =
-        load::load(options)?;
-    let (mut reconciler, _) = Reconciler::adopt(maps).context("reading the maps")?;
+    let loaded = load::load(options, &pin_dir)?;
+    let Loaded { mut programs, maps, grace, records, mut exclusions, pins, units, .. } = loaded;
+    // Whatever ran when a former agent ended has ended afterwards.
+    grace.wait()?;
+    let (mut reconciler, adopted) = Reconciler::adopt(maps).context("taking over the maps")?;
+    if !pin_dir.is_new() {
+        tell(adopted, loaded.are_kept, &pin_dir);
+    }
     reconciler.set_virtual_ips(&config.virtual_ips).context("virtual-ips of the agent file")?;
 
     // Reading the kernel's types took more than all that follows.
@@ -91,7 +100,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let concurrency = health::CONCURRENCY.min(open_files / 2);
     let (monitor, checks) = Monitor::new(concurrency, sender, cancel.clone());
     let (batches, observed) = mpsc::channel(observe::events::BATCHES);
-    let watch = observe::events::watch(ring, &cgroup, batches, cancel.clone())
+    let watch = observe::events::watch(loaded.events, &cgroup, batches, cancel.clone())
         .context("waiting for what the kernel programs tell")?;
     spawn(&mut tasks, "the kernel programs' events", watch);
     let journal = Journal::default();
@@ -147,24 +156,95 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         }
     });
 
+    let plane = Plane { programs: &mut programs, pins: &pin_dir, cgroup: &cgroup, lock: &mut lock };
     let result = tokio::select! {
-        signal = signals.next() => {
-            tracing::info!("{signal}: detaching");
-            Ok(())
-        }
+        signal = signals.next() => Ok(signal),
         ended = tasks.join_next() => Err(ended_early(ended)),
-        error = balance(&mut programs, &cgroup, &mut lock, &engine, heard, units) => Err(error),
+        error = balance(plane, &mut fresh, &engine, heard, units) => Err(error),
     };
-    // No new connect is balanced from here on; what is open stays as it is.
-    drop(programs);
-    let reason = result.as_ref().err().map_or("detached".to_owned(), |error| format!("{error:#}"));
+    let detaches = result.as_ref().is_ok_and(|signal| options.detach || signal.detaches());
+    if detaches {
+        // No new connect is balanced from here on; what is open stays as it is.
+        programs.detach();
+        fresh.begin();
+    }
+    let reason = match &result {
+        Ok(signal) if detaches => format!("{}: detached, nothing is balanced", signal.name()),
+        Ok(signal) => format!(
+            "{}: the agent ends, and balancing goes on as it is; `mesh-agent cleanup` ends that",
+            signal.name()
+        ),
+        Err(error) => format!("{error:#}"),
+    };
+    if result.is_ok() {
+        tracing::info!("{reason}");
+    }
     supervisor::stopping(reason).await;
     cancel.cancel();
     let all = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(ENDING, all).await.is_err() {
         tracing::warn!("some tasks do not end; leaving them");
     }
-    result
+    result.map(drop)
+}
+
+/// What was pinned by this agent and was never in force: it is removed with this value.
+struct Fresh {
+    pins: Arc<PinDir>,
+    is_fresh: bool,
+}
+
+impl Fresh {
+    /// All of it, if there was nothing before.
+    fn new(pins: &Arc<PinDir>) -> Self {
+        Self { pins: Arc::clone(pins), is_fresh: pins.is_new() }
+    }
+
+    /// Nothing is in force.
+    fn begin(&mut self) {
+        self.is_fresh = true;
+    }
+
+    /// It is in force.
+    fn end(&mut self) {
+        self.is_fresh = false;
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        if self.is_fresh {
+            self.pins.clear();
+        }
+    }
+}
+
+/// Says what was found.
+fn tell(adopted: Adopted, are_kept: bool, pins: &PinDir) {
+    let Adopted { services, frontends, backends, wrong } = adopted;
+    tracing::info!(
+        services,
+        frontends,
+        backends,
+        "taken over from {}; {}",
+        pins.directory().display(),
+        if are_kept { "its programs stay" } else { "its programs will be replaced" }
+    );
+    if wrong > 0 {
+        tracing::warn!(
+            wrong,
+            "entries of FRONTENDS made no sense and were removed: somebody else has written into the \
+             pinned maps"
+        );
+    }
+}
+
+/// What is attached, and what keeps it.
+struct Plane<'a> {
+    programs: &'a mut Programs,
+    pins: &'a PinDir,
+    cgroup: &'a Path,
+    lock: &'a mut Option<File>,
 }
 
 /// Follows what the agent file excludes: it may be made, removed and made again.
@@ -213,9 +293,8 @@ impl Clients {
 /// Attaches the programs once the sources have been heard, and again whenever they are lost: a
 /// cgroup can be removed and made again. Returns only when they cannot be attached at the start.
 async fn balance(
-    programs: &mut Programs,
-    cgroup: &Path,
-    lock: &mut Option<File>,
+    plane: Plane<'_>,
+    fresh: &mut Fresh,
     engine: &Handle,
     heard: oneshot::Receiver<()>,
     mut units: Clients,
@@ -228,11 +307,14 @@ async fn balance(
         }
     }
     units.known().await;
-    let attached = refuse_second(cgroup).and_then(|()| Ok(programs.attach(cgroup)?));
+    let Plane { programs, pins, cgroup, lock } = plane;
+    let attached =
+        refuse_second(cgroup, &programs.ids()).and_then(|()| Ok(programs.attach(cgroup)?));
     let mut attachment = match attached {
         Ok(attachment) => Some(attachment),
         Err(error) => return error,
     };
+    fresh.end();
     engine.set_attachment(attachment.clone()).await;
     tracing::info!(cgroup = %cgroup.display(), "balancing");
     supervisor::ready(format!("balancing {}", cgroup.display())).await;
@@ -241,6 +323,7 @@ async fn balance(
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
+        repair(pins);
         if attachment.as_ref().is_some_and(Attachment::is_whole) {
             continue;
         }
@@ -253,11 +336,9 @@ async fn balance(
             let lost = format!("no longer attached to {}: nothing is balanced", cgroup.display());
             supervisor::status(lost).await;
         }
-        // What is left of ours would look like another agent's, and another cgroup of that name has
-        // another lock, which another agent may have taken.
-        programs.detach();
+        // Another cgroup of that name has another lock, which another agent may have taken.
         *lock = None;
-        let again = try_cgroup(cgroup).and_then(|taken| {
+        let again = try_cgroup(cgroup, &programs.ids()).and_then(|taken| {
             *lock = Some(taken);
             Ok(programs.attach(cgroup)?)
         });
@@ -279,6 +360,21 @@ async fn balance(
                 }
             }
         }
+    }
+}
+
+/// Pins again what somebody has removed.
+fn repair(pins: &PinDir) {
+    match pins.repair() {
+        Ok(gone) if gone.is_empty() => {}
+        Ok(gone) => tracing::warn!(
+            pins = gone.len(),
+            directory = %pins.directory().display(),
+            "pins were removed by somebody else, and are made again ({}, ...); `mesh-agent cleanup` ends \
+             balancing in order, once the agent is stopped",
+            gone.first().map_or("", String::as_str)
+        ),
+        Err(error) => tracing::error!("pins were removed by somebody else: {error}"),
     }
 }
 
@@ -315,12 +411,36 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> &'static str {
+    async fn next(&mut self) -> Ended {
         tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-            _ = self.hangup.recv() => "SIGHUP",
+            _ = self.terminate.recv() => Ended::Terminated,
+            _ = self.interrupt.recv() => Ended::Interrupted,
+            _ = self.hangup.recv() => Ended::HungUp,
         }
+    }
+}
+
+/// By which signal the agent ends.
+#[derive(Clone, Copy)]
+enum Ended {
+    Terminated,
+    Interrupted,
+    HungUp,
+}
+
+impl Ended {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Terminated => "SIGTERM",
+            Self::Interrupted => "SIGINT",
+            Self::HungUp => "SIGHUP",
+        }
+    }
+
+    /// Whether balancing ends too. A service manager sends SIGTERM, and starts the agent anew; the others
+    /// come from a person who has tried it in a terminal.
+    const fn detaches(self) -> bool {
+        !matches!(self, Self::Terminated)
     }
 }
 
@@ -343,7 +463,9 @@ fn follow_log(
     tasks: &mut Tasks,
     cancel: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut logger = programs.logger().context("opening the programs' log")?;
+    let Some(mut logger) = programs.logger().context("opening the programs' log")? else {
+        return Ok(());
+    };
     let cancel = cancel.clone();
     spawn(tasks, "the programs' log", async move {
         // Read from time to time instead of by events: it is for debugging, and a ring that is

@@ -9,22 +9,41 @@ use anyhow::{Context as _, bail};
 use tokio::time::Instant;
 
 use crate::check::hooks;
+use crate::dataplane::pindir::{PinDir, PinError};
 
 /// How long a former agent of the cgroup may take to be gone.
 const TAKING: Duration = Duration::from_secs(1);
 
+/// The directory of pins, once a former agent that has it is gone.
+///
+/// # Errors
+///
+/// As [`PinDir::take`].
+pub async fn take_pins(directory: &Path) -> Result<PinDir, PinError> {
+    let until = Instant::now() + TAKING;
+    loop {
+        match PinDir::take(directory) {
+            Err(PinError::Taken { .. }) if Instant::now() < until => {
+                tokio::time::sleep(TAKING / 20).await;
+            }
+            result => return result,
+        }
+    }
+}
+
 /// The right to balance a cgroup: a lock on its directory, which ends with the process. It works
 /// without the privilege to see the names of attached programs, which [`refuse_second`] needs.
 ///
-/// An agent that was killed keeps both for some milliseconds, so both are tried for a while.
+/// An agent that was killed keeps both for some milliseconds, so both are tried for a while. The programs
+/// of these numbers are this agent's own.
 ///
 /// # Errors
 ///
 /// As [`try_cgroup`].
-pub async fn take_cgroup(cgroup: &Path) -> anyhow::Result<File> {
+pub async fn take_cgroup(cgroup: &Path, ours: &[u32]) -> anyhow::Result<File> {
     let until = Instant::now() + TAKING;
     loop {
-        match try_cgroup(cgroup) {
+        match try_cgroup(cgroup, ours) {
             Err(_) if Instant::now() < until => tokio::time::sleep(TAKING / 20).await,
             result => return result,
         }
@@ -36,9 +55,9 @@ pub async fn take_cgroup(cgroup: &Path) -> anyhow::Result<File> {
 /// # Errors
 ///
 /// Another agent has it, which is named; or it is no cgroup, or the kernel tells nothing of it.
-pub fn try_cgroup(cgroup: &Path) -> anyhow::Result<File> {
+pub fn try_cgroup(cgroup: &Path, ours: &[u32]) -> anyhow::Result<File> {
     let lock = lock(cgroup)?;
-    refuse_second(cgroup)?;
+    refuse_second(cgroup, ours)?;
     Ok(lock)
 }
 
@@ -62,7 +81,7 @@ fn lock(cgroup: &Path) -> anyhow::Result<File> {
 }
 
 /// The process that has locked this file, if it can be seen from here.
-fn holder(file: &File) -> Option<u32> {
+pub fn holder(file: &File) -> Option<u32> {
     let file = file.metadata().ok()?;
     let locks = fs::read_to_string("/proc/locks").ok()?;
     let (major, minor) = (rustix::fs::major(file.st_dev()), rustix::fs::minor(file.st_dev()));
@@ -80,22 +99,24 @@ fn holder_of(locks: &str, file: &str) -> Option<u32> {
     })
 }
 
-/// Two agents on one cgroup would count and translate twice.
+/// Two agents on one cgroup would count and translate twice. What is attached by these numbers is this
+/// agent's own, pinned by a former one.
 ///
 /// # Errors
 ///
 /// Programs of another agent are attached there, or above it, or the kernel does not say.
-pub fn refuse_second(cgroup: &Path) -> anyhow::Result<()> {
-    let ours = hooks::ours(cgroup).with_context(|| {
+pub fn refuse_second(cgroup: &Path, ours: &[u32]) -> anyhow::Result<()> {
+    let attached = hooks::ours(cgroup).with_context(|| {
         format!(
             "asking for the programs attached to {}; run as root, and see `mesh-agent check`",
             cgroup.display()
         )
     })?;
-    if let Some((directory, id)) = ours.first() {
+    if let Some((directory, id)) = attached.iter().find(|(_, id)| !ours.contains(id)) {
         bail!(
-            "kernel programs of another agent are attached to {} (program id {id}); stop that \
-             agent first, or name a cgroup outside it",
+            "kernel programs of another agent are attached to {} (program id {id}): stop that agent, or \
+             name a cgroup outside it; if it runs no more, `mesh-agent cleanup --pin-dir DIRECTORY` with \
+             its pin-dir removes what it left",
             directory.display()
         );
     }

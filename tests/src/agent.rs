@@ -25,6 +25,8 @@ pub struct Agent {
     namespace: Namespace,
     echo: Echo,
     process: Option<Process>,
+    /// Whether balancing goes on when it ends.
+    pub stays: bool,
 }
 
 /// A service file that is whole and not in its place yet.
@@ -119,6 +121,7 @@ impl Agent {
             namespace,
             echo,
             process: None,
+            stays: false,
         };
         fs::create_dir_all(agent.services_directory())?;
         fs::write(agent.file(), agent.yaml(virtual_ips))?;
@@ -177,8 +180,11 @@ impl Agent {
     ///
     /// The agent has not been built.
     pub fn run_command(&self) -> Result<Command> {
-        let mut command = self.namespace.outside(binary()?);
+        let mut command = self.namespace.pinning(binary()?);
         command.arg("run").arg("--config").arg(self.file());
+        if !self.stays {
+            command.arg("--detach-on-exit");
+        }
         Ok(command)
     }
 
@@ -227,7 +233,7 @@ impl Agent {
     ///
     /// The agent has not been built.
     pub fn cli(&self, arguments: &[&str]) -> Result<Command> {
-        let mut command = self.namespace.outside(binary()?);
+        let mut command = self.namespace.pinning(binary()?);
         command.arg("--socket").arg(self.socket()).args(arguments);
         Ok(command)
     }
@@ -431,13 +437,21 @@ impl Agent {
         self.directory.join("agent.yaml")
     }
 
+    /// Where it pins: a place that is mounted in the namespace only.
+    #[must_use]
+    pub fn pins(&self) -> PathBuf {
+        // Two agents in one namespace have directories of their own.
+        let name = self.directory.file_name().and_then(OsStr::to_str).unwrap_or("agent");
+        Path::new("/sys/fs/bpf").join(name)
+    }
+
     fn yaml(&self, virtual_ips: &[String]) -> String {
         let directory = self.directory.display();
         let mut yaml = String::from("node: {name: test}\n");
         // Writing to a string cannot fail.
         let _ = writeln!(yaml, "cgroup: {}", self.cgroup.display());
         let _ = writeln!(yaml, "socket: {directory}/agent.sock");
-        let _ = writeln!(yaml, "pin-dir: {directory}/pins");
+        let _ = writeln!(yaml, "pin-dir: {}", self.pins().display());
         if !virtual_ips.is_empty() {
             let _ = writeln!(yaml, "virtual-ips: {virtual_ips:?}");
         }

@@ -16,6 +16,7 @@ pub mod check;
 pub mod client;
 pub mod datagram;
 pub mod later;
+pub mod long;
 pub mod mortal;
 pub mod node;
 pub mod process;

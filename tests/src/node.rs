@@ -43,9 +43,12 @@ pub struct Node {
     directory: PathBuf,
 }
 
-/// Where processes run that are not balanced.
+/// Where processes run that are not balanced: a network, and mounts for those that pin.
 #[derive(Clone, Debug)]
-pub struct Namespace(Arc<OwnedFd>);
+pub struct Namespace {
+    net: Arc<OwnedFd>,
+    mounts: Arc<OwnedFd>,
+}
 
 // === impl Builder ===
 
@@ -109,8 +112,7 @@ impl Builder {
         let cgroup = Cgroup::create(directory.path())?;
         // From here on removed by the cgroup's janitor, which also works when this process is killed.
         let directory = directory.keep();
-        let netns = sys::netns::create().context("cannot make a network namespace")?;
-        let namespace = Namespace(Arc::new(netns));
+        let namespace = Namespace::create()?;
         let procs = cgroup::procs(cgroup.path())?;
         let agent = Agent::new(
             &directory.join("agent"),
@@ -220,7 +222,7 @@ impl Node {
     /// The node's network namespace.
     #[must_use]
     pub fn netns(&self) -> &OwnedFd {
-        &self.namespace.0
+        &self.namespace.net
     }
 
     /// What starts processes in the node's namespace.
@@ -275,14 +277,21 @@ impl Namespace {
     ///
     /// Those of unshare(2).
     pub fn create() -> Result<Self> {
-        let netns = sys::netns::create().context("cannot make a network namespace")?;
-        Ok(Self(Arc::new(netns)))
+        let net = sys::netns::create().context("cannot make a network namespace")?;
+        let mounts = sys::mounts::create().context("cannot make a mount namespace")?;
+        Ok(Self { net: Arc::new(net), mounts: Arc::new(mounts) })
     }
 
-    /// Its descriptor.
+    /// The descriptor of its network.
     #[must_use]
     pub fn netns(&self) -> &OwnedFd {
-        &self.0
+        &self.net
+    }
+
+    /// That of its mounts, where pins are.
+    #[must_use]
+    pub fn mounts(&self) -> &OwnedFd {
+        &self.mounts
     }
 
     /// A command that will run in this namespace and in a cgroup.
@@ -300,9 +309,17 @@ impl Namespace {
         self.command(program, None)
     }
 
+    /// The same, with the mounts of this namespace, in its root directory.
+    #[must_use]
+    pub fn pinning(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = self.command(program, None);
+        sys::process::enter_mounts(&mut command, &self.mounts);
+        command
+    }
+
     fn command(&self, program: impl AsRef<OsStr>, procs: Option<&Arc<File>>) -> Command {
         let mut command = Command::new(program);
-        sys::process::confine(&mut command, &self.0, procs);
+        sys::process::confine(&mut command, &self.net, procs);
         // A proxy of the machine would answer in place of a backend.
         for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"] {
             command.env_remove(name);

@@ -28,6 +28,8 @@ pub enum Kind {
     Dnsmasq,
     /// iperf3, which does not tell its name.
     Iperf,
+    /// A server for connections that are kept ([`crate::long`]).
+    Long,
     /// A server of QUIC, of this crate: what it sends is the name.
     Quic,
 }
@@ -86,6 +88,11 @@ pub(crate) fn start(node: &Node, kind: Kind, name: &str, place: SocketAddr) -> R
         Kind::Iperf => {
             let mut command = node.outside("iperf3");
             command.args(["--server", "--bind", &ip, "--port", &port, "--forceflush"]);
+            command
+        }
+        Kind::Long => {
+            let mut command = node.outside(process::binary("mesh-long")?);
+            command.args(["serve", name, &place.to_string()]);
             command
         }
         Kind::Quic => {

@@ -51,19 +51,6 @@ fn sigterm_detaches_everything() -> Result<()> {
     Ok(())
 }
 
-/// Nothing is pinned in this version, so the programs go with the agent; the next one starts over
-/// what the first has left.
-#[test]
-fn killed_and_started_again() -> Result<()> {
-    let mut node = node()?;
-    node.agent.kill()?;
-    until_detached(&node)?;
-    let error = check::ask(&node, "blocking", VIP)?.error;
-    ensure!(error.as_deref() == Some("connect: ENETUNREACH"), "{error:?}");
-    node.agent.start()?;
-    check::balanced(&mut node, &["a"], |node| check::who(node, VIP))
-}
-
 #[test]
 fn a_second_agent_on_the_same_socket_refuses() -> Result<()> {
     let mut node = node()?;
@@ -131,11 +118,15 @@ fn cleanup() -> Result<()> {
     ensure!(check::who(&node, VIP)? == "a");
     node.agent.kill()?;
     ensure!(node.agent.socket().exists(), "this tests nothing: there is no stale socket");
+    ensure!(check::who(&node, VIP)? == "a", "what is pinned goes on");
     // Where nothing of anybody's is pinned.
     let pins = node.directory().join("pins");
     let output = node.agent.mesh(&["cleanup", "--pin-dir", &pins.to_string_lossy()])?;
     ensure!(output.status.success(), "{output:?}");
     ensure!(!node.agent.socket().exists());
+    let output =
+        node.agent.mesh(&["cleanup", "--pin-dir", &node.agent.pins().to_string_lossy()])?;
+    ensure!(output.status.success(), "{output:?}");
     until_detached(&node)
 }
 

@@ -4,6 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,11 +14,13 @@ use mesh_agent::dataplane::fault::Faulty;
 use mesh_agent::dataplane::kernel::Grace;
 use mesh_agent::dataplane::load::{self, Loaded, Options};
 use mesh_agent::dataplane::maps::Maps;
+use mesh_agent::dataplane::pindir::PinDir;
 use mesh_agent::dataplane::reconcile::{Reconciler, Usage};
 use mesh_agent::model::ServiceName;
 use mesh_common::{
     Algorithm, Caller, Choice, FrontendKey, Policy, Protocol, State, Token, Verdict, translate,
 };
+use mesh_tests::sys::mounts;
 
 /// Somebody who asks and does not connect.
 struct Asking;
@@ -53,6 +56,7 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
         weight: 1 + u16::from(n),
         state: State::Healthy,
         listed: true,
+        by_command: false,
     };
     let backends: Vec<Backend> = endpoints.iter().map(backend).collect();
     let rows = (0..).zip(&backends).map(|(place, b)| Candidate { place, weight: b.weight });
@@ -89,7 +93,13 @@ fn finish<M: Maps>(reconciler: &mut Reconciler<M>, grace: &Grace) -> Result<()> 
 
 #[test]
 fn the_kernels_maps_survive_faults() -> Result<()> {
-    let loaded = load::load(Options::default()).context("run as root")?;
+    let mounts = mounts::create().context("run as root")?;
+    mounts::inside(&mounts, survive)?
+}
+
+fn survive() -> Result<()> {
+    let pins = Arc::new(PinDir::take(Path::new("/sys/fs/bpf/mesh-test-maps"))?);
+    let loaded = load::load(Options::default(), &pins)?;
     let Loaded { maps, grace, programs: _programs, .. } = loaded;
     // A failure can be run again with the seed that it prints.
     let seed = fastrand::u64(..);

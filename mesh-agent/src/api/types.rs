@@ -284,6 +284,9 @@ pub struct Counters {
     /// Events that were left out.
     #[serde(default)]
     pub events_lost: u64,
+    /// Changes of the maps since the agent was started.
+    #[serde(default)]
+    pub map_writes: u64,
     /// Attempts repeated because the tables changed.
     pub retries: u64,
     /// Connects refused.

@@ -13,6 +13,7 @@ use aya_obj::generated::BPF_F_MMAPABLE;
 use super::Check;
 use super::mounts::Mounts;
 use crate::dataplane::load::{self, LoadError};
+use crate::dataplane::programs;
 
 /// Maps that the agent makes.
 const MAPS: [(MapType, &str); 4] = [
@@ -96,14 +97,15 @@ fn btf() -> Check {
     }
 }
 
-/// Where maps and programs can be pinned. This version pins nothing.
+/// Where programs and maps can be pinned, so that balancing goes on without the agent.
 fn bpffs(mounts: &Mounts) -> Check {
     let check = match mounts.points("bpf").next() {
         Some(point) => Check::good("bpffs", format!("mounted at {}", point.display())),
         None => Check::bad(
             "bpffs",
             "not mounted",
-            "nothing needs it yet; mount -t bpf bpf /sys/fs/bpf mounts it",
+            "the agent mounts it at /sys/fs/bpf; where that is not writable, as in a container, mount it \
+             before: mount -t bpf bpf /sys/fs/bpf",
         ),
     };
     check.optional()
@@ -113,9 +115,9 @@ fn bpffs(mounts: &Mounts) -> Check {
 /// them, and let go again.
 fn programs() -> Check {
     const NAME: &str = "kernel programs";
-    match load::load(load::Options::default()) {
-        Ok(_) => {
-            let names: Vec<_> = load::detached().iter().map(|program| program.name).collect();
+    match load::probe() {
+        Ok(()) => {
+            let names: Vec<_> = programs::detached().iter().map(|program| program.name).collect();
             Check::good(NAME, names.join(", "))
         }
         Err(error @ (LoadError::NoObject | LoadError::Abi { .. })) => Check::bad(

@@ -163,9 +163,12 @@ pub(super) struct RunArgs {
     /// Refused by name: this version keeps nothing on disk
     #[arg(long, value_name = "DIR", hide = true)]
     pub(super) state_dir: Option<PathBuf>,
-    /// Where programs and maps are pinned (this version pins nothing)
+    /// Where programs and maps are pinned, which stay when the agent ends
     #[arg(long, value_name = "DIR")]
     pub(super) pin_dir: Option<PathBuf>,
+    /// End balancing with the agent, also on SIGTERM
+    #[arg(long)]
+    pub(super) detach_on_exit: bool,
     /// Have the kernel programs log each connect that they refuse; for debugging, as it makes them
     /// slower
     #[arg(long)]

@@ -1,9 +1,9 @@
 //! `cleanup`: removes what an agent that is gone has left, and only that.
 //!
-//! Programs that are not pinned are detached by the kernel when their agent ends, however it ends;
-//! what can be left is the socket with its lock file, and pins.
+//! That is the pins, by which the kernel goes on balancing without an agent, and the socket with its lock
+//! file.
 
-use std::fs::{self, DirEntry};
+use std::fs::{self, DirEntry, File, TryLockError};
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
@@ -16,31 +16,9 @@ use super::output::{Output, Style, clean};
 use super::{ask, tables};
 use crate::api::socket::Claim;
 use crate::check::mounts::Mounts;
+use crate::claim;
 use crate::config::Config;
-
-/// What this project pins in a directory `v<N>`, besides what begins with [`PREFIX`].
-const MAPS: [&str; 17] = [
-    "FRONTENDS",
-    "SERVICES",
-    "SERVICE_STATS",
-    "NAMES",
-    "SLOTS",
-    "BACKENDS",
-    "BACKEND_STATS",
-    "FLOWS",
-    "OVERFLOW",
-    "LATENCIES",
-    "AFFINITY",
-    "UNITS",
-    "EVENTS",
-    "SETTINGS",
-    "VIRTUAL_IPS",
-    "COUNTERS",
-    "GRACE",
-];
-
-/// How the names of programs and links begin.
-const PREFIX: &str = "mesh_";
+use crate::dataplane::{pindir, programs};
 
 /// What was done; `cleanup -o json` prints it.
 #[derive(Serialize, PartialEq, Eq, Debug, Default)]
@@ -109,20 +87,43 @@ fn sweep_pins(directory: &Path, report: &mut Report) -> Result<(), Failure> {
             directory.display()
         )));
     }
-    sweep(&directory, report).map_err(fail)
+    // An agent that has another socket may have them.
+    let lock = File::open(&directory).map_err(fail)?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let pid = claim::holder(&lock);
+            let who = pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
+            return Err(Failure::failed(format!(
+                "an agent{who} has {}: stop it first",
+                directory.display()
+            )));
+        }
+        Err(TryLockError::Error(error)) => return Err(fail(error)),
+    }
+    // What has the name of a pin and is something else is somebody's, or damaged.
+    sweep(
+        &directory,
+        &|directory, name| matches!(pindir::get(directory, name), Ok(Some(_))),
+        report,
+    )
+    .map_err(fail)
 }
 
+/// Whether a file in a directory is a pin of this project, by its name and by what it is.
+type IsPin<'a> = &'a dyn Fn(&Path, &str) -> bool;
+
 /// As [`sweep_pins`], wherever `directory` is.
-fn sweep(directory: &Path, report: &mut Report) -> io::Result<()> {
+fn sweep(directory: &Path, is_pin: IsPin<'_>, report: &mut Report) -> io::Result<()> {
     for version in entries(directory)? {
         let is_directory = version.file_type()?.is_dir();
-        if !is_directory || !is_version(&version.file_name().to_string_lossy()) {
+        if !is_directory || pindir::version(&version.file_name().to_string_lossy()).is_none() {
             report.kept.push(version.path());
             continue;
         }
-        for pin in entries(&version.path())? {
-            let is_pin = pin.file_type()?.is_file();
-            if is_pin && is_ours(&pin.file_name().to_string_lossy()) {
+        for pin in pins(&version.path())? {
+            let name = pin.file_name().to_string_lossy().into_owned();
+            if pindir::Kind::of_name(&name).is_some() && is_pin(&version.path(), &name) {
                 fs::remove_file(pin.path())?;
                 report.removed.push(pin.path());
             } else {
@@ -134,22 +135,23 @@ fn sweep(directory: &Path, report: &mut Report) -> io::Result<()> {
     remove_if_empty(directory, report)
 }
 
+/// What is in a directory of pins, in the order in which it is removed: the links first of what makes
+/// records, and those last of what ends them.
+fn pins(directory: &Path) -> io::Result<Vec<DirEntry>> {
+    let hooked = |name: &str| programs::PROGRAMS.iter().any(|(hook, _)| name.starts_with(hook));
+    let mut pins = entries(directory)?;
+    pins.sort_by_key(|pin| {
+        let name = pin.file_name().to_string_lossy().into_owned();
+        (pindir::Kind::of_name(&name) != Some(pindir::Kind::Link), !hooked(&name))
+    });
+    Ok(pins)
+}
+
 /// What is in a directory, in the order of names.
 fn entries(directory: &Path) -> io::Result<Vec<DirEntry>> {
     let mut entries = fs::read_dir(directory)?.collect::<Result<Vec<_>, _>>()?;
     entries.sort_by_key(DirEntry::file_name);
     Ok(entries)
-}
-
-/// Whether a directory is one of map layouts: `v` and their version.
-fn is_version(name: &str) -> bool {
-    name.strip_prefix('v').is_some_and(|number| {
-        !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
-    })
-}
-
-fn is_ours(name: &str) -> bool {
-    MAPS.contains(&name) || name.starts_with(PREFIX)
 }
 
 fn remove_if_empty(directory: &Path, report: &mut Report) -> io::Result<()> {
@@ -204,7 +206,7 @@ mod tests {
             fs::write(root.join(path), "").expect("file");
         }
         let mut report = Report::default();
-        sweep(&root, &mut report).expect("swept");
+        sweep(&root, &|_, _| true, &mut report).expect("swept");
         let under = |paths: &[&str]| paths.iter().map(|path| root.join(path)).collect::<Vec<_>>();
         assert_eq!(report.removed, under(&["v1/FRONTENDS", "v1/mesh_connect4", "v2"]));
         assert_eq!(report.kept, under(&["SLOTS", "v1/cilium_lb", "v1/other", "vmlinux"]));
@@ -218,7 +220,7 @@ mod tests {
         fs::create_dir_all(root.join("v1")).expect("directory");
         fs::write(root.join("v1/COUNTERS"), "").expect("file");
         let mut report = Report::default();
-        sweep(&root, &mut report).expect("swept");
+        sweep(&root, &|_, _| true, &mut report).expect("swept");
         assert!(!root.exists() && report.kept.is_empty());
     }
 

@@ -25,9 +25,9 @@ const ENDING: Duration = Duration::from_secs(1);
 
 /// Runs the agent until it is told to stop.
 pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure> {
-    let log_refusals = args.log_refusals;
+    let (log_refusals, detach) = (args.log_refusals, args.detach_on_exit);
     let config = config(args, socket)?;
-    let options = Options { log: log_refusals, limits: config.limits };
+    let options = Options { log: log_refusals, limits: config.limits, detach };
     log(options);
     super::need_files(FILES)?;
     let runtime = Runtime::new().map_err(|error| Failure::no_runtime(&error))?;
@@ -97,6 +97,7 @@ mod tests {
             state_dir: None,
             pin_dir: Some("/flag".into()),
             log_refusals: false,
+            detach_on_exit: false,
         }
     }
 

@@ -38,6 +38,8 @@ pub struct Backend {
     pub state: State,
     /// Whether a table in force leads there.
     pub listed: bool,
+    /// Whether somebody has it drained by command.
+    pub by_command: bool,
 }
 
 /// Which table of a service: endpoints are balanced within their address family.
@@ -80,13 +82,15 @@ pub struct Condition {
     /// Its part of its weight, in thousandths: less than 1,000 for a while after it came
     /// (slow start).
     pub ramp: u16,
+    /// Whether somebody has it drained by command, for the agent that comes after this one.
+    pub by_command: bool,
 }
 
 impl Condition {
     /// Of an endpoint that has been in this state for long.
     #[must_use]
     pub const fn settled(state: State) -> Self {
-        Self { state, is_out: false, ramp: Self::FULL }
+        Self { state, is_out: false, ramp: Self::FULL, by_command: false }
     }
 
     /// All of its weight.
@@ -200,7 +204,8 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
             let key = BackendKey { port: port.port, protocol: port.protocol, address };
             let condition = condition(of, address);
             let (weight, state) = (endpoint.weight, condition.state);
-            let backend = Backend { key, weight, state, listed: false };
+            let by_command = condition.by_command;
+            let backend = Backend { key, weight, state, listed: false, by_command };
             let group = group.unwrap_or(endpoint.priority);
             Found { backend, condition, group, distance: distance(here, endpoint) }
         })

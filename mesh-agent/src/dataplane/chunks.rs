@@ -6,11 +6,11 @@
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use aya::Ebpf;
 use aya::maps::{ArrayOfMaps, Map, MapData};
 use aya_obj::generated::{BPF_F_MMAPABLE, bpf_map_type};
 
 use super::kernel::OpenError;
+use super::opened::Opened;
 use super::sys::{Flat, Mapped, set_maps};
 
 /// An array of `T` that grows.
@@ -26,19 +26,22 @@ pub struct Chunks<T> {
 }
 
 impl<T: Flat> Chunks<T> {
-    /// The array of that name in a loaded object, for its one writer, with a first chunk. Up to `limit`
+    /// The array of that name, for its one writer, with the chunks that it has, or a first one. Up to `limit`
     /// records will be there.
     ///
     /// # Errors
     ///
     /// When it is missing, or the kernel refuses to make or map a chunk.
     pub fn open(
-        ebpf: &Ebpf,
+        maps: &Opened,
         name: &'static str,
         chunk: usize,
         limit: u32,
     ) -> Result<Self, OpenError> {
-        let mut chunks = Self::look(ebpf, name, chunk, limit)?;
+        let mut chunks = Self::look(maps, name, chunk, limit)?;
+        while chunks.follow(chunks.records.capacity()) {}
+        // What is there is more than is wanted now.
+        chunks.limit = chunks.limit.max(chunks.records.capacity());
         chunks.reach(1).map_err(|source| OpenError::Mapping { map: name, source })?;
         Ok(chunks)
     }
@@ -49,14 +52,12 @@ impl<T: Flat> Chunks<T> {
     ///
     /// When it is missing.
     pub fn look(
-        ebpf: &Ebpf,
+        maps: &Opened,
         name: &'static str,
         chunk: usize,
         limit: u32,
     ) -> Result<Self, OpenError> {
-        let Some(Map::ArrayOfMaps(data)) = ebpf.map(name) else {
-            return Err(OpenError::Missing(name));
-        };
+        let data = maps.data(name)?;
         let mapping = |source| OpenError::Mapping { map: name, source };
         let failed = |source| OpenError::Map { map: name, source };
         let fd = data.fd().as_fd().try_clone_to_owned().map_err(mapping)?;

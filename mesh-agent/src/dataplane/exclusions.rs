@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
-use aya::Ebpf;
 use mesh_common::{Settings, Word};
 
-use super::kernel::{OpenError, mapped};
+use super::kernel::OpenError;
+use super::opened::Opened;
 use super::sys::Mapped;
 use crate::audit::namespaces;
 use crate::check::cgroup::Cgroup;
@@ -22,13 +22,13 @@ pub struct Exclusions {
 }
 
 impl Exclusions {
-    /// Takes the map out of a loaded object.
+    /// Opens the map.
     ///
     /// # Errors
     ///
     /// When it is missing or has another layout.
-    pub fn open(ebpf: &Ebpf) -> Result<Self, OpenError> {
-        Ok(Self { settings: mapped(ebpf, "SETTINGS")?, missing: BTreeSet::new() })
+    pub fn open(maps: &Opened) -> Result<Self, OpenError> {
+        Ok(Self { settings: maps.mapped("SETTINGS")?, missing: BTreeSet::new() })
     }
 
     /// Looks for them, and tells the programs. What is not there excludes nobody, until it is.

@@ -1,14 +1,12 @@
 //! [`Maps`] over the kernel's maps.
 
 use std::io;
-use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData};
+use aya::maps::{Array, ArrayOfMaps, HashMap, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::latency::Latency;
 use mesh_common::{
@@ -21,7 +19,9 @@ use super::clock;
 use super::maps::{
     Capacity, Contents, Counts, Frontend, Generations, Kind, MapError, Maps, Refused,
 };
-use super::sys::{Flat, Mapped};
+use super::opened::Opened;
+use super::pindir::PinError;
+use super::sys::Mapped;
 use crate::compile::Rules;
 
 /// A map of the loaded object that is not what this agent expects.
@@ -49,6 +49,9 @@ pub enum OpenError {
         #[source]
         source: aya::maps::MapError,
     },
+    /// Its pin is something else.
+    #[error(transparent)]
+    Pin(#[from] PinError),
     /// It cannot be mapped.
     #[error("mapping {map} into the agent: {source}")]
     Mapping {
@@ -78,6 +81,8 @@ pub struct KernelMaps {
     shortages: [Option<Shortage>; 4],
     /// One that was met.
     shortage: Option<Arc<str>>,
+    /// Changes since the agent was started.
+    writes: u64,
 }
 
 /// That the kernel had no memory.
@@ -102,44 +107,56 @@ impl Shortage {
 const SHORT: Duration = Duration::from_secs(2);
 
 impl KernelMaps {
-    /// Takes the maps out of a loaded object. They will hold as much as `limits` says.
+    /// Opens the maps that are pinned. They will hold as much as `limits` says.
     ///
     /// # Errors
     ///
     /// When a map is missing or has another layout than this agent's, or cannot be made.
-    pub fn open(ebpf: &mut Ebpf, limits: Limits) -> Result<Self, OpenError> {
-        let (frontends, entries) = sized(ebpf, "FRONTENDS", HashMap::try_from)?;
-        let (virtual_ips, ranges) = sized(ebpf, "VIRTUAL_IPS", LpmTrie::try_from)?;
-        let capacity = Capacity {
-            frontends: entries,
-            services: limits.frontends,
-            slots: limits.slots(),
-            backends: limits.backends,
-            virtual_ips: ranges,
-        };
-        let (services, backends) = (capacity.services, capacity.backends);
-        Ok(Self {
+    pub fn open(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
+        let frontends = maps.typed("FRONTENDS", HashMap::try_from)?;
+        let virtual_ips = maps.typed("VIRTUAL_IPS", LpmTrie::try_from)?;
+        let (services, backends) = (limits.frontends, limits.backends);
+        let mut opened = Self {
             frontends,
-            services: Chunks::open(ebpf, "SERVICES", chunk::SERVICES, services)?,
-            service_stats: Chunks::open(ebpf, "SERVICE_STATS", chunk::SERVICES, services)?,
-            names: Chunks::open(ebpf, "NAMES", chunk::NAMES, services)?,
-            slots: Chunks::open(ebpf, "SLOTS", chunk::SLOTS, capacity.slots)?,
-            backends: Chunks::open(ebpf, "BACKENDS", chunk::BACKENDS, backends)?,
-            stats: Chunks::open(ebpf, "BACKEND_STATS", chunk::BACKENDS, backends)?,
-            latencies: Chunks::open(ebpf, "LATENCIES", chunk::BACKENDS, backends)?,
-            settings: mapped(ebpf, "SETTINGS")?,
+            services: Chunks::open(maps, "SERVICES", chunk::SERVICES, services)?,
+            service_stats: Chunks::open(maps, "SERVICE_STATS", chunk::SERVICES, services)?,
+            names: Chunks::open(maps, "NAMES", chunk::NAMES, services)?,
+            slots: Chunks::open(maps, "SLOTS", chunk::SLOTS, limits.slots())?,
+            backends: Chunks::open(maps, "BACKENDS", chunk::BACKENDS, backends)?,
+            stats: Chunks::open(maps, "BACKEND_STATS", chunk::BACKENDS, backends)?,
+            latencies: Chunks::open(maps, "LATENCIES", chunk::BACKENDS, backends)?,
+            settings: maps.mapped("SETTINGS")?,
             virtual_ips,
-            counters: mapped(ebpf, "COUNTERS")?,
-            capacity,
+            counters: maps.mapped("COUNTERS")?,
+            capacity: Capacity {
+                frontends: maps.entries("FRONTENDS")?,
+                services,
+                slots: limits.slots(),
+                backends,
+                virtual_ips: maps.entries("VIRTUAL_IPS")?,
+            },
             shortages: [const { None }; 4],
             shortage: None,
-        })
+            writes: 0,
+        };
+        // What is there stays, also when the agent file wants less by now.
+        let Capacity { services, slots, backends, .. } = opened.sizes();
+        let capacity = &mut opened.capacity;
+        capacity.services = capacity.services.max(services);
+        capacity.backends = capacity.backends.max(backends);
+        capacity.slots = capacity.slots.max(slots).max(capacity.backends.saturating_mul(2));
+        Ok(opened)
     }
 
     /// A counter. The index is one of [`mesh_common::layout::counter`], or a
     /// [`mesh_common::Reason`].
     pub fn counter(&self, index: u32) -> u64 {
         self.counters.get(index).map_or(0, Word::load)
+    }
+
+    /// How many changes were made since the agent was started; slots that are written together are one.
+    pub fn writes(&self) -> u64 {
+        self.writes
     }
 
     /// For how many entries there is memory now.
@@ -179,47 +196,6 @@ impl KernelMaps {
     pub fn stats(&self, id: u32) -> Option<&BackendStats> {
         self.stats.get(id)
     }
-}
-
-// === opening ===
-
-pub(super) fn take(ebpf: &mut Ebpf, map: &'static str) -> Result<Map, OpenError> {
-    ebpf.take_map(map).ok_or(OpenError::Missing(map))
-}
-
-/// Takes a map as one of aya's types, which compare the sizes of keys and values.
-pub(super) fn typed<T>(
-    ebpf: &mut Ebpf,
-    map: &'static str,
-    convert: impl FnOnce(Map) -> Result<T, aya::maps::MapError>,
-) -> Result<T, OpenError> {
-    convert(take(ebpf, map)?).map_err(|source| OpenError::Map { map, source })
-}
-
-/// The same, and how many entries it holds.
-fn sized<T>(
-    ebpf: &mut Ebpf,
-    map: &'static str,
-    convert: impl FnOnce(Map) -> Result<T, aya::maps::MapError>,
-) -> Result<(T, u32), OpenError> {
-    let failed = |source| OpenError::Map { map, source };
-    let entries = match ebpf.map(map) {
-        Some(Map::HashMap(data) | Map::LpmTrie(data)) => data.info().map_err(failed)?.max_entries(),
-        _ => return Err(OpenError::Missing(map)),
-    };
-    Ok((typed(ebpf, map, convert)?, entries))
-}
-
-/// Maps an array. It stays with the object, so that it can be mapped for another owner too.
-pub(super) fn mapped<T: Flat>(ebpf: &Ebpf, map: &'static str) -> Result<Mapped<T>, OpenError> {
-    let Some(Map::Array(data)) = ebpf.map(map) else { return Err(OpenError::Missing(map)) };
-    let info = data.info().map_err(|source| OpenError::Map { map, source })?;
-    let (found, expected) = (info.value_size(), size_of::<T>());
-    if found as usize != expected {
-        return Err(OpenError::Layout { map, found, expected });
-    }
-    Mapped::new(data.fd().as_fd(), info.max_entries())
-        .map_err(|source| OpenError::Mapping { map, source })
 }
 
 // === impl Maps ===
@@ -318,11 +294,13 @@ impl Maps for KernelMaps {
     }
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
+        self.writes += 1;
         let records = std::slice::from_ref(backend);
         self.backends.write(id, records).map_err(out_of_range("writing BACKENDS"))
     }
 
     fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        self.writes += 1;
         let stats = [BackendStats::default()];
         self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
         if let Some(latency) = self.latencies.get(id) {
@@ -335,22 +313,26 @@ impl Maps for KernelMaps {
     }
 
     fn retire_stats(&mut self, id: u32) {
+        self.writes += 1;
         if let Some(stats) = self.stats.get(id) {
             stats.generation.store(0);
         }
     }
 
     fn forget_failures(&mut self, id: u32) {
+        self.writes += 1;
         if let Some(stats) = self.stats.get(id) {
             stats.ejection.store(0);
         }
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
+        self.writes += 1;
         self.slots.write(base, slots).map_err(out_of_range("writing SLOTS"))
     }
 
     fn write_service(&mut self, index: u32, frontend: &Frontend) -> Result<(), MapError> {
+        self.writes += 1;
         let record = [record(frontend)];
         let owner = Word::new(frontend.owner.into());
         let stats = [ServiceStats { owner, ..ServiceStats::default() }];
@@ -359,6 +341,7 @@ impl Maps for KernelMaps {
     }
 
     fn set_owner(&mut self, index: u32, owner: u32) -> Result<(), MapError> {
+        self.writes += 1;
         if let Some(stats) = self.service_stats.get(index) {
             stats.owner.store(owner.into());
         }
@@ -366,6 +349,7 @@ impl Maps for KernelMaps {
     }
 
     fn write_name(&mut self, index: u32, name: &Name) -> Result<(), MapError> {
+        self.writes += 1;
         let names = std::slice::from_ref(name);
         self.names.write(index, names).map_err(out_of_range("writing NAMES"))
     }
@@ -384,6 +368,7 @@ impl Maps for KernelMaps {
     }
 
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
+        self.writes += 1;
         if let Some(service) = self.services.get(index) {
             service.policy.store(rules.policy.0);
             service.affinity.store(rules.affinity.0);
@@ -392,6 +377,7 @@ impl Maps for KernelMaps {
     }
 
     fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {
+        self.writes += 1;
         if let Some(service) = self.services.get(index) {
             service.table.store(table.0);
         }
@@ -399,6 +385,7 @@ impl Maps for KernelMaps {
     }
 
     fn retire_service(&mut self, index: u32) -> Result<(), MapError> {
+        self.writes += 1;
         if let Some(service) = self.services.get(index) {
             service.generation.store(0);
         }
@@ -406,19 +393,23 @@ impl Maps for KernelMaps {
     }
 
     fn insert_frontend(&mut self, key: &FrontendKey, value: FrontendValue) -> Result<(), MapError> {
+        self.writes += 1;
         self.frontends.insert(key, value, 0).map_err(map_error("inserting into FRONTENDS"))
     }
 
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError> {
+        self.writes += 1;
         gone(self.frontends.remove(key).map_err(map_error("removing from FRONTENDS")))
     }
 
     fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        self.writes += 1;
         let key = Key::new(u32::from(bits), addr.octets());
         self.virtual_ips.insert(&key, 1, 0).map_err(map_error("inserting into VIRTUAL_IPS"))
     }
 
     fn remove_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
+        self.writes += 1;
         let key = Key::new(u32::from(bits), addr.octets());
         gone(self.virtual_ips.remove(&key).map_err(map_error("removing from VIRTUAL_IPS")))
     }
@@ -616,13 +607,13 @@ struct GraceMaps {
 type Inner = Array<MapData, u32>;
 
 impl Grace {
-    /// Takes the map of maps out of a loaded object.
+    /// Opens the map of maps.
     ///
     /// # Errors
     ///
-    /// When the object has no such map, or the kernel refuses to make the inner one.
-    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
-        let outer = typed(ebpf, "GRACE", ArrayOfMaps::try_from)?;
+    /// When there is none, or the kernel refuses to make the inner one.
+    pub fn open(maps: &Opened) -> Result<Self, OpenError> {
+        let outer = maps.typed("GRACE", ArrayOfMaps::try_from)?;
         let inner =
             Array::create(1, 0).map_err(|source| OpenError::Map { map: "GRACE", source })?;
         Ok(Self { maps: Mutex::new(GraceMaps { outer, inner }) })

@@ -1,74 +1,32 @@
-//! Loading the kernel programs and attaching them to a cgroup.
+//! Loading the kernel programs and making their maps, or taking over those that are pinned.
 
-use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
 
 use aya::maps::{MapData, RingBuf};
-use aya::programs::cgroup_sock::CgroupSockLinkId;
-use aya::programs::cgroup_sock_addr::CgroupSockAddrLinkId;
-use aya::programs::{
-    BtfTracePoint, CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError,
-};
+use aya::programs::{BtfTracePoint, CgroupSock, CgroupSockAddr, Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use mesh_common::datagram::IDLE_SECONDS;
-use mesh_common::{ABI_VERSION, Limits};
+use mesh_common::{ABI_VERSION, Limits, Settings};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::btf::{self, BtfError};
 use super::clock;
 use super::exclusions::Exclusions;
-use super::kernel::{Grace, KernelMaps, OpenError, typed};
+use super::kernel::{Grace, KernelMaps, OpenError};
+use super::opened::Opened;
+use super::pindir::{MAPS, PinDir, PinError};
 use super::pins::Pins;
+use super::programs::{self, LoadedProgram, PROGRAMS, Programs, TRACERS, Tracer};
 use super::records::Records;
-use super::sys::attached::{Hook, program_ids};
+use super::sys::attached::Hook;
 use super::units::Units;
 use crate::text::chain;
 
 /// The kernel object, or nothing in a binary that was built without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
-
-/// The programs that are attached to the cgroup, and their hooks.
-pub const PROGRAMS: [(&str, Hook); 9] = [
-    ("mesh_connect4", Hook::Connect4),
-    ("mesh_connect6", Hook::Connect6),
-    ("mesh_sendmsg4", Hook::SendMsg4),
-    ("mesh_sendmsg6", Hook::SendMsg6),
-    ("mesh_peername4", Hook::GetPeerName4),
-    ("mesh_peername6", Hook::GetPeerName6),
-    ("mesh_recvmsg4", Hook::RecvMsg4),
-    ("mesh_recvmsg6", Hook::RecvMsg6),
-    ("mesh_release", Hook::SockRelease),
-];
-
-/// What the programs that see the end of a connection hang on. They run for all sockets of the
-/// machine, and leave those alone that have no record.
-///
-/// A tracepoint with typed arguments, by its name.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Tracer(&'static str);
-
-/// Those programs, in the order in which they are attached: what ends a record comes first.
-///
-/// Of most there are two that do the same: the kernel does not run one that is running on the same
-/// CPU already.
-pub const TRACERS: [(&str, Tracer); 7] = [
-    ("mesh_destroy", Tracer("tcp_destroy_sock")),
-    ("mesh_destroy_too", Tracer("tcp_destroy_sock")),
-    ("mesh_error", Tracer("inet_sk_error_report")),
-    ("mesh_error_too", Tracer("inet_sk_error_report")),
-    ("mesh_reset", Tracer("tcp_receive_reset")),
-    ("mesh_reset_too", Tracer("tcp_receive_reset")),
-    ("mesh_retransmit", Tracer("tcp_retransmit_skb")),
-];
-
-impl Tracer {
-    /// As people write it.
-    #[must_use]
-    pub fn describe(self) -> String {
-        format!("tp_btf/{}", self.0)
-    }
-}
 
 /// Why the data plane cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -115,45 +73,9 @@ pub enum LoadError {
         #[source]
         source: Box<ProgramError>,
     },
-    /// The cgroup cannot be opened.
-    #[error("opening cgroup {}: {source}", path.display())]
-    Cgroup {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A program that sees the end of connections could not be attached.
-    #[error(
-        "attaching {program} to {hook}: {}; `mesh-agent check` says what this kernel or container \
-         lacks",
-        chain(.source)
-    )]
-    Trace {
-        /// Its name.
-        program: &'static str,
-        /// What it hangs on.
-        hook: String,
-        /// Why.
-        #[source]
-        source: Box<ProgramError>,
-    },
-    /// A program could not be attached.
-    #[error(
-        "attaching {program} to {}: {}; is it a cgroup2 directory, and do other programs there \
-         forbid more (see `mesh-agent check`)?",
-        path.display(), chain(.source)
-    )]
-    Attach {
-        /// Its name.
-        program: &'static str,
-        /// The cgroup.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: Box<ProgramError>,
-    },
+    /// Nothing can be pinned, or what is pinned is something else.
+    #[error(transparent)]
+    Pin(#[from] PinError),
 }
 
 /// How to load.
@@ -163,47 +85,16 @@ pub struct Options {
     pub log: bool,
     /// What the maps hold.
     pub limits: Limits,
-}
-
-/// The loaded programs. Dropping it detaches them.
-pub struct Programs {
-    ebpf: Ebpf,
-    links: Vec<(&'static str, Link)>,
-    /// Program ids of the attached tracers; they stay attached.
-    tracers: Vec<(&'static str, Tracer, u32)>,
-}
-
-/// What keeps a program attached to a cgroup.
-enum Link {
-    Addr(CgroupSockAddrLinkId),
-    Sock(CgroupSockLinkId),
-}
-
-/// A program, as the kernel knows it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ProgramState {
-    /// Its name.
-    pub name: &'static str,
-    /// What it hangs on.
-    pub hook: String,
-    /// The kernel's number for it, when it is loaded.
-    pub id: Option<u32>,
-    /// Whether it is attached.
-    pub attached: bool,
-}
-
-/// What is attached where, to ask the kernel whether it still is.
-#[derive(Clone, Debug)]
-pub struct Attachment {
-    cgroup: PathBuf,
-    ids: Vec<(&'static str, Hook, u32)>,
-    tracers: Vec<(&'static str, Tracer, u32)>,
+    /// Whether balancing ends with the agent, however that is told to end.
+    pub detach: bool,
 }
 
 /// Everything that a loaded object consists of, by who owns it.
 pub struct Loaded {
     /// The programs.
     pub programs: Programs,
+    /// Whether they were there.
+    pub are_kept: bool,
     /// The maps that the reconciler writes.
     pub maps: KernelMaps,
     /// The grace period.
@@ -220,19 +111,112 @@ pub struct Loaded {
     pub events: RingBuf<MapData>,
 }
 
-/// Loads the programs and makes the maps, without attaching anything.
+/// Loads the programs and makes the maps, without attaching anything; or takes over what is pinned: the
+/// maps, and the programs if they are those of this build.
+///
+/// # Errors
+///
+/// When the kernel, the container or the binary lacks something. What is attached is so still.
+pub fn load(options: Options, pins: &Arc<PinDir>) -> Result<Loaded, LoadError> {
+    let object = object(OBJECT)?;
+    let maps = Opened::at(pins.directory());
+    let parsed = aya_obj::Object::parse(object)
+        .map_err(|error| LoadError::Maps(Box::new(EbpfError::ParseError(error))))?;
+    let there = maps.compare(&parsed)?;
+    drop(parsed);
+    let values = Values::now(options);
+    let identity = values.identity(object);
+    let known = if there == MAPS.len() { attached(&maps)? } else { 0 };
+    let former = programs::pinned(pins)?;
+    // Those that log have a map of their own, which is not pinned.
+    let are_kept = known == identity && former.len() == programs::names().count() && !options.log;
+    let (loaded, former, ebpf) = if are_kept {
+        (former, BTreeMap::new(), None)
+    } else {
+        let mut ebpf = load_object(object, options, &values, Some(pins))?;
+        let loaded = descriptors(&mut ebpf)?;
+        (loaded, former, options.log.then_some(ebpf))
+    };
+    for map in MAPS {
+        let data = maps.data(map)?;
+        pins.keep(map, data.fd().as_fd())?;
+    }
+    let limits = maps.limits(options.limits)?;
+    let records = Records::open(&maps, limits)?;
+    let kernel = KernelMaps::open(&maps, limits)?;
+    let grace = Grace::open(&maps)?;
+    let exclusions = Exclusions::open(&maps)?;
+    let affinity = Pins::open(&maps)?;
+    let units = Units::open(&maps)?;
+    let events = maps.typed("EVENTS", RingBuf::try_from)?;
+    let settings = maps.mapped("SETTINGS")?;
+    let mut programs = Programs::new(Arc::clone(pins), loaded, former, identity, settings);
+    programs.ebpf = ebpf;
+    Ok(Loaded {
+        programs,
+        are_kept,
+        maps: kernel,
+        grace,
+        records,
+        exclusions,
+        pins: affinity,
+        units,
+        events,
+    })
+}
+
+/// Loads the programs and makes the maps, and lets go of them again.
 ///
 /// # Errors
 ///
 /// When the kernel, the container or the binary lacks something.
-pub fn load(options: Options) -> Result<Loaded, LoadError> {
-    let object = object(OBJECT)?;
+pub fn probe() -> Result<(), LoadError> {
+    let (object, options) = (object(OBJECT)?, Options::default());
+    load_object(object, options, &Values::now(options), None).map(drop)
+}
+
+/// Which programs the former agent said were attached.
+fn attached(maps: &Opened) -> Result<u64, OpenError> {
+    let settings = maps.mapped::<Settings>("SETTINGS")?;
+    Ok(settings.get(0).map_or(0, |settings| settings.programs.load()))
+}
+
+/// What the programs are given when they are loaded. It depends on nothing that can change before the node
+/// is started anew, when the pins are gone, but for what is asked for.
+#[derive(Clone, Copy, Hash)]
+struct Values {
+    /// Level 0 lets the verifier prune every log statement.
+    level: u8,
+    idle: u64,
+    half_life: u64,
+}
+
+impl Values {
+    fn now(options: Options) -> Self {
+        Self {
+            level: if options.log { aya_log::Level::Debug as u8 } else { 0 },
+            idle: clock::units(IDLE_SECONDS),
+            half_life: clock::half_life(),
+        }
+    }
+
+    /// What tells programs of this build, loaded with this, from others; never 0.
+    fn identity(&self, object: &[u8]) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (object, self).hash(&mut hasher);
+        hasher.finish().max(1)
+    }
+}
+
+/// Loads the object over the maps that are pinned; makes and pins the others.
+fn load_object(
+    object: &[u8],
+    options: Options,
+    values: &Values,
+    pins: Option<&PinDir>,
+) -> Result<Ebpf, LoadError> {
     let places = btf::places()?;
-    // Level 0 lets the verifier prune every log statement.
     let salt = fastrand::u64(..);
-    let level: u8 = if options.log { aya_log::Level::Debug as u8 } else { 0 };
-    let idle = clock::units(IDLE_SECONDS);
-    let half_life = clock::half_life();
     let limits = options.limits;
     let mut loader = EbpfLoader::new();
     for (map, entries) in
@@ -240,12 +224,17 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
     {
         loader.map_max_entries(map, entries);
     }
+    for (map, pins) in MAPS.into_iter().zip(std::iter::repeat(pins)) {
+        if let Some(pins) = pins {
+            loader.map_pin_path(map, pins.path(map));
+        }
+    }
     let mut ebpf = loader
         .verifier_log_level(VerifierLogLevel::STATS)
-        .override_global(aya_log::LEVEL, &level, false)
+        .override_global(aya_log::LEVEL, &values.level, false)
         .override_global("SALT", &salt, true)
-        .override_global("DATAGRAM_IDLE", &idle, true)
-        .override_global("HALF_LIFE", &half_life, true)
+        .override_global("DATAGRAM_IDLE", &values.idle, true)
+        .override_global("HALF_LIFE", &values.half_life, true)
         .override_global("SOCKET_FIELDS", &places[..], true)
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
@@ -258,15 +247,21 @@ pub fn load(options: Options) -> Result<Loaded, LoadError> {
         load_tracer(&mut ebpf, program, tracer, &btf)
             .map_err(|source| LoadError::Program { program, source: Box::new(source) })?;
     }
-    let records = Records::open(&mut ebpf, limits)?;
-    let maps = KernelMaps::open(&mut ebpf, limits)?;
-    let grace = Grace::open(&mut ebpf)?;
-    let exclusions = Exclusions::open(&ebpf)?;
-    let pins = Pins::open(&mut ebpf)?;
-    let units = Units::open(&mut ebpf)?;
-    let events = typed(&mut ebpf, "EVENTS", RingBuf::try_from)?;
-    let programs = Programs { ebpf, links: Vec::new(), tracers: Vec::new() };
-    Ok(Loaded { programs, maps, grace, records, exclusions, pins, units, events })
+    Ok(ebpf)
+}
+
+/// The programs of a loaded object, by descriptors of their own.
+fn descriptors(ebpf: &mut Ebpf) -> Result<BTreeMap<&'static str, LoadedProgram>, LoadError> {
+    let mut programs = BTreeMap::new();
+    for name in programs::names() {
+        let failed = |source| LoadError::Program { program: name, source: Box::new(source) };
+        let program = ebpf.program(name).ok_or(ProgramError::NotLoaded).map_err(failed)?;
+        let id = program.info().map_err(failed)?.id();
+        let fd = program.fd().map_err(failed)?.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|error| failed(ProgramError::IOError(error)))?;
+        programs.insert(name, LoadedProgram { fd, id });
+    }
+    Ok(programs)
 }
 
 fn load_hooked(ebpf: &mut Ebpf, name: &str, hook: Hook) -> Result<(), ProgramError> {
@@ -288,94 +283,6 @@ fn load_tracer(ebpf: &mut Ebpf, name: &str, tracer: Tracer, btf: &Btf) -> Result
     of_kind::<BtfTracePoint>(ebpf, name)?.load(tracer.0, btf)
 }
 
-impl Programs {
-    /// Attaches all programs to a cgroup: sockets that are created below it from then on are
-    /// balanced. What was attached before is detached. After an error none is attached to it.
-    ///
-    /// Whatever ends records comes before what makes them, and what shows the peer before that, so that
-    /// no balanced socket shows its backend.
-    ///
-    /// # Errors
-    ///
-    /// When the directory is no cgroup, or the kernel refuses.
-    pub fn attach(&mut self, cgroup: &Path) -> Result<Attachment, LoadError> {
-        self.detach();
-        let opened = File::open(cgroup)
-            .map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
-        self.trace()?;
-        let mut ids = Vec::new();
-        for (program, place) in PROGRAMS.into_iter().rev() {
-            match self.attach_one(program, place, &opened) {
-                Ok(id) => ids.push((program, place, id)),
-                Err(source) => {
-                    self.detach();
-                    let path = cgroup.to_owned();
-                    return Err(LoadError::Attach { program, path, source: Box::new(source) });
-                }
-            }
-        }
-        ids.reverse();
-        Ok(Attachment { cgroup: cgroup.to_owned(), ids, tracers: self.tracers.clone() })
-    }
-
-    /// Attaches the programs that see connections end. They stay until this is dropped: sockets that
-    /// were balanced go on to exist when the others are detached.
-    fn trace(&mut self) -> Result<(), LoadError> {
-        for (program, tracer) in TRACERS.into_iter().skip(self.tracers.len()) {
-            let attached = attach_tracer(&mut self.ebpf, program);
-            let id = attached.map_err(|source| {
-                let hook = tracer.describe();
-                LoadError::Trace { program, hook, source: Box::new(source) }
-            })?;
-            self.tracers.push((program, tracer, id));
-        }
-        Ok(())
-    }
-
-    fn attach_one(
-        &mut self,
-        name: &'static str,
-        hook: Hook,
-        cgroup: &File,
-    ) -> Result<u32, ProgramError> {
-        // A link is always one of many; aya's flag for that is refused for links.
-        const MODE: CgroupAttachMode = CgroupAttachMode::Single;
-        let (id, link) = if hook == Hook::SockRelease {
-            let program = of_kind::<CgroupSock>(&mut self.ebpf, name)?;
-            (program.info()?.id(), Link::Sock(program.attach(cgroup, MODE)?))
-        } else {
-            let program = of_kind::<CgroupSockAddr>(&mut self.ebpf, name)?;
-            (program.info()?.id(), Link::Addr(program.attach(cgroup, MODE)?))
-        };
-        self.links.push((name, link));
-        Ok(id)
-    }
-
-    /// Detaches all that is attached to a cgroup.
-    pub fn detach(&mut self) {
-        for (program, link) in self.links.drain(..) {
-            let detached = match link {
-                Link::Addr(link) => of_kind::<CgroupSockAddr>(&mut self.ebpf, program)
-                    .and_then(|hook| hook.detach(link)),
-                Link::Sock(link) => of_kind::<CgroupSock>(&mut self.ebpf, program)
-                    .and_then(|hook| hook.detach(link)),
-            };
-            if let Err(error) = detached {
-                tracing::warn!(program, %error, "could not detach");
-            }
-        }
-    }
-
-    /// Starts to hand what the programs log to `tracing`; only with [`Options::log`].
-    ///
-    /// # Errors
-    ///
-    /// When the log map cannot be opened.
-    pub fn logger(&mut self) -> anyhow::Result<aya_log::EbpfLogger<&'static dyn log::Log>> {
-        Ok(aya_log::EbpfLogger::init(&mut self.ebpf)?)
-    }
-}
-
 /// The object with its layout version checked.
 fn object(bytes: &[u8]) -> Result<&[u8], LoadError> {
     if bytes.is_empty() {
@@ -386,52 +293,6 @@ fn object(bytes: &[u8]) -> Result<&[u8], LoadError> {
         return Err(LoadError::Abi { found });
     }
     Ok(bytes)
-}
-
-// === impl Attachment ===
-
-impl Attachment {
-    /// Each program, and whether it is attached now. A cgroup that was removed has none, also when
-    /// another one has its name. Nobody but the agent can detach the tracers.
-    pub fn states(&self) -> Vec<ProgramState> {
-        let attached =
-            |hook, id| program_ids(&self.cgroup, hook).is_ok_and(|attached| attached.contains(&id));
-        let hooked = self.ids.iter().map(|&(name, hook, id)| ProgramState {
-            name,
-            hook: format!("cgroup/{}", hook.name()),
-            id: Some(id),
-            attached: attached(hook, id),
-        });
-        let tracing = self.tracers.iter().map(|&(name, tracer, id)| ProgramState {
-            name,
-            hook: tracer.describe(),
-            id: Some(id),
-            attached: true,
-        });
-        hooked.chain(tracing).collect()
-    }
-
-    /// Whether all of them are attached now.
-    pub fn is_whole(&self) -> bool {
-        self.states().into_iter().all(|state| state.attached)
-    }
-}
-
-/// Attaches a tracer, and gives the kernel's number for its program.
-fn attach_tracer(ebpf: &mut Ebpf, name: &str) -> Result<u32, ProgramError> {
-    let program = of_kind::<BtfTracePoint>(ebpf, name)?;
-    let id = program.info()?.id();
-    program.attach()?;
-    Ok(id)
-}
-
-/// All programs, of which none is attached.
-#[must_use]
-pub fn detached() -> Vec<ProgramState> {
-    let hooks = PROGRAMS.map(|(name, hook)| (name, format!("cgroup/{}", hook.name())));
-    let tracers = TRACERS.map(|(name, tracer)| (name, tracer.describe()));
-    let all = hooks.into_iter().chain(tracers);
-    all.map(|(name, hook)| ProgramState { name, hook, id: None, attached: false }).collect()
 }
 
 /// The layout version that an object was built with: the value of its symbol `ABI`.

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
 use mesh_common::{Origin, Pin, PinKey};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::clock;
-use super::kernel::{OpenError, typed};
+use super::kernel::OpenError;
+use super::opened::Opened;
 
 /// How often. An entry that is over is not heeded in between; it only takes room.
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -30,13 +30,13 @@ pub struct Pins {
 }
 
 impl Pins {
-    /// Takes the map out of a loaded object.
+    /// Opens the map.
     ///
     /// # Errors
     ///
     /// When it is missing or has another layout.
-    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
-        let map = typed(ebpf, "AFFINITY", HashMap::try_from)?;
+    pub fn open(maps: &Opened) -> Result<Self, OpenError> {
+        let map = maps.typed("AFFINITY", HashMap::try_from)?;
         Ok(Self { map, used: Arc::default() })
     }
 

@@ -4,7 +4,6 @@
 use std::collections::HashSet;
 use std::io;
 
-use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::flow::release_seen;
@@ -15,7 +14,8 @@ use mesh_common::{
 
 use super::chunks::Chunks;
 use super::clock;
-use super::kernel::{OpenError, mapped, typed};
+use super::kernel::OpenError;
+use super::opened::Opened;
 use super::sys::Mapped;
 use crate::audit::{Place, Record};
 
@@ -35,18 +35,18 @@ pub struct Records {
 const CROWDED: u32 = 64;
 
 impl Records {
-    /// Takes the maps out of a loaded object.
+    /// Opens the maps.
     ///
     /// # Errors
     ///
     /// When a map is missing or has another layout.
-    pub fn open(ebpf: &mut Ebpf, limits: Limits) -> Result<Self, OpenError> {
+    pub fn open(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
         let records = Self {
-            flows: Chunks::open(ebpf, "FLOWS", chunk::FLOWS, limits.records)?,
-            stats: Chunks::look(ebpf, "BACKEND_STATS", chunk::BACKENDS, limits.backends)?,
-            counters: mapped(ebpf, "COUNTERS")?,
-            settings: mapped(ebpf, "SETTINGS")?,
-            overflow: typed(ebpf, "OVERFLOW", HashMap::try_from)?,
+            flows: Chunks::open(maps, "FLOWS", chunk::FLOWS, limits.records)?,
+            stats: Chunks::look(maps, "BACKEND_STATS", chunk::BACKENDS, limits.backends)?,
+            counters: maps.mapped("COUNTERS")?,
+            settings: maps.mapped("SETTINGS")?,
+            overflow: maps.typed("OVERFLOW", HashMap::try_from)?,
         };
         records.publish(Places::settled(records.flows.size()));
         Ok(records)

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use aya::Ebpf;
 use aya::maps::{HashMap as HashMapOf, MapData, MapError};
 
-use super::kernel::{OpenError, typed};
+use super::kernel::OpenError;
+use super::opened::Opened;
 
 /// The keys in the kernel, by cgroup.
 pub struct Units {
@@ -27,13 +27,13 @@ impl Keys {
 }
 
 impl Units {
-    /// Takes the map out of a loaded object.
+    /// Opens the map.
     ///
     /// # Errors
     ///
     /// When it is missing or has another layout.
-    pub fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
-        Ok(Self { map: typed(ebpf, "UNITS", HashMapOf::try_from)?, held: Keys::default() })
+    pub fn open(maps: &Opened) -> Result<Self, OpenError> {
+        Ok(Self { map: maps.typed("UNITS", HashMapOf::try_from)?, held: Keys::default() })
     }
 
     /// What the map holds.

@@ -2,13 +2,14 @@
 //! open go on.
 //!
 //! What the service file drains, it drains until it says otherwise. What a person drains lasts until
-//! it is undrained, the endpoint is not defined any more, or the agent ends.
+//! it is undrained, or the endpoint is not defined any more: its record says so to the agent that comes
+//! after this one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::SystemTime;
 
-use mesh_common::State;
+use mesh_common::{Marks, State};
 
 use super::{Engine, journal};
 use crate::api::server::{DrainQuery, ViewError};
@@ -43,6 +44,24 @@ impl Drains {
         drained.retain(|place, _| defined.iter().any(|address| is_at(*address, *place)));
         if drained.is_empty() {
             self.0.remove(service);
+        }
+    }
+
+    /// Drains what a former agent drained by command.
+    pub(super) fn adopt(
+        &mut self,
+        service: &ServiceName,
+        entry: &Entry,
+        found: &BTreeMap<SocketAddr, Marks>,
+    ) {
+        let is_drained =
+            |target: &SocketAddr| found.get(target).is_some_and(|marks| marks.is_by_command());
+        let drained: BTreeSet<SocketAddr> = targets(entry).filter(is_drained).collect();
+        if !drained.is_empty() {
+            let now = SystemTime::now();
+            let places =
+                drained.into_iter().map(|target| ((target.ip(), Some(target.port())), now));
+            self.0.entry(service.clone()).or_default().extend(places);
         }
     }
 

@@ -12,6 +12,7 @@ mod pause;
 mod readings;
 mod removed;
 mod spread;
+mod stale;
 mod view;
 mod wanted;
 
@@ -29,8 +30,8 @@ use crate::audit::task::Auditor;
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::dataplane::kernel::{Grace, KernelMaps};
-use crate::dataplane::load::Attachment;
 use crate::dataplane::maps::MapError;
+use crate::dataplane::programs::Attachment;
 use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::dataplane::units::Keys;
 use crate::discovery::{Event, SourceState};
@@ -43,6 +44,7 @@ use journal::Journal;
 use pause::Pause;
 use removed::Removed;
 use spread::Spread;
+use stale::Stale;
 pub use view::Handle;
 use wanted::{Health, Known};
 
@@ -99,6 +101,8 @@ pub struct Engine {
     spread: Spread,
     /// Endpoints that were removed, whose connections will be ended.
     removed: Removed,
+    /// What a former agent left, and nobody has defined yet.
+    stale: Stale,
     /// Resolved once every source has been heard.
     all_heard: Option<oneshot::Sender<()>>,
 }
@@ -143,7 +147,7 @@ type Pulse = oneshot::Sender<()>;
 const PULSES: usize = 8;
 
 impl Engine {
-    /// An engine over maps that are empty. The receiver hears when every source has been heard
+    /// An engine over maps, which may hold what a former agent left. The receiver hears when every source has been heard
     /// once and what it defines is in the kernel; the future is the engine's work, until `cancel`.
     /// What happens is written to the journal.
     pub fn prepare(
@@ -166,6 +170,7 @@ impl Engine {
             health: HashMap::new(),
             drains: Drains::default(),
             monitor,
+            stale: Stale::new(&reconciler),
             reconciler,
             problems: BTreeMap::new(),
             trouble: None,
@@ -248,6 +253,7 @@ impl Engine {
         let changed = self.spread.with_dependents(changed);
         self.note_definitions(&changed);
         self.update(changed);
+        self.settle();
         self.tell_all_heard();
     }
 

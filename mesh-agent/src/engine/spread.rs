@@ -92,9 +92,10 @@ impl Spread {
     }
 }
 
-/// The part of its weight, in thousandths, that an endpoint has which has been usable since then.
-pub(super) fn ramp(slow_start: Option<Duration>, since: Instant) -> u16 {
-    let Some(window) = slow_start else { return Condition::FULL };
+/// The part of its weight, in thousandths, that an endpoint has which has been usable since then, or for
+/// longer than this agent knows.
+pub(super) fn ramp(slow_start: Option<Duration>, since: Option<Instant>) -> u16 {
+    let (Some(window), Some(since)) = (slow_start, since) else { return Condition::FULL };
     let full = u128::from(Condition::FULL);
     let steps = u128::from(STEPS);
     let passed = since.elapsed().as_nanos() * steps / window.as_nanos().max(1);
@@ -148,7 +149,7 @@ impl Engine {
                 && let Some(health) = self.health.get_mut(&name)
                 && let Some(known) = health.endpoints.get_mut(&address)
             {
-                known.usable_since = Instant::now();
+                known.usable_since = Some(Instant::now());
             }
             concerned.insert(name);
         }
@@ -193,13 +194,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_endpoint_comes_to_its_weight_by_and_by() {
         let (window, since) = (Some(Duration::from_secs(20)), Instant::now());
-        assert_eq!(ramp(None, since), 1_000);
-        assert_eq!(ramp(window, since), 100);
+        assert_eq!(ramp(None, Some(since)), 1_000);
+        assert_eq!(ramp(window, Some(since)), 100);
         tokio::time::advance(Duration::from_millis(9_999)).await;
-        assert_eq!(ramp(window, since), 505, "nine steps of twenty");
+        assert_eq!(ramp(window, Some(since)), 505, "nine steps of twenty");
         tokio::time::advance(Duration::from_millis(1)).await;
-        assert_eq!(ramp(window, since), 550);
+        assert_eq!(ramp(window, Some(since)), 550);
         tokio::time::advance(Duration::from_secs(100)).await;
-        assert_eq!(ramp(window, since), 1_000);
+        assert_eq!(ramp(window, Some(since)), 1_000);
     }
 }

@@ -25,9 +25,9 @@ use crate::compile;
 use crate::config::Config;
 use crate::dataplane::clock;
 use crate::dataplane::footprint;
-use crate::dataplane::load::{self, Attachment, ProgramState};
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::maps::{self, Counts};
+use crate::dataplane::programs::{self, Attachment, ProgramState};
 use crate::explain::{self, BackendInfo, ClientView, FrontendInfo, Names};
 use crate::model::ServiceName;
 
@@ -206,6 +206,7 @@ impl Engine {
         });
         let problems = self.problems.get(name).into_iter().flatten();
         let notes = self.notes.get(name).into_iter().flatten();
+        let held = self.stale.note(name).map(str::to_owned);
         types::Service {
             name: name.to_string(),
             source: entry.map_or_else(String::new, |entry| entry.origin.item.to_string()),
@@ -217,7 +218,7 @@ impl Engine {
             failed: failed.iter().sum(),
             failures: failures(failed),
             refused: by_reason(refused).filter(|refused| refused.count > 0).collect(),
-            problems: problems.chain(notes).cloned().collect(),
+            problems: problems.chain(notes).cloned().chain(held).collect(),
         }
     }
 
@@ -339,7 +340,7 @@ impl Engine {
 
     /// The kernel programs, as they are now.
     pub(super) fn programs(&self) -> Vec<ProgramState> {
-        self.attachment.as_ref().map_or_else(load::detached, Attachment::states)
+        self.attachment.as_ref().map_or_else(programs::detached, Attachment::states)
     }
 
     /// Whether connects are balanced as defined.
@@ -370,6 +371,7 @@ impl Engine {
                 _ => "the kernel programs are not attached yet".to_owned(),
             });
         }
+        reasons.extend(self.stale.reason());
         reasons.extend(self.trouble.clone());
         reasons.extend(self.unheard.clone());
         let of_services = |texts: &BTreeMap<ServiceName, Vec<String>>| {
@@ -444,6 +446,7 @@ impl Engine {
             all_ejected: maps.counter(counter::ALL_EJECTED),
             share_reached: maps.counter(counter::SHARE_REACHED),
             gave_way: maps.counter(counter::GAVE_WAY),
+            map_writes: maps.writes(),
             no_pin: maps.counter(counter::NO_PIN),
             events_lost: maps.counter(counter::EVENTS_LOST),
             refused: by_reason(Reason::ALL.map(|reason| maps.counter(reason as u32))).collect(),

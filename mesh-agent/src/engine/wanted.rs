@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_common::{Algorithm, Client, FrontendKey, State};
+use mesh_common::{Algorithm, Client, FrontendKey, Marks, State};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -31,8 +31,8 @@ pub(super) struct Known {
     pub(super) state: State,
     pub(super) reason: Cow<'static, str>,
     pub(super) since: SystemTime,
-    /// Since when it is usable, or was when it last was.
-    pub(super) usable_since: Instant,
+    /// Since when it is usable, or was when it last was; nothing when it was so before the agent began.
+    pub(super) usable_since: Option<Instant>,
 }
 
 /// The endpoints of a service.
@@ -85,9 +85,12 @@ impl Engine {
             }
             return self.spread.forget(name);
         };
+        let timeout = entry.service.drain_timeout;
+        let found = self.found(name);
+        self.drains.adopt(name, entry, &found);
         let health = self.health.entry(name.clone()).or_default();
-        health.follow(name, entry, &self.monitor, &mut self.life);
-        self.removed.follow(name, entry.service.drain_timeout);
+        health.follow(name, entry, &found, &self.monitor, &mut self.life);
+        self.removed.follow(name, timeout);
     }
 
     fn compile(&mut self, name: &ServiceName) -> Tables {
@@ -119,16 +122,17 @@ impl Engine {
         let ramps = RefCell::new(BTreeSet::new());
         let condition = |of: &ServiceName, address: SocketAddr| {
             let known = self.health.get(of).and_then(|health| health.endpoints.get(&address));
-            let drains = drained.get(of).is_some_and(|drained| drained.contains_key(&address));
+            let cause = drained.get(of).and_then(|drained| drained.get(&address));
+            let by_command = cause.is_some_and(|cause| cause.command.is_some());
             let found = known.map_or(State::Unknown, |known| known.state);
             let ramp = known.map_or(Condition::FULL, |known| {
                 spread::ramp(service.slow_start, known.usable_since)
             });
-            let state = drains::state(found, drains);
+            let state = drains::state(found, cause.is_some());
             if state.is_usable() {
                 ramps.borrow_mut().insert(ramp);
             }
-            Condition { state, is_out: out.contains(&address), ramp }
+            Condition { state, is_out: out.contains(&address), ramp, by_command }
         };
         let none = BTreeMap::new();
         let frontends = keys(entry);
@@ -165,7 +169,7 @@ impl Known {
     /// Another verdict of its checks.
     pub(super) fn turn(&mut self, state: State, reason: String) {
         if state.is_usable() && !self.state.is_usable() {
-            self.usable_since = Instant::now();
+            self.usable_since = Some(Instant::now());
         }
         (self.state, self.reason, self.since) = (state, reason.into(), SystemTime::now());
     }
@@ -176,7 +180,15 @@ impl Known {
 impl Health {
     /// Follows a new definition: endpoints that stay keep their state. Each that comes gets the
     /// next `life`.
-    fn follow(&mut self, name: &ServiceName, entry: &Entry, monitor: &Monitor, life: &mut u64) {
+    /// Of endpoints that a former agent has left, `found` says how they were.
+    fn follow(
+        &mut self,
+        name: &ServiceName,
+        entry: &Entry,
+        found: &BTreeMap<SocketAddr, Marks>,
+        monitor: &Monitor,
+        life: &mut u64,
+    ) {
         let service = &entry.service;
         let targets: BTreeSet<SocketAddr> = service
             .ports
@@ -189,13 +201,20 @@ impl Health {
             self.endpoints.clear();
         }
         self.endpoints.retain(|address, _| targets.contains(address));
-        let (since, usable_since) = (SystemTime::now(), Instant::now());
+        let since = SystemTime::now();
         for address in targets {
             self.endpoints.entry(address).or_insert_with(|| {
                 *life += 1;
-                let reason = if checked { "not checked yet" } else { "no health check" };
-                let (life, state) = (*life, State::Unknown);
-                Known { life, state, reason: reason.into(), since, usable_since }
+                let found = found.get(&address).map(|marks| marks.state());
+                let (state, reason) = match found {
+                    _ if !checked => (State::Unknown, "no health check"),
+                    Some(state @ (State::Healthy | State::Unhealthy)) => {
+                        (state, "as it was before the agent was started; not checked since")
+                    }
+                    _ => (State::Unknown, "not checked yet"),
+                };
+                let usable_since = found.is_none().then(Instant::now);
+                Known { life: *life, state, reason: reason.into(), since, usable_since }
             });
         }
         let plan = service.health.clone().map(|policy| {

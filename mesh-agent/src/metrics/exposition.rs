@@ -182,6 +182,7 @@ fn data_plane(counters: &Counters, encoder: &mut DescriptorEncoder<'_>) -> fmt::
             "Times a backend was not ejected because as many as may be were",
             counters.share_reached,
         ),
+        ("map_writes", "Changes of the maps by this agent", counters.map_writes),
         ("events_lost", "Events of the data plane that were left out", counters.events_lost),
     ] {
         Family::new(name, help).counter(encoder, count)?;

@@ -7,6 +7,7 @@
 
 pub mod bpf;
 pub mod fork;
+pub mod mounts;
 pub mod netns;
 pub mod process;
 pub mod socket;

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 
-use super::{checked, netns};
+use super::{checked, mounts, netns};
 
 /// Makes the command run inside a network namespace and, with the open `cgroup.procs` of a cgroup,
 /// inside that cgroup. Both are entered before exec, because a socket belongs for good to the
@@ -30,6 +30,13 @@ pub fn confine(command: &mut Command, netns: &Arc<OwnedFd>, procs: Option<&Arc<F
     // SAFETY: between fork and exec the closure only writes, calls setns, prctl and getppid, which
     // are async-signal-safe; it neither allocates nor locks.
     unsafe { command.pre_exec(enter) };
+}
+
+/// Makes the command run inside a mount namespace, in its root directory.
+pub fn enter_mounts(command: &mut Command, mounts: &Arc<OwnedFd>) {
+    let mounts = Arc::clone(mounts);
+    // SAFETY: between fork and exec the closure only calls setns, which is async-signal-safe.
+    unsafe { command.pre_exec(move || mounts::enter(&mounts)) };
 }
 
 fn die_with_parent(parent: u32) -> io::Result<()> {

@@ -128,7 +128,7 @@ impl<M: Maps> Reconciler<M> {
             port: wanted.key.address.port().to_be(),
             weight: wanted.weight,
             protocol: wanted.key.protocol as u8,
-            marks: Marks::of(wanted.state).listed(wanted.listed),
+            marks: Marks::of(wanted.state).listed(wanted.listed).by_command(wanted.by_command),
             service_port: wanted.key.port,
             generation,
             owner,

@@ -42,6 +42,7 @@ fn tables(frontends: &[u8], endpoints: &[u8]) -> Arc<Tables> {
         weight: 1,
         state: State::Healthy,
         listed: true,
+        by_command: false,
     };
     let endpoints: BTreeSet<u8> = endpoints.iter().copied().collect();
     let backends: Vec<_> = endpoints.iter().map(backend).collect();

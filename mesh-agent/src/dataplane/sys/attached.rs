@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd};
+use aya_obj::generated::{bpf_attach_type, bpf_cmd};
+
+use super::call::{arguments, bpf};
 
 /// A hook on sockets and their addresses, at which two balancers can meet.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -60,7 +62,7 @@ impl Hook {
         }
     }
 
-    const fn attach_type(self) -> bpf_attach_type {
+    pub(super) const fn attach_type(self) -> bpf_attach_type {
         match self {
             Self::Connect4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
             Self::Connect6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
@@ -89,27 +91,15 @@ const MAX_PROGRAMS: u32 = 64;
 pub fn program_ids(cgroup: &Path, hook: Hook) -> io::Result<Vec<u32>> {
     let directory = File::open(cgroup)?;
     let mut ids = [0u32; MAX_PROGRAMS as usize];
-    // SAFETY: `bpf_attr` is a union of plain integers, for which all zero is a value.
-    let mut attr = unsafe { std::mem::zeroed::<bpf_attr>() };
-    attr.query.__bindgen_anon_1.target_fd = u32::try_from(directory.as_raw_fd())
-        .expect("an open file descriptor is not negative, by OwnedFd's invariant");
+    let mut attr = arguments();
+    attr.query.__bindgen_anon_1.target_fd =
+        u32::try_from(directory.as_raw_fd()).map_err(io::Error::other)?;
     attr.query.attach_type = hook.attach_type() as u32;
     attr.query.prog_ids = ids.as_mut_ptr() as u64;
     attr.query.__bindgen_anon_2.prog_cnt = MAX_PROGRAMS;
-    // SAFETY: `attr` is valid and writable for the length given with it. For this command the
-    // kernel (`cgroup_bpf_query`) writes at most `prog_cnt` 32-bit words to `prog_ids`, which is
-    // the length of `ids`; both and the descriptor outlive the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            bpf_cmd::BPF_PROG_QUERY as libc::c_long,
-            &raw mut attr,
-            size_of::<bpf_attr>(),
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    // SAFETY: for this command the kernel (`cgroup_bpf_query`) writes at most `prog_cnt` 32-bit words to
+    // `prog_ids`, which is the length of `ids`; it and the descriptor outlive the call.
+    unsafe { bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr) }?;
     // SAFETY: `query` is the member that was filled in, and holds integers only.
     let query = unsafe { attr.query };
     // SAFETY: both members of this union are the same integer under two names.

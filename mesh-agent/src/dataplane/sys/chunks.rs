@@ -4,7 +4,9 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use aya_obj::generated::{bpf_attr, bpf_cmd};
+use aya_obj::generated::bpf_cmd;
+
+use super::call::{arguments, bpf};
 
 /// Makes `inner` the elements of `outer` from `first` on. After an error some of them may be.
 ///
@@ -16,22 +18,12 @@ pub fn set_maps(outer: BorrowedFd<'_>, first: u32, inner: &[BorrowedFd<'_>]) -> 
     let end = first.checked_add(count).ok_or(io::ErrorKind::InvalidInput)?;
     let keys: Vec<u32> = (first..end).collect();
     let values: Vec<i32> = inner.iter().map(AsRawFd::as_raw_fd).collect();
-    // SAFETY: `bpf_attr` is a union of plain integers, for which all zero is a value.
-    let mut attr = unsafe { std::mem::zeroed::<bpf_attr>() };
+    let mut attr = arguments();
     attr.batch.map_fd = u32::try_from(outer.as_raw_fd()).map_err(io::Error::other)?;
     attr.batch.keys = keys.as_ptr() as u64;
     attr.batch.values = values.as_ptr() as u64;
     attr.batch.count = count;
-    // SAFETY: `attr` is valid and writable for the length given with it. For this command the kernel
-    // (`generic_map_update_batch`) reads `count` keys and values of 4 bytes each, which is what both
-    // vectors hold; they and the descriptors outlive the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            bpf_cmd::BPF_MAP_UPDATE_BATCH as libc::c_long,
-            &raw mut attr,
-            size_of::<bpf_attr>(),
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    // SAFETY: for this command the kernel (`generic_map_update_batch`) reads `count` keys and values of 4
+    // bytes each, which is what both vectors hold; they and the descriptors outlive the call.
+    unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) }.map(drop)
 }

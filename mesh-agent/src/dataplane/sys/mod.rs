@@ -3,8 +3,10 @@
 #![expect(unsafe_code, reason = "the system calls that no crate offers are made here")]
 
 pub mod attached;
+mod call;
 mod chunks;
 pub mod heap;
+pub mod links;
 mod mapped;
 pub mod netns;
 

@@ -59,7 +59,7 @@ fn end() -> impl Strategy<Value = End> {
     let state = (0u8..4).prop_map(State::from_number);
     (0u8..8, weight, 0u8..3, any::<bool>(), (state, any::<bool>(), ramp)).prop_map(
         |(number, weight, priority, near, (state, is_out, ramp))| {
-            let condition = Condition { state, is_out, ramp };
+            let condition = Condition { state, is_out, ramp, by_command: near && is_out };
             End { number, weight, priority, near, condition }
         },
     )
@@ -219,7 +219,7 @@ fn written(held: &Backend) -> Record {
 
 fn wanted(backend: &compile::Backend) -> Record {
     let BackendKey { address, protocol, .. } = backend.key;
-    let marks = Marks::of(backend.state).listed(backend.listed);
+    let marks = Marks::of(backend.state).listed(backend.listed).by_command(backend.by_command);
     let port = address.port().to_be();
     (address.ip().into(), port, protocol as u8, marks, backend.weight, backend.key.port)
 }
