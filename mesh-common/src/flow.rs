@@ -150,11 +150,27 @@ impl Places {
         if place == self.of(cookie) { None } else { Some(place) }
     }
 
+    /// How many records the table has.
+    #[must_use]
+    pub const fn records(self) -> u64 {
+        self.0 & Self::LOW
+    }
+
+    /// Whether it can be what was told about a table that has `there` records.
+    #[must_use]
+    pub const fn is_of(self, there: u32) -> bool {
+        let (former, records) = (self.0 >> 32, self.records());
+        former.is_power_of_two()
+            && records.is_power_of_two()
+            && former <= records
+            && records <= there as u64
+    }
+
     /// Whether records may be at former places.
     #[inline(always)]
     #[must_use]
     pub const fn has_former(self) -> bool {
-        self.0 >> 32 != self.0 & Self::LOW
+        self.0 >> 32 != self.records()
     }
 
     const LOW: u64 = u32::MAX as u64;

@@ -84,7 +84,9 @@ fn pass_first_places() -> Result<()> {
 fn records_of_sockets() -> Result<()> {
     let dns = Service::new("dns").address("10.96.0.53").udp(53, 8080);
     let dns = (1..=4).fold(dns, |dns, n| dns.endpoint(&format!("10.0.0.{n}")));
-    let node = Node::builder().service(dns).start()?;
+    let mut node = Node::builder().service(dns).start_without_agent()?;
+    node.agent.stays = true;
+    node.agent.start()?;
     // Nobody answers there, and a socket is connected all the same.
     for n in 1..=4 {
         node.add_address(Ipv4Addr::new(10, 0, 0, n).into())?;
@@ -92,8 +94,9 @@ fn records_of_sockets() -> Result<()> {
     pass_first_places()?;
     let mut again = Datagrams::start(check::mesh_client(&node)?)?;
     again.did("connect 10.96.0.53:53")?;
-    let start = |n| Holder::start(&node, "10.96.0.53:53", Ipv4Addr::new(10, 0, 2, n).into());
-    let mut holders = (1..=4).map(start).collect::<Result<Vec<_>>>()?;
+    let start =
+        |node: &Node, n| Holder::start(node, "10.96.0.53:53", Ipv4Addr::new(10, 0, 2, n).into());
+    let mut holders = (1..=4).map(|n| start(&node, n)).collect::<Result<Vec<_>>>()?;
     let many = 4 * EACH + 1;
     ensure!(active(&node)? == many, "{} of {many} counted", active(&node)?);
     let grown = until("the table to grow", LIMIT, || {
@@ -103,8 +106,13 @@ fn records_of_sockets() -> Result<()> {
     ensure!(grown["FLOWS"].used + grown["OVERFLOW"].used == many, "{grown:?}");
     ensure!(grown["OVERFLOW"].used > FIRST / 64, "it grew because they were there: {grown:?}");
 
+    // The next agent knows where they are.
+    node.agent.kill()?;
+    node.agent.start()?;
+    ensure!(maps(&node)? == grown, "{grown:?}, and now {:?}", maps(&node)?);
+
     // What comes now is at places that there were not before.
-    holders.push(start(5)?);
+    holders.push(start(&node, 5)?);
     let now = maps(&node)?;
     let (before, after) = (grown["OVERFLOW"].used, now["OVERFLOW"].used);
     ensure!(after < before + EACH / 2, "there is room in the larger one: {now:?}");
@@ -133,7 +141,7 @@ fn records_of_sockets() -> Result<()> {
     ensure!(left["FLOWS"].used == 0 && left["OVERFLOW"].used == 0, "{left:?}");
 
     // From now on there is one place to look at, and it is the right one.
-    let holder = start(6)?;
+    let holder = start(&node, 6)?;
     ensure!(active(&node)? == EACH, "{} active", active(&node)?);
     ensure!(maps(&node)?["OVERFLOW"].used == 0, "{:?}", maps(&node)?);
     drop(holder);
@@ -146,7 +154,9 @@ fn services_and_backends() -> Result<()> {
     let node = Node::builder().backend("a", "10.0.0.1:8080").backend("b", "10.0.0.2:8080");
     let service = |name: &str, address: &str| Service::new(name).address(address).port(80, 8080);
     let app = service("app", "10.96.0.10").endpoint("10.0.0.1").endpoint("10.0.0.2");
-    let mut node = node.service(app).start()?;
+    let mut node = node.service(app).start_without_agent()?;
+    node.agent.stays = true;
+    node.agent.start()?;
     let first = maps(&node)?;
 
     // 4,500 services of two ports and two endpoints, and then one more
@@ -168,6 +178,11 @@ fn services_and_backends() -> Result<()> {
         ensure!(grown[name].size > first[name].size, "{name}: {first:?} {grown:?}");
         ensure!(grown[name].used > first[name].size, "{name}: {grown:?}");
     }
+    node.agent.kill()?;
+    node.agent.start()?;
+    let status: Value = node.agent.json(&["status"])?;
+    ensure!(status["counters"]["map_writes"] == 0, "{}", status["counters"]);
+    ensure!(maps(&node)? == grown, "{grown:?}, and now {:?}", maps(&node)?);
     let explained: Value = node.agent.json(&["explain", "10.98.0.2:80"])?;
     let scores = explained["candidates"].as_array().into_iter().flatten();
     let scores: Vec<_> = scores.filter_map(|candidate| candidate["score"].as_f64()).collect();
@@ -175,6 +190,9 @@ fn services_and_backends() -> Result<()> {
     ensure!(scores.iter().all(|score| (score * 33.0 - 1.0).abs() < 0.01), "{scores:?}");
     let answers = check::ask(&node, "blocking", "10.98.0.1:80")?;
     ensure!(answers.backend.as_deref() == Some("b"), "{answers:?}");
+    node.agent.stays = false;
+    node.agent.stop()?;
+    node.agent.start()?;
     check::balanced(&mut node, &["a", "b"], |node| check::who(node, "10.96.0.10:80"))
 }
 

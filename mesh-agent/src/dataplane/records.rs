@@ -41,15 +41,31 @@ impl Records {
     ///
     /// When a map is missing or has another layout.
     pub fn open(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
-        let records = Self {
+        let mut records = Self {
             flows: Chunks::open(maps, "FLOWS", chunk::FLOWS, limits.records)?,
             stats: Chunks::look(maps, "BACKEND_STATS", chunk::BACKENDS, limits.backends)?,
             counters: maps.mapped("COUNTERS")?,
             settings: maps.mapped("SETTINGS")?,
             overflow: maps.typed("OVERFLOW", HashMap::try_from)?,
         };
-        records.publish(Places::settled(records.flows.size()));
+        records.resume().map_err(|source| OpenError::Mapping { map: "FLOWS", source })?;
         Ok(records)
+    }
+
+    /// Goes on from what a former agent has told the programs, if there was one.
+    fn resume(&mut self) -> io::Result<()> {
+        let (told, there) = (self.places(), self.flows.size());
+        if !told.is_of(there) {
+            // Nothing was told yet, or somebody else has written there.
+            let whole = if there.is_power_of_two() { there } else { there.next_power_of_two() / 2 };
+            self.publish(Places::settled(whole));
+        } else if told.records() != u64::from(there) {
+            // It ended while the table grew.
+            self.flows.reach(self.flows.limit())?;
+            let former = u32::try_from(told.records()).unwrap_or(there);
+            self.publish(Places::grown(former, self.flows.size()));
+        }
+        Ok(())
     }
 
     /// Bytes of the array.
@@ -80,7 +96,8 @@ impl Records {
     pub fn is_crowded(&self) -> bool {
         let overflowed = self.counters.get(counter::OVERFLOWED).map_or(0, Word::load);
         let size = self.flows.size();
-        size < self.flows.limit() && overflowed > u64::from(size / CROWDED)
+        // Not while there are two places to look at already: the limit may have been raised since.
+        size < self.flows.limit() && !self.has_former() && overflowed > u64::from(size / CROWDED)
     }
 
     /// Makes the table as large as it may be: once, so that there are never more than two places to look

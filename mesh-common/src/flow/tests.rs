@@ -257,3 +257,20 @@ fn a_record_is_found_however_the_table_has_grown() {
         assert_eq!(held.cookie(made), cookie);
     }
 }
+
+/// What an agent finds is believed when it can have been said of that table.
+#[test]
+fn places_that_make_sense() {
+    let there = 1 << 18;
+    for (places, makes_sense) in [
+        (Places::settled(1 << 16), true),
+        (Places::grown(1 << 16, 1 << 18), true),
+        (Places::grown(1 << 18, 1 << 16), false),
+        (Places::settled(1 << 19), false),
+        (Places::settled(3 << 16), false),
+        (Places(0), false),
+        (Places(u64::MAX), false),
+    ] {
+        assert_eq!(places.is_of(there), makes_sense, "{places:?}");
+    }
+}
