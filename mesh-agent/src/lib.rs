@@ -19,6 +19,7 @@ pub mod discovery;
 pub mod engine;
 pub mod explain;
 pub mod health;
+pub mod inspect;
 pub mod metrics;
 pub mod model;
 pub mod observe;

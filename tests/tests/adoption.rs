@@ -214,6 +214,71 @@ fn states_and_drains_survive() -> Result<()> {
     ensure_cleaned(&node)
 }
 
+/// Without an agent the commands that look read what is pinned, and say so; the others do not answer.
+#[test]
+fn inspection_without_an_agent() -> Result<()> {
+    let mut node = node()?;
+    let long = Long::start(&node, LONG, 3, 1)?;
+    until("all connections to be there", Duration::from_secs(20), || {
+        Ok((active(&node.agent, "long")? == 5).then_some(()))
+    })?;
+    let cgroup = node.cgroup().path().to_string_lossy().into_owned();
+    let pins = node.agent.pins().to_string_lossy().into_owned();
+    let questions: [&[&str]; 6] = [
+        &["services"],
+        &["services", "app"],
+        &["backends"],
+        &["backends", "app"],
+        &["connections", "long"],
+        &["explain", VIP, "--from", &cgroup],
+    ];
+    let ask = |node: &Node, question: &[&str]| -> Result<(Value, String)> {
+        let output = node.agent.mesh(&[&["-o", "json", "--pin-dir", &pins], question].concat())?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "{question:?}: {said}");
+        Ok((serde_json::from_slice(&output.stdout)?, said))
+    };
+    // What only an agent knows.
+    let strip = |mut value: Value| {
+        let strip = |value: &mut Value| {
+            if let Some(fields) = value.as_object_mut() {
+                for unknown in ["source", "since", "reason", "zone", "age"] {
+                    fields.remove(unknown);
+                }
+            }
+        };
+        // Who would answer may be another one each time, but not among whom.
+        if value.is_object() {
+            return value["candidates"].clone();
+        }
+        value.as_array_mut().into_iter().flatten().for_each(strip);
+        value
+    };
+    let before: Vec<Value> =
+        questions.iter().map(|q| Ok(strip(ask(&node, q)?.0))).collect::<Result<_>>()?;
+    node.agent.kill()?;
+    for (question, before) in questions.iter().zip(before) {
+        let (found, said) = ask(&node, question)?;
+        ensure!(said.contains("no agent runs") && said.contains(&pins), "{said}");
+        ensure!(strip(found.clone()) == before, "{question:?}: {found}, and before {before}");
+    }
+    let unknown = node.agent.mesh(&["--pin-dir", &pins, "backends", "nothing"])?;
+    ensure!(unknown.status.code() == Some(1), "{unknown:?}");
+    let status = node.agent.mesh(&["--pin-dir", &pins, "status"])?;
+    ensure!(status.status.code() == Some(3), "{status:?}");
+    let nothing = node.agent.mesh(&["--pin-dir", "/sys/fs/bpf/nothing", "services"])?;
+    ensure!(nothing.status.code() == Some(3), "{nothing:?}");
+    ensure!(String::from_utf8_lossy(&nothing.stderr).contains("nothing is pinned"), "{nothing:?}");
+
+    // Looking has changed nothing.
+    node.agent.start()?;
+    let status: Value = node.agent.get("/v1/status")?;
+    ensure!(status["counters"]["map_writes"] == 0, "{}", status["counters"]);
+    long.finish_whole()?;
+    node.agent.stop()?;
+    ensure_cleaned(&node)
+}
+
 #[test]
 fn pins_that_are_removed_are_made_again() -> Result<()> {
     let mut node = node()?;

@@ -1,6 +1,7 @@
 //! cgroup2 directories: the one whose sockets are balanced, and the place of a process.
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -48,6 +49,23 @@ pub enum CgroupError {
 /// Where cgroup2 is mounted, as a sentence.
 #[derive(Debug)]
 pub struct Hint(Vec<PathBuf>);
+
+/// The directory of the cgroup with this id, which is its number in the file system.
+#[must_use]
+pub fn directory_of(id: u64) -> Option<PathBuf> {
+    let mounts = Mounts::read().ok()?;
+    let mut left: Vec<PathBuf> = mounts.points("cgroup2").map(Path::to_owned).collect();
+    while let Some(directory) = left.pop() {
+        if fs::metadata(&directory).is_ok_and(|metadata| metadata.ino() == id) {
+            return Some(directory);
+        }
+        // Cgroups come and go meanwhile.
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let inside = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        left.extend(inside.map(|entry| entry.path()));
+    }
+    None
+}
 
 // === impl Cgroup ===
 

@@ -29,6 +29,10 @@ pub(super) struct Cli {
     #[arg(long, global = true, value_name = "PATH")]
     pub(super) socket: Option<PathBuf>,
 
+    /// Where programs and maps are pinned [default: that of the agent file, or /sys/fs/bpf/mesh]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(super) pin_dir: Option<PathBuf>,
+
     /// How to print
     #[arg(short, long, global = true, value_enum, default_value_t)]
     pub(super) output: Format,
@@ -163,9 +167,6 @@ pub(super) struct RunArgs {
     /// Refused by name: this version keeps nothing on disk
     #[arg(long, value_name = "DIR", hide = true)]
     pub(super) state_dir: Option<PathBuf>,
-    /// Where programs and maps are pinned, which stay when the agent ends
-    #[arg(long, value_name = "DIR")]
-    pub(super) pin_dir: Option<PathBuf>,
     /// End balancing with the agent, also on SIGTERM
     #[arg(long)]
     pub(super) detach_on_exit: bool,
@@ -257,9 +258,6 @@ pub(super) struct CleanupArgs {
     /// The agent file [default: /etc/mesh/agent.yaml, if it exists]
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// Where to look for pins [default: that of the agent file, or /sys/fs/bpf/mesh]
-    #[arg(long, value_name = "DIR")]
-    pub(super) pin_dir: Option<PathBuf>,
 }
 
 impl From<Protocol> for mesh_common::Protocol {

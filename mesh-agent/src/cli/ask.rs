@@ -11,9 +11,11 @@ use super::failure::Failure;
 use super::output::{self, Output};
 use super::tables;
 use crate::api::client::{Client, ClientError};
-use crate::api::server::{DrainQuery, ExplainQuery};
+use crate::api::server::{DrainQuery, ExplainQuery, View as _, ViewError};
 use crate::api::types::{self, Answer};
 use crate::config::Config;
+use crate::engine::Handle;
+use crate::{inspect, text};
 
 /// How many open files a question takes, with some to spare.
 const FILES: u64 = 16;
@@ -43,6 +45,34 @@ pub(super) fn block_on<F: Future>(future: F) -> Result<F::Output, Failure> {
     Ok(runtime.block_on(future))
 }
 
+/// Asks the agent, or looks at what it has left in the kernel if none runs.
+fn ask_or_look<T>(
+    named: Option<PathBuf>,
+    pins: Option<PathBuf>,
+    question: impl AsyncFnOnce(&Client) -> Result<T, ClientError>,
+    looking: impl AsyncFnOnce(Handle) -> Result<T, ViewError>,
+) -> Result<T, Failure> {
+    let client = Client::new(&socket(named, None));
+    let silent = match block_on(question(&client))? {
+        Err(silent @ (ClientError::NotRunning { .. } | ClientError::NoSocket { .. })) => silent,
+        answer => return Ok(answer?),
+    };
+    let mut config = Config::load(None).unwrap_or_default();
+    config.pin_dir = pins.unwrap_or(config.pin_dir);
+    let directory = config.pin_dir.clone();
+    match block_on(inspect::ask(config, looking))? {
+        Ok(found) => {
+            output::complain(&format!(
+                "no agent runs: this is what the kernel holds, from {}",
+                directory.display()
+            ));
+            Ok(found)
+        }
+        Err(error) if error.is::<ViewError>() => Err(Failure::failed(error)),
+        Err(error) => Err(Failure::NoAgent(format!("{silent}; {}", text::chain(error.as_ref())))),
+    }
+}
+
 pub(super) fn status(named: Option<PathBuf>, output: &Output) -> Result<(), Failure> {
     let status = ask(named, Client::status)?;
     output.print(&status, |status, style| tables::status(status, style, SystemTime::now()))
@@ -55,10 +85,21 @@ pub(super) fn audit(named: Option<PathBuf>, output: &Output) -> Result<(), Failu
 
 pub(super) fn services(
     named: Option<PathBuf>,
+    pins: Option<PathBuf>,
     name: Option<&str>,
     output: &Output,
 ) -> Result<(), Failure> {
-    let services = ask(named, async |client: &Client| client.services(name).await)?;
+    let asked = async |client: &Client| client.services(name).await;
+    let services = ask_or_look(named, pins, asked, async |handle: Handle| {
+        let mut services = handle.services().await?;
+        services.retain(|service| name.is_none_or(|name| service.name == name));
+        if let Some(name) = name.filter(|_| services.is_empty()) {
+            return Err(ViewError::no_service(name));
+        }
+        // What an agent would say about them that has not heard of its sources.
+        services.iter_mut().for_each(|service| service.problems.clear());
+        Ok(services)
+    })?;
     if services.is_empty() && output.is_for_people() {
         output::complain("no services: `mesh-agent status` says what the sources hold");
         return Ok(());
@@ -68,10 +109,14 @@ pub(super) fn services(
 
 pub(super) fn backends(
     named: Option<PathBuf>,
+    pins: Option<PathBuf>,
     service: Option<&str>,
     output: &Output,
 ) -> Result<(), Failure> {
-    let backends = ask(named, async |client: &Client| client.backends(service).await)?;
+    let asked = async |client: &Client| client.backends(service).await;
+    let backends = ask_or_look(named, pins, asked, async |handle: Handle| {
+        handle.backends(service.map(str::to_owned)).await
+    })?;
     if backends.is_empty() && output.is_for_people() {
         output::complain("no backends: `mesh-agent services` lists the services");
         return Ok(());
@@ -81,10 +126,14 @@ pub(super) fn backends(
 
 pub(super) fn connections(
     named: Option<PathBuf>,
+    pins: Option<PathBuf>,
     service: Option<&str>,
     output: &Output,
 ) -> Result<(), Failure> {
-    let connections = ask(named, async |client: &Client| client.connections(service).await)?;
+    let asked = async |client: &Client| client.connections(service).await;
+    let connections = ask_or_look(named, pins, asked, async |handle: Handle| {
+        handle.connections(service.map(str::to_owned)).await
+    })?;
     if connections.is_empty() && output.is_for_people() {
         output::complain("no open connections");
         return Ok(());
@@ -106,12 +155,16 @@ pub(super) fn drain(
 
 pub(super) fn explain(
     named: Option<PathBuf>,
+    pins: Option<PathBuf>,
     args: ExplainArgs,
     output: &Output,
 ) -> Result<(), Failure> {
     let from = args.from.map(absolute).transpose()?;
     let query = ExplainQuery { address: args.address, protocol: args.protocol.into(), from };
-    let explanation = ask(named, async |client: &Client| client.explain(&query).await)?;
+    let asked = async |client: &Client| client.explain(&query).await;
+    let explanation = ask_or_look(named, pins, asked, async |handle: Handle| {
+        handle.explain(query.clone()).await
+    })?;
     output.print(&explanation, tables::explanation)?;
     // That an address is nobody's is the answer to a question, but not to the one that was meant.
     let unknown = |answer: &Answer| matches!(answer, Answer::Refused { reason, .. } if reason == Reason::NoService.name());

@@ -30,14 +30,14 @@ struct Report {
 }
 
 pub(super) fn cleanup(
-    args: CleanupArgs,
+    args: &CleanupArgs,
     socket: Option<PathBuf>,
+    pins: Option<PathBuf>,
     output: &Output,
 ) -> Result<(), Failure> {
     let socket = ask::socket(socket, args.config.as_deref());
-    let pins = args
-        .pin_dir
-        .unwrap_or_else(|| Config::load(args.config.as_deref()).unwrap_or_default().pin_dir);
+    let pins =
+        pins.unwrap_or_else(|| Config::load(args.config.as_deref()).unwrap_or_default().pin_dir);
     let mut report = Report::default();
     // Held to the end, so that no agent starts and pins while its pins are taken away.
     let claim = claim(&socket, &mut report)?;
@@ -208,7 +208,7 @@ mod tests {
         let mut report = Report::default();
         sweep(&root, &|_, _| true, &mut report).expect("swept");
         let under = |paths: &[&str]| paths.iter().map(|path| root.join(path)).collect::<Vec<_>>();
-        assert_eq!(report.removed, under(&["v1/FRONTENDS", "v1/mesh_connect4", "v2"]));
+        assert_eq!(report.removed, under(&["v1/mesh_connect4", "v1/FRONTENDS", "v2"]));
         assert_eq!(report.kept, under(&["SLOTS", "v1/cilium_lb", "v1/other", "vmlinux"]));
         assert!(root.join("vmlinux/SLOTS").exists());
     }

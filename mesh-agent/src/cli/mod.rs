@@ -65,12 +65,12 @@ fn need_files(least: u64) -> Result<(), Failure> {
 }
 
 fn execute(cli: Cli) -> Result<(), Failure> {
-    let Cli { socket, output: format, command } = cli;
+    let Cli { socket, pin_dir: pins, output: format, command } = cli;
     let output = Output::new(format, Style::of_stdout(format));
     match command {
-        Command::Run(args) => run::run(args, socket),
+        Command::Run(args) => run::run(args, socket, pins),
         Command::Check(args) => check::check(&args, &output),
-        Command::Cleanup(args) => cleanup::cleanup(args, socket, &output),
+        Command::Cleanup(args) => cleanup::cleanup(&args, socket, pins, &output),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "mesh-agent", &mut script);
@@ -78,13 +78,15 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         }
         Command::Status => ask::status(socket, &output),
         Command::Audit => ask::audit(socket, &output),
-        Command::Services { name } => ask::services(socket, name.as_deref(), &output),
-        Command::Backends { service } => ask::backends(socket, service.as_deref(), &output),
-        Command::Connections { service } => ask::connections(socket, service.as_deref(), &output),
+        Command::Services { name } => ask::services(socket, pins, name.as_deref(), &output),
+        Command::Backends { service } => ask::backends(socket, pins, service.as_deref(), &output),
+        Command::Connections { service } => {
+            ask::connections(socket, pins, service.as_deref(), &output)
+        }
         Command::Drain(args) => ask::drain(socket, args, true, &output),
         Command::Undrain(args) => ask::drain(socket, args, false, &output),
         Command::Events(args) => events::events(socket, &args, &output),
-        Command::Explain(args) => ask::explain(socket, args, &output),
+        Command::Explain(args) => ask::explain(socket, pins, args, &output),
         Command::Version => ask::version(socket, &output),
     }
 }

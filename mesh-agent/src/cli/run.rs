@@ -24,9 +24,13 @@ const FILES: u64 = 64;
 const ENDING: Duration = Duration::from_secs(1);
 
 /// Runs the agent until it is told to stop.
-pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure> {
+pub(super) fn run(
+    args: RunArgs,
+    socket: Option<PathBuf>,
+    pins: Option<PathBuf>,
+) -> Result<(), Failure> {
     let (log_refusals, detach) = (args.log_refusals, args.detach_on_exit);
-    let config = config(args, socket)?;
+    let config = config(args, socket, pins)?;
     let options = Options { log: log_refusals, limits: config.limits, detach };
     log(options);
     super::need_files(FILES)?;
@@ -38,7 +42,11 @@ pub(super) fn run(args: RunArgs, socket: Option<PathBuf>) -> Result<(), Failure>
 }
 
 /// The configuration of this run: flags win over the file. Its `cgroup` is there.
-fn config(args: RunArgs, socket: Option<PathBuf>) -> Result<Config, Failure> {
+fn config(
+    args: RunArgs,
+    socket: Option<PathBuf>,
+    pins: Option<PathBuf>,
+) -> Result<Config, Failure> {
     if args.state_dir.is_some() {
         return Err(Failure::failed(
             "`--state-dir` is not supported yet: this version keeps nothing on disk; leave it out",
@@ -51,7 +59,7 @@ fn config(args: RunArgs, socket: Option<PathBuf>) -> Result<Config, Failure> {
         }
     };
     take(socket, &mut config.socket);
-    take(args.pin_dir, &mut config.pin_dir);
+    take(pins, &mut config.pin_dir);
     let named = args.cgroup.or(config.cgroup.take()).ok_or_else(|| no_cgroup(&mount_point()))?;
     config.cgroup = Some(Cgroup::open(&named).map_err(Failure::failed)?.directory);
     Ok(config)
@@ -95,7 +103,6 @@ mod tests {
             config: Some(config),
             cgroup,
             state_dir: None,
-            pin_dir: Some("/flag".into()),
             log_refusals: false,
             detach_on_exit: false,
         }
@@ -107,21 +114,22 @@ mod tests {
         let file = directory.path().join("agent.yaml");
         std::fs::write(&file, "pin-dir: /file\nsocket: /file.sock\n").expect("file");
 
-        let failure = config(args(file.clone(), None), None).expect_err("no cgroup");
+        let failure = config(args(file.clone(), None), None, None).expect_err("no cgroup");
         let message = failure.message().expect("a message");
         assert!(message.contains("--cgroup") && message.contains("every program"), "{message}");
 
         let plain = directory.path().to_path_buf();
-        let failure = config(args(file.clone(), Some(plain)), None).expect_err("no cgroup2");
+        let failure = config(args(file.clone(), Some(plain)), None, None).expect_err("no cgroup2");
         let message = failure.message().expect("a message");
         assert!(message.contains("not a cgroup2 directory"), "{message}");
 
         let state = RunArgs { state_dir: Some("/x".into()), ..args(file.clone(), None) };
-        let failure = config(state, None).expect_err("not supported yet");
+        let failure = config(state, None, None).expect_err("not supported yet");
         assert!(failure.message().expect("a message").contains("--state-dir"));
 
         let mount = mount_point();
-        let config = config(args(file, Some(mount.clone())), None).expect("cgroup2 is mounted");
+        let config = config(args(file, Some(mount.clone())), None, Some("/flag".into()))
+            .expect("cgroup2 is mounted");
         assert_eq!(config.cgroup, Some(mount));
         assert_eq!(config.pin_dir, Path::new("/flag"));
         assert_eq!(config.socket, Path::new("/file.sock"));

@@ -26,24 +26,36 @@ pub struct Chunks<T> {
 }
 
 impl<T: Flat> Chunks<T> {
-    /// The array of that name, for its one writer, with the chunks that it has, or a first one. Up to `limit`
-    /// records will be there.
+    /// The array of that name, for its one writer, with the chunks that it has. Up to `limit` records will
+    /// be there, or as many as are.
     ///
     /// # Errors
     ///
-    /// When it is missing, or the kernel refuses to make or map a chunk.
-    pub fn open(
+    /// When it is missing, or a chunk cannot be mapped.
+    pub fn found(
         maps: &Opened,
         name: &'static str,
         chunk: usize,
         limit: u32,
     ) -> Result<Self, OpenError> {
         let mut chunks = Self::look(maps, name, chunk, limit)?;
-        while chunks.follow(chunks.records.capacity()) {}
-        // What is there is more than is wanted now.
-        chunks.limit = chunks.limit.max(chunks.records.capacity());
-        chunks.reach(1).map_err(|source| OpenError::Mapping { map: name, source })?;
+        let there = chunks.count();
+        // It may be more than is wanted now.
+        if there > chunks.records.reserved() {
+            chunks = Self::look(maps, name, chunk, there)?;
+        }
+        if there > 0 && !chunks.follow(there - 1) {
+            let source = io::Error::other("a chunk of it cannot be mapped");
+            return Err(OpenError::Mapping { map: name, source });
+        }
+        chunks.limit = chunks.limit.max(there);
         Ok(chunks)
+    }
+
+    /// How many records the chunks have that are there.
+    fn count(&self) -> u32 {
+        let chunks = (0..self.outer.len()).take_while(|index| self.outer.get(index, 0).is_ok());
+        u32::try_from(chunks.count()).unwrap_or(u32::MAX).saturating_mul(self.chunk)
     }
 
     /// The same array for somebody else, who sees what the writer has made after [`Chunks::follow`].

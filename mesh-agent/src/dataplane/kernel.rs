@@ -83,6 +83,8 @@ pub struct KernelMaps {
     shortage: Option<Arc<str>>,
     /// Changes since the agent was started.
     writes: u64,
+    /// It is only looked at: what is to be changed stays as it is.
+    is_view: bool,
 }
 
 /// That the kernel had no memory.
@@ -107,24 +109,41 @@ impl Shortage {
 const SHORT: Duration = Duration::from_secs(2);
 
 impl KernelMaps {
-    /// Opens the maps that are pinned. They will hold as much as `limits` says.
+    /// Opens the maps that are pinned, to keep them. They will hold as much as `limits` says.
     ///
     /// # Errors
     ///
     /// When a map is missing or has another layout than this agent's, or cannot be made.
     pub fn open(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
+        let mut opened = Self::look(maps, limits)?;
+        opened.is_view = false;
+        for kind in [Kind::Services, Kind::Slots, Kind::Backends, Kind::Names] {
+            if opened.reach(kind, 1) == 0 {
+                let source = io::Error::other(opened.shortage().unwrap_or_default().to_owned());
+                return Err(OpenError::Mapping { map: "the first chunks", source });
+            }
+        }
+        Ok(opened)
+    }
+
+    /// The same for somebody who only looks: nothing is made, and nothing changes.
+    ///
+    /// # Errors
+    ///
+    /// When a map is missing or has another layout than this agent's.
+    pub fn look(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
         let frontends = maps.typed("FRONTENDS", HashMap::try_from)?;
         let virtual_ips = maps.typed("VIRTUAL_IPS", LpmTrie::try_from)?;
         let (services, backends) = (limits.frontends, limits.backends);
         let mut opened = Self {
             frontends,
-            services: Chunks::open(maps, "SERVICES", chunk::SERVICES, services)?,
-            service_stats: Chunks::open(maps, "SERVICE_STATS", chunk::SERVICES, services)?,
-            names: Chunks::open(maps, "NAMES", chunk::NAMES, services)?,
-            slots: Chunks::open(maps, "SLOTS", chunk::SLOTS, limits.slots())?,
-            backends: Chunks::open(maps, "BACKENDS", chunk::BACKENDS, backends)?,
-            stats: Chunks::open(maps, "BACKEND_STATS", chunk::BACKENDS, backends)?,
-            latencies: Chunks::open(maps, "LATENCIES", chunk::BACKENDS, backends)?,
+            services: Chunks::found(maps, "SERVICES", chunk::SERVICES, services)?,
+            service_stats: Chunks::found(maps, "SERVICE_STATS", chunk::SERVICES, services)?,
+            names: Chunks::found(maps, "NAMES", chunk::NAMES, services)?,
+            slots: Chunks::found(maps, "SLOTS", chunk::SLOTS, limits.slots())?,
+            backends: Chunks::found(maps, "BACKENDS", chunk::BACKENDS, backends)?,
+            stats: Chunks::found(maps, "BACKEND_STATS", chunk::BACKENDS, backends)?,
+            latencies: Chunks::found(maps, "LATENCIES", chunk::BACKENDS, backends)?,
             settings: maps.mapped("SETTINGS")?,
             virtual_ips,
             counters: maps.mapped("COUNTERS")?,
@@ -138,6 +157,7 @@ impl KernelMaps {
             shortages: [const { None }; 4],
             shortage: None,
             writes: 0,
+            is_view: true,
         };
         // What is there stays, also when the agent file wants less by now.
         let Capacity { services, slots, backends, .. } = opened.sizes();
@@ -152,6 +172,12 @@ impl KernelMaps {
     /// [`mesh_common::Reason`].
     pub fn counter(&self, index: u32) -> u64 {
         self.counters.get(index).map_or(0, Word::load)
+    }
+
+    /// Counts a change, which is to be made unless this is only looked at.
+    fn changes(&mut self) -> bool {
+        self.writes += u64::from(!self.is_view);
+        !self.is_view
     }
 
     /// How many changes were made since the agent was started; slots that are written together are one.
@@ -223,7 +249,7 @@ impl Maps for KernelMaps {
 
     fn reach(&mut self, kind: Kind, len: u32) -> u32 {
         let there = self.there(kind);
-        if len <= there {
+        if len <= there || self.is_view {
             return there;
         }
         let place = kind as usize;
@@ -294,13 +320,17 @@ impl Maps for KernelMaps {
     }
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         let records = std::slice::from_ref(backend);
         self.backends.write(id, records).map_err(out_of_range("writing BACKENDS"))
     }
 
     fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         let stats = [BackendStats::default()];
         self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
         if let Some(latency) = self.latencies.get(id) {
@@ -313,26 +343,34 @@ impl Maps for KernelMaps {
     }
 
     fn retire_stats(&mut self, id: u32) {
-        self.writes += 1;
+        if !self.changes() {
+            return;
+        }
         if let Some(stats) = self.stats.get(id) {
             stats.generation.store(0);
         }
     }
 
     fn forget_failures(&mut self, id: u32) {
-        self.writes += 1;
+        if !self.changes() {
+            return;
+        }
         if let Some(stats) = self.stats.get(id) {
             stats.ejection.store(0);
         }
     }
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         self.slots.write(base, slots).map_err(out_of_range("writing SLOTS"))
     }
 
     fn write_service(&mut self, index: u32, frontend: &Frontend) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         let record = [record(frontend)];
         let owner = Word::new(frontend.owner.into());
         let stats = [ServiceStats { owner, ..ServiceStats::default() }];
@@ -341,7 +379,9 @@ impl Maps for KernelMaps {
     }
 
     fn set_owner(&mut self, index: u32, owner: u32) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         if let Some(stats) = self.service_stats.get(index) {
             stats.owner.store(owner.into());
         }
@@ -349,12 +389,17 @@ impl Maps for KernelMaps {
     }
 
     fn write_name(&mut self, index: u32, name: &Name) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         let names = std::slice::from_ref(name);
         self.names.write(index, names).map_err(out_of_range("writing NAMES"))
     }
 
     fn note_generations(&mut self, last: Generations) {
+        if self.is_view {
+            return;
+        }
         if let Some(settings) = self.settings.get(0) {
             settings.generation.store(last.service);
             settings.backend_generation.store(last.backend.into());
@@ -362,13 +407,18 @@ impl Maps for KernelMaps {
     }
 
     fn note_gone(&mut self, opened: u64) {
+        if self.is_view {
+            return;
+        }
         if let Some(settings) = self.settings.get(0) {
             settings.gone_opened.store(opened);
         }
     }
 
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         if let Some(service) = self.services.get(index) {
             service.policy.store(rules.policy.0);
             service.affinity.store(rules.affinity.0);
@@ -377,7 +427,9 @@ impl Maps for KernelMaps {
     }
 
     fn switch_table(&mut self, index: u32, table: Table) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         if let Some(service) = self.services.get(index) {
             service.table.store(table.0);
         }
@@ -385,7 +437,9 @@ impl Maps for KernelMaps {
     }
 
     fn retire_service(&mut self, index: u32) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         if let Some(service) = self.services.get(index) {
             service.generation.store(0);
         }
@@ -393,23 +447,31 @@ impl Maps for KernelMaps {
     }
 
     fn insert_frontend(&mut self, key: &FrontendKey, value: FrontendValue) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         self.frontends.insert(key, value, 0).map_err(map_error("inserting into FRONTENDS"))
     }
 
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         gone(self.frontends.remove(key).map_err(map_error("removing from FRONTENDS")))
     }
 
     fn insert_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         let key = Key::new(u32::from(bits), addr.octets());
         self.virtual_ips.insert(&key, 1, 0).map_err(map_error("inserting into VIRTUAL_IPS"))
     }
 
     fn remove_virtual_ip(&mut self, addr: Addr, bits: u8) -> Result<(), MapError> {
-        self.writes += 1;
+        if !self.changes() {
+            return Ok(());
+        }
         let key = Key::new(u32::from(bits), addr.octets());
         gone(self.virtual_ips.remove(&key).map_err(map_error("removing from VIRTUAL_IPS")))
     }

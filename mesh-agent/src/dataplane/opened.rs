@@ -121,19 +121,30 @@ impl Opened {
     }
 
     /// What the maps hold: those of a fixed size what they were made for, whatever the agent file says now.
-    pub(super) fn limits(&self, wanted: Limits) -> Result<Limits, OpenError> {
-        let [frontends, pins] = [self.entries("FRONTENDS")?, self.entries("AFFINITY")?];
-        for (key, wanted, found) in
-            [("frontends", wanted.frontends, frontends), ("pins", wanted.pins, pins)]
-        {
-            if wanted != found {
-                tracing::warn!(
-                    "`limits: {{{key}: {wanted}}}` is not in force: the map that is holds {found}; to \
-                     change it, end balancing with `mesh-agent cleanup`, and start the agent anew"
-                );
-            }
-        }
+    ///
+    /// # Errors
+    ///
+    /// When one is missing.
+    pub fn limits_in_force(&self, wanted: Limits) -> Result<Limits, OpenError> {
+        let (frontends, pins) = (self.entries("FRONTENDS")?, self.entries("AFFINITY")?);
         Ok(Limits { frontends, pins, ..wanted })
+    }
+
+    /// The same, and says what is not in force.
+    pub(super) fn limits(&self, wanted: Limits) -> Result<Limits, OpenError> {
+        let found = self.limits_in_force(wanted)?;
+        let differ = [
+            ("frontends", wanted.frontends, found.frontends),
+            ("affinities", wanted.pins, found.pins),
+        ];
+        for (key, wanted, found) in differ.into_iter().filter(|(_, wanted, found)| wanted != found)
+        {
+            tracing::warn!(
+                "`limits: {{{key}: {wanted}}}` is not in force: the map that is holds {found}; to change \
+                 it, end balancing with `mesh-agent cleanup`, and start the agent anew"
+            );
+        }
+        Ok(found)
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use aya::programs::ProgramInfo;
 use mesh_common::Settings;
 
-use super::pindir::{LINK, PinDir, PinError};
+use super::pindir::{self, LINK, PinDir, PinError};
 use super::sys::attached::{Hook, program_ids};
 use super::sys::{Mapped, links};
 
@@ -371,6 +371,18 @@ pub fn known(pins: &PinDir) -> Result<Vec<u32>, PinError> {
         ids.push(links::look(link.as_fd()).map_err(failed)?.program);
     }
     Ok(ids)
+}
+
+/// The id of the cgroup that what is pinned in a directory is attached to, if it is to any.
+///
+/// # Errors
+///
+/// When the pin is something else, or cannot be looked at.
+pub fn cgroup(directory: &Path) -> Result<Option<u64>, PinError> {
+    let name = link_name("mesh_connect4");
+    let Some(link) = pindir::get(directory, &name)? else { return Ok(None) };
+    let failed = |source| PinError::Io { path: directory.join(&name), source };
+    Ok(links::look(link.as_fd()).map_err(failed)?.cgroup)
 }
 
 /// The programs that are pinned, as far as they are.

@@ -41,15 +41,26 @@ impl Records {
     ///
     /// When a map is missing or has another layout.
     pub fn open(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
-        let mut records = Self {
-            flows: Chunks::open(maps, "FLOWS", chunk::FLOWS, limits.records)?,
+        let mut records = Self::look(maps, limits)?;
+        let failed = |source| OpenError::Mapping { map: "FLOWS", source };
+        records.flows.reach(1).map_err(failed)?;
+        records.resume().map_err(failed)?;
+        Ok(records)
+    }
+
+    /// The same for somebody who only looks.
+    ///
+    /// # Errors
+    ///
+    /// As [`Records::open`].
+    pub fn look(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
+        Ok(Self {
+            flows: Chunks::found(maps, "FLOWS", chunk::FLOWS, limits.records)?,
             stats: Chunks::look(maps, "BACKEND_STATS", chunk::BACKENDS, limits.backends)?,
             counters: maps.mapped("COUNTERS")?,
             settings: maps.mapped("SETTINGS")?,
             overflow: maps.typed("OVERFLOW", HashMap::try_from)?,
-        };
-        records.resume().map_err(|source| OpenError::Mapping { map: "FLOWS", source })?;
-        Ok(records)
+        })
     }
 
     /// Goes on from what a former agent has told the programs, if there was one.

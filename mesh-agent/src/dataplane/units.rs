@@ -33,7 +33,11 @@ impl Units {
     ///
     /// When it is missing or has another layout.
     pub fn open(maps: &Opened) -> Result<Self, OpenError> {
-        Ok(Self { map: maps.typed("UNITS", HashMapOf::try_from)?, held: Keys::default() })
+        let map: HashMapOf<_, u64, u64> = maps.typed("UNITS", HashMapOf::try_from)?;
+        // What a former agent has found: what of it is gone is removed once all are known.
+        let found = map.iter().collect::<Result<HashMap<_, _>, _>>();
+        let found = found.map_err(|source| OpenError::Map { map: "UNITS", source })?;
+        Ok(Self { map, held: Keys(Arc::new(RwLock::new(found))) })
     }
 
     /// What the map holds.

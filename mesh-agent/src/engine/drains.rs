@@ -162,7 +162,7 @@ impl Engine {
 
     /// These backends of a service, as they are now.
     fn shown(&self, name: &ServiceName, meant: &BTreeSet<SocketAddr>) -> Vec<types::Backend> {
-        let Some(entry) = self.catalog.get(name.as_str()) else { return Vec::new() };
+        let entry = self.catalog.get(name.as_str());
         let meant: BTreeSet<String> = meant.iter().map(ToString::to_string).collect();
         let mut backends = self.backends(name, entry);
         backends.retain(|backend| meant.contains(&backend.address));

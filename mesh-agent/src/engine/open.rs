@@ -78,7 +78,7 @@ impl Handle {
 }
 
 impl Engine {
-    fn knows(&self, service: &ServiceName) -> bool {
+    pub(super) fn knows(&self, service: &ServiceName) -> bool {
         self.catalog.get(service.as_str()).is_some()
             || self.reconciler.services().any(|name| name == service)
     }

@@ -1,7 +1,7 @@
 //! What the engine tells: the answers of the API, read from the kernel's maps and named with what
 //! the agent knows.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -116,17 +116,16 @@ impl View for Handle {
     async fn backends(&self, service: Option<String>) -> Result<Vec<types::Backend>, ViewError> {
         self.ask(move |engine| match service {
             None => Ok(engine
-                .catalog
-                .iter()
-                .flat_map(|(name, entry)| engine.backends(name, entry))
+                .names()
+                .into_iter()
+                .flat_map(|name| engine.backends(name, engine.catalog.get(name.as_str())))
                 .collect()),
             Some(name) => {
                 let name = ServiceName::new(&name);
-                let entry = engine
-                    .catalog
-                    .get(name.as_str())
-                    .ok_or_else(|| ViewError::no_service(name.as_str()))?;
-                Ok(engine.backends(&name, entry))
+                if !engine.knows(&name) {
+                    return Err(ViewError::no_service(name.as_str()));
+                }
+                Ok(engine.backends(&name, engine.catalog.get(name.as_str())))
             }
         })
         .await?
@@ -172,17 +171,14 @@ impl View for Handle {
 }
 
 impl Engine {
-    /// What is defined, and what the kernel still holds of services that are not defined any more.
+    /// What is defined, and of what the kernel still holds something.
+    fn names(&self) -> BTreeSet<&ServiceName> {
+        self.catalog.iter().map(|(name, _)| name).chain(self.reconciler.services()).collect()
+    }
+
     fn services(&self) -> Vec<types::Service> {
-        let defined = self.catalog.iter().map(|(name, entry)| self.service(name, Some(entry)));
-        let undefined = self
-            .reconciler
-            .services()
-            .filter(|name| self.catalog.get(name.as_str()).is_none())
-            .map(|name| self.service(name, None));
-        let mut services: Vec<_> = defined.chain(undefined).collect();
-        services.sort_by(|a, b| a.name.cmp(&b.name));
-        services
+        let one = |name: &ServiceName| self.service(name, self.catalog.get(name.as_str()));
+        self.names().into_iter().map(one).collect()
     }
 
     fn service(&self, name: &ServiceName, entry: Option<&Entry>) -> types::Service {
@@ -222,14 +218,20 @@ impl Engine {
         }
     }
 
-    pub(super) fn backends(&self, name: &ServiceName, entry: &Entry) -> Vec<types::Backend> {
-        let policy = compile::policy(entry.service.ejection);
-        let endpoints = &entry.service.endpoints;
+    /// Also of a service that is not defined, as the kernel has it.
+    pub(super) fn backends(
+        &self,
+        name: &ServiceName,
+        entry: Option<&Entry>,
+    ) -> Vec<types::Backend> {
+        let policy = self.reconciler.rules(name).policy;
+        let endpoints = entry.map(|entry| &entry.service.endpoints);
         let endpoints: HashMap<_, _> = endpoints
-            .iter()
+            .into_iter()
+            .flatten()
             .map(|endpoint| ((endpoint.address, endpoint.port), endpoint))
             .collect();
-        let drained = self.drains.causes(name, entry);
+        let drained = entry.map(|entry| self.drains.causes(name, entry)).unwrap_or_default();
         let mut held: Vec<_> = self.reconciler.backends(name).collect();
         held.sort();
         held.into_iter()
@@ -238,7 +240,7 @@ impl Engine {
                 let counts = self.reconciler.maps().counts(id);
                 let latency = self.reconciler.maps().latency_of(id);
                 let own = self.known(name, key.address);
-                let behind = self.behind(entry).filter(|_| own.is_none());
+                let behind = entry.and_then(|entry| self.behind(entry)).filter(|_| own.is_none());
                 let known =
                     own.or_else(|| behind.and_then(|(other, _)| self.known(other, key.address)));
                 let mut standing = self.standing(id, &backend, known, counts.ejection, policy);

@@ -118,7 +118,30 @@ fn run() -> Result<()> {
 
     stop(&mut agent)?;
     ok("the agent ends cleanly");
-    expect_error("after that nothing is balanced", CGROUP, "10.96.0.10:80", UNREACH)
+    expect_all("after that connects are balanced as before", "10.96.0.10:80", &all)?;
+    expect_all("and datagrams", "udp/[fd00:96::10]:53", &SERVERS_6.map(|(name, _)| name))?;
+    let held = ask_agent(&["-o", "json", "services"])?;
+    ensure!(held.as_array().is_some_and(|services| !services.is_empty()), "{held}");
+    ok("what the kernel holds is shown without an agent");
+
+    let mut agent = start_agent()?;
+    wait_ready(&mut agent)?;
+    let status = ask_agent(&["-o", "json", "status"])?;
+    ensure!(status["counters"]["map_writes"] == 0, "{}", status["counters"]);
+    ok("the next agent takes it over, and writes nothing");
+    expect_all("and it is balanced still", "10.96.0.10:80", &all)?;
+    agent.kill().and_then(|()| agent.wait()).context("killing the agent")?;
+    expect_all("also when that is killed", "10.96.0.10:80", &all)?;
+    ask_agent(&["-o", "json", "cleanup"])?;
+    expect_error("after cleanup nothing is balanced", CGROUP, "10.96.0.10:80", UNREACH)
+}
+
+/// What a command prints, which must succeed.
+fn ask_agent(arguments: &[&str]) -> Result<Value> {
+    let output = Command::new(AGENT).args(["--socket", SOCKET]).args(arguments).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{arguments:?}: {said}");
+    serde_json::from_slice(&output.stdout).with_context(|| format!("{arguments:?}"))
 }
 
 /// No route: there is only loopback.

@@ -222,6 +222,11 @@ impl<M: Maps> Reconciler<M> {
         held.into_iter().flat_map(|held| held.backends.iter().map(|(key, held)| (*key, held.id)))
     }
 
+    /// What else the programs go by for a service.
+    pub fn rules(&self, name: &ServiceName) -> Rules {
+        self.services.get(name).map(|held| held.rules).unwrap_or_default()
+    }
+
     /// The frontends of a service that the kernel has.
     pub fn frontends(&self, name: &ServiceName) -> impl Iterator<Item = FrontendKey> {
         let held = self.services.get(name);
