@@ -308,8 +308,8 @@ async fn balance(
     }
     units.known().await;
     let Plane { programs, pins, cgroup, lock } = plane;
-    let attached =
-        refuse_second(cgroup, &programs.ids()).and_then(|()| Ok(programs.attach(cgroup)?));
+    let alone = programs.ids().map_err(Into::into).and_then(|ids| refuse_second(cgroup, &ids));
+    let attached = alone.and_then(|()| Ok(programs.attach(cgroup)?));
     let mut attachment = match attached {
         Ok(attachment) => Some(attachment),
         Err(error) => return error,
@@ -338,7 +338,8 @@ async fn balance(
         }
         // Another cgroup of that name has another lock, which another agent may have taken.
         *lock = None;
-        let again = try_cgroup(cgroup, &programs.ids()).and_then(|taken| {
+        let ids = programs.ids().map_err(anyhow::Error::from);
+        let again = ids.and_then(|ids| try_cgroup(cgroup, &ids)).and_then(|taken| {
             *lock = Some(taken);
             Ok(programs.attach(cgroup)?)
         });

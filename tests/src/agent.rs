@@ -27,6 +27,8 @@ pub struct Agent {
     process: Option<Process>,
     /// Whether balancing goes on when it ends.
     pub stays: bool,
+    /// More arguments of `run`.
+    pub arguments: Vec<&'static str>,
 }
 
 /// A service file that is whole and not in its place yet.
@@ -122,6 +124,7 @@ impl Agent {
             echo,
             process: None,
             stays: false,
+            arguments: Vec::new(),
         };
         fs::create_dir_all(agent.services_directory())?;
         fs::write(agent.file(), agent.yaml(virtual_ips))?;
@@ -185,6 +188,7 @@ impl Agent {
         if !self.stays {
             command.arg("--detach-on-exit");
         }
+        command.args(&self.arguments);
         Ok(command)
     }
 

@@ -29,7 +29,7 @@ impl Mounts {
     ///
     /// When procfs is not mounted.
     pub fn read() -> io::Result<Self> {
-        Ok(Self::parse(&fs::read("/proc/self/mountinfo")?))
+        Ok(Self::parse(&fs::read("/proc/thread-self/mountinfo")?))
     }
 
     /// Lines that do not have the documented form are left out.

@@ -173,9 +173,14 @@ impl Programs {
     }
 
     /// The kernel's numbers for all programs that may be attached: these, and those that they replace.
-    #[must_use]
-    pub fn ids(&self) -> Vec<u32> {
-        self.programs.values().chain(self.former.values()).map(|program| program.id).collect()
+    ///
+    /// # Errors
+    ///
+    /// As [`known`].
+    pub fn ids(&self) -> Result<Vec<u32>, PinError> {
+        let mut ids = known(&self.pins)?;
+        ids.extend(self.programs.values().map(|program| program.id));
+        Ok(ids)
     }
 
     /// Attaches all programs to a cgroup: sockets that are created below it from then on are
@@ -189,6 +194,19 @@ impl Programs {
     ///
     /// When the directory is no cgroup, or the kernel refuses.
     pub fn attach(&mut self, cgroup: &Path) -> Result<Attachment, AttachError> {
+        self.attach_watched(cgroup, |_| {})
+    }
+
+    /// The same; `between` is told the name of each program when it is in force, before the next one is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Programs::attach`].
+    pub fn attach_watched(
+        &mut self,
+        cgroup: &Path,
+        mut between: impl FnMut(&'static str),
+    ) -> Result<Attachment, AttachError> {
         let failed = |source| AttachError::Cgroup { path: cgroup.to_owned(), source };
         let opened = File::open(cgroup).map_err(failed)?;
         // The kernel's id of a cgroup is the number of its directory.
@@ -197,13 +215,18 @@ impl Programs {
             self.say(0);
         }
         let mut changes = Vec::new();
-        let attached = self.attach_all(cgroup, &opened, id, &mut changes);
+        let mut note = |name, change: Option<Change>| {
+            changes.extend(change.map(|change| (name, change)));
+            between(name);
+        };
+        let attached = self.attach_all(cgroup, &opened, id, &mut note).and_then(|()| {
+            let pin =
+                |(name, program): (&&str, &LoadedProgram)| self.pins.put(name, program.fd.as_fd());
+            Ok(self.programs.iter().try_for_each(pin)?)
+        });
         if let Err(error) = attached {
             self.undo(changes);
             return Err(error);
-        }
-        for (name, program) in &self.programs {
-            self.pins.put(name, program.fd.as_fd())?;
         }
         self.say(self.identity);
         self.former.clear();
@@ -225,19 +248,15 @@ impl Programs {
         path: &Path,
         cgroup: &File,
         id: u64,
-        changes: &mut Vec<(&'static str, Change)>,
+        note: &mut impl FnMut(&'static str, Option<Change>),
     ) -> Result<(), AttachError> {
         for (program, tracer) in TRACERS {
             let failed = |source| AttachError::Trace { program, hook: tracer.describe(), source };
-            if let Some(change) = self.trace_one(program, failed)? {
-                changes.push((program, change));
-            }
+            note(program, self.trace_one(program, failed)?);
         }
         for (program, hook) in PROGRAMS.into_iter().rev() {
             let failed = |source| AttachError::Attach { program, path: path.to_owned(), source };
-            if let Some(change) = self.attach_one(program, hook, cgroup, id, failed)? {
-                changes.push((program, change));
-            }
+            note(program, self.attach_one(program, hook, cgroup, id, failed)?);
         }
         Ok(())
     }
@@ -323,6 +342,11 @@ impl Programs {
                 }
                 // A tracer of this build does what that of the former one did.
                 _ => {}
+            }
+        }
+        for (name, former) in &self.former {
+            if let Err(error) = self.pins.put(name, former.fd.as_fd()) {
+                tracing::warn!(program = name, "its former program is not pinned again: {error}");
             }
         }
     }
