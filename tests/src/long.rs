@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::process::{Child, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::node::Node;
 use crate::process::binary;
@@ -14,7 +14,7 @@ use crate::process::binary;
 pub struct Long(Child);
 
 /// What came of them.
-#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// How many were to be made.
     pub made: usize,

@@ -300,42 +300,6 @@ fn pins_that_are_removed_are_made_again() -> Result<()> {
     ensure_cleaned(&node)
 }
 
-/// While connects come and connections go on, agents end at any moment.
-#[test]
-fn restarts_under_load() -> Result<()> {
-    let mut node = node()?;
-    let long = Long::start(&node, LONG, 100, 20)?;
-    let storm = check::Storm::start(&node, VIP)?;
-    let mut random = fastrand::Rng::new();
-    node.agent.kill()?;
-    for turn in 0..12 {
-        node.agent.launch()?;
-        // Also before it has read what is there.
-        std::thread::sleep(Duration::from_millis(random.u64(1..400)));
-        if turn % 3 == 0 {
-            node.agent.until_ready()?;
-            node.agent.stop()?;
-        } else {
-            node.agent.kill()?;
-        }
-    }
-    node.agent.start()?;
-    let (report, answered) = storm.finish()?;
-    ensure!(report.failed.is_empty() && report.by_backend.len() == 2, "{report:?}");
-    let counted: u64 = opened(&node.agent)?.iter().map(|(_, opened, _)| opened).sum();
-    ensure!(counted == answered.len() as u64, "{counted} of {}", answered.len());
-    ensure!(active(&node.agent, "long")? == 140);
-    long.finish_whole()?;
-    until("the records to be released", Duration::from_secs(10), || {
-        let services = [active(&node.agent, "long")?, active(&node.agent, "app")?];
-        Ok((services == [0, 0]).then_some(()))
-    })?;
-    let audit: Value = node.agent.get("/v1/audit")?;
-    ensure!(audit["records"] == 0 && audit["released_ever"] == 0, "{audit}");
-    node.agent.stop()?;
-    ensure_cleaned(&node)
-}
-
 /// Ended with status 1 and these texts, and nothing was changed.
 fn ensure_refused(node: &Node, pins: &str, texts: &[&str]) -> Result<()> {
     let mut command = node.agent.run_command()?;

@@ -16,6 +16,7 @@ use mesh_tests::client::Outcome;
 use mesh_tests::long::Long;
 use mesh_tests::node::Namespace;
 use mesh_tests::process::{binary, run, until};
+use mesh_tests::restarts::{self, Plan};
 use mesh_tests::server::Kind;
 use mesh_tests::sys::mounts;
 use mesh_tests::{Agent, Node, Service, check};
@@ -114,42 +115,12 @@ fn any_mix_of_programs() -> Result<()> {
     check::balanced(&mut node, &["a", "b"], |node| check::who(node, VIP))
 }
 
-/// One build after the other, some of which end at any moment.
+/// Agents of two builds, killed at any moment or told to end, under load (`cargo xtask soak restarts`).
 #[test]
-fn up_and_down_under_load() -> Result<()> {
-    let mut node = node()?;
-    let long = Long::start(&node, LONG, 100, 20)?;
-    until_open(&node, "long", 140)?;
-    let storm = check::Storm::start(&node, VIP)?;
-    let mut random = fastrand::Rng::new();
-    node.agent.stop()?;
-    for turn in 0..8 {
-        node.agent.arguments = if turn % 2 == 0 { vec!["--log-refusals"] } else { Vec::new() };
-        node.agent.launch()?;
-        if turn % 4 < 2 {
-            node.agent.until_ready()?;
-            node.agent.stop()?;
-        } else {
-            std::thread::sleep(Duration::from_millis(random.u64(1..3_000)));
-            node.agent.kill()?;
-        }
-    }
-    node.agent.arguments.clear();
-    node.agent.start()?;
-    let (report, answered) = storm.finish()?;
-    ensure!(report.failed.is_empty() && report.by_backend.len() == 2, "{report:?}");
-    let opened = service(&node.agent, "app", "opened")?;
-    ensure!(opened == answered.len() as u64, "{opened} of {}", answered.len());
-    until_open(&node, "app", 0)?;
-    until_open(&node, "long", 140)?;
-    long.finish_whole()?;
-    until_open(&node, "long", 0)?;
-    node.agent.stop()?;
-    let pins = node.agent.pins().to_string_lossy().into_owned();
-    let cleaned = node.agent.mesh(&["cleanup", "--pin-dir", &pins])?;
-    ensure!(cleaned.status.success(), "{cleaned:?}");
-    ensure!(check::ask(&node, "blocking", VIP)?.backend.is_none(), "control");
-    Ok(())
+fn nobody_notices_restarts() -> Result<()> {
+    let report = restarts::run(Plan { times: 16, tcp: 100, udp: 20 }, |_| {})?;
+    println!("{report:?}");
+    report.ensure_unnoticed()
 }
 
 /// What cannot be brought to its end is undone, also at its last step.

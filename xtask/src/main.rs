@@ -99,7 +99,8 @@ enum Task {
     },
     /// Run for long what the tests run for short. Needs root.
     Soak {
-        /// What, and its options: `records [--connects 1000000] [--seed N]`.
+        /// What, and its options: `records [--connects 1000000] [--seed N]`, or `restarts [--times 200]`:
+        /// agents that end and come back while clients connect without pause.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         arguments: Vec<String>,
     },
@@ -152,7 +153,11 @@ fn run(cli: Cli) -> Result<()> {
         }
         Task::Soak { arguments } => {
             let profile = Profile::Release;
-            process::exec(&mut test::program(workspace, "mesh-ugly", profile, &arguments, yes)?)
+            let (program, arguments) = match arguments.split_first() {
+                Some((first, rest)) if first == "restarts" => ("mesh-restarts", rest),
+                _ => ("mesh-ugly", &arguments[..]),
+            };
+            process::exec(&mut test::program(workspace, program, profile, arguments, yes)?)
         }
         Task::Ci => ci::run(workspace, yes),
     }
