@@ -23,6 +23,7 @@ pub mod inspect;
 pub mod metrics;
 pub mod model;
 pub mod observe;
+pub mod privileges;
 pub mod supervisor;
 mod text;
 pub mod yaml;

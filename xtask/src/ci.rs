@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::setup::{self, Group};
 use crate::toolchain::Compiler;
 use crate::workspace::{BPF_TARGET, Profile, Workspace};
-use crate::{ebpf, fuzz, kernels, process, sanitizer, test, tidy};
+use crate::{dist, ebpf, fuzz, kernels, process, sanitizer, test, tidy};
 
 /// For a longer look there is `cargo xtask fuzz`.
 const FUZZ_SECONDS: u64 = 20;
@@ -35,6 +35,7 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.step("sanitize", || sanitizer::run(workspace))?;
     times.step("fuzz", || fuzz::run(workspace, FUZZ_SECONDS))?;
     times.step("kernels", || kernels::run(workspace, None, yes))?;
+    times.step("dist", || dist::run(workspace, yes).map(drop))?;
     times.step("demo", || {
         process::run(&mut test::program(workspace, "mesh-demo", Profile::Dev, &[], yes)?)
     })

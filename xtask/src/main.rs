@@ -2,6 +2,7 @@
 
 mod ci;
 mod cpio;
+mod dist;
 mod ebpf;
 mod elf;
 mod fuzz;
@@ -58,6 +59,9 @@ enum Task {
         #[arg(long = "static")]
         linked_statically: bool,
     },
+    /// Make what is released: a static binary, and a tarball with the unit, manual pages, completions and
+    /// example files.
+    Dist,
     /// Run every test, the ones with the real agent and kernel included. Needs root.
     ///
     /// Works in network namespaces and cgroups of its own, and fails when one of them is left
@@ -134,6 +138,10 @@ fn run(cli: Cli) -> Result<()> {
             let compiler = setup::ensure(workspace, &[Group::Build], yes)?;
             let agent = ebpf::build_agent(workspace, &compiler, profile, linkage)?;
             println!("{}", agent.display());
+            Ok(())
+        }
+        Task::Dist => {
+            println!("{}", dist::run(workspace, yes)?.display());
             Ok(())
         }
         Task::Test { selection } => test::run(workspace, &selection, yes),

@@ -50,6 +50,11 @@ impl Workspace {
         self.tools().join("envoy/envoy/_bin/envoy")
     }
 
+    /// What is released.
+    pub(crate) fn dist(&self) -> PathBuf {
+        self.target.join("dist")
+    }
+
     /// Where the benchmarks keep what they measured.
     pub(crate) fn measured(&self) -> PathBuf {
         self.target.join("bench")

@@ -107,6 +107,12 @@ released when two audits in a row find it so.")]
         /// For which shell
         shell: clap_complete::Shell,
     },
+    /// Write the manual pages, for those who pack this program
+    #[command(hide = true)]
+    Man {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 const CONNECTIONS: &str = "\

@@ -13,6 +13,7 @@ mod output;
 mod run;
 mod tables;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
@@ -64,6 +65,25 @@ fn need_files(least: u64) -> Result<(), Failure> {
     }
 }
 
+/// Writes a manual page of section 8 for this program, and one for each of its commands.
+fn manual(directory: &Path) -> Result<(), Failure> {
+    let mut command = Cli::command();
+    command.build();
+    let pages =
+        std::iter::once(&command).chain(command.get_subcommands().filter(|c| !c.is_hide_set()));
+    for page in pages {
+        let name = page.get_display_name().unwrap_or("mesh-agent").to_owned();
+        let path = directory.join(format!("{name}.8"));
+        let mut text = Vec::new();
+        clap_mangen::Man::new(page.clone())
+            .section("8")
+            .render(&mut text)
+            .and_then(|()| std::fs::write(&path, text))
+            .map_err(|error| Failure::failed(format!("{}: {error}", path.display())))?;
+    }
+    Ok(())
+}
+
 fn execute(cli: Cli) -> Result<(), Failure> {
     let Cli { socket, pin_dir: pins, output: format, command } = cli;
     let output = Output::new(format, Style::of_stdout(format));
@@ -76,6 +96,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut Cli::command(), "mesh-agent", &mut script);
             output::write(&script)
         }
+        Command::Man { directory } => manual(&directory),
         Command::Status => ask::status(socket, &output),
         Command::Audit => ask::audit(socket, &output),
         Command::Services { name } => ask::services(socket, pins, name.as_deref(), &output),

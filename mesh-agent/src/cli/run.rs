@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::thread::CapabilitySet;
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
@@ -15,6 +16,7 @@ use crate::check::cgroup::Cgroup;
 use crate::check::mounts::Mounts;
 use crate::config::Config;
 use crate::dataplane::load::Options;
+use crate::privileges;
 use crate::text::chain;
 
 /// How many files the agent has open before it checks any endpoint, with some to spare.
@@ -34,6 +36,12 @@ pub(super) fn run(
     let options = Options { log: log_refusals, limits: config.limits, detach };
     log(options);
     super::need_files(FILES)?;
+    // Before there are other threads, each of which would keep what it has.
+    let low = config.metrics.is_some_and(|listen| listen.port() < 1_024);
+    let besides = if low { privileges::LOW_PORT } else { CapabilitySet::empty() };
+    if let Err(error) = privileges::confine(besides) {
+        tracing::warn!(%error, "privileges that are not needed could not be given up");
+    }
     let runtime = Runtime::new().map_err(|error| Failure::no_runtime(&error))?;
     let result = runtime.block_on(agent::run(config, options));
     // A thread that hangs in a dead file system must not keep the process.

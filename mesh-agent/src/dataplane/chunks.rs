@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use aya::maps::{ArrayOfMaps, Map, MapData};
+use aya::maps::{ArrayOfMaps, Map, MapData, MapError};
 use aya_obj::generated::{BPF_F_MMAPABLE, bpf_map_type};
 
 use super::kernel::OpenError;
@@ -39,7 +39,7 @@ impl<T: Flat> Chunks<T> {
         limit: u32,
     ) -> Result<Self, OpenError> {
         let mut chunks = Self::look(maps, name, chunk, limit)?;
-        let there = chunks.count();
+        let there = chunks.count().map_err(|source| OpenError::Map { map: name, source })?;
         // It may be more than is wanted now.
         if there > chunks.records.reserved() {
             chunks = Self::look(maps, name, chunk, there)?;
@@ -52,10 +52,18 @@ impl<T: Flat> Chunks<T> {
         Ok(chunks)
     }
 
-    /// How many records the chunks have that are there.
-    fn count(&self) -> u32 {
-        let chunks = (0..self.outer.len()).take_while(|index| self.outer.get(index, 0).is_ok());
-        u32::try_from(chunks.count()).unwrap_or(u32::MAX).saturating_mul(self.chunk)
+    /// How many records the chunks have that are there. What cannot be looked at is not taken for missing: it
+    /// would be made anew, and what is in it lost.
+    fn count(&self) -> Result<u32, MapError> {
+        let mut records = 0;
+        for index in 0..self.outer.len() {
+            match self.outer.get(&index, 0) {
+                Ok(_) => records += self.chunk,
+                Err(MapError::KeyNotFound) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(records)
     }
 
     /// The same array for somebody else, who sees what the writer has made after [`Chunks::follow`].
@@ -163,9 +171,9 @@ impl<T: Flat> Chunks<T> {
     }
 }
 
-fn into_io(error: aya::maps::MapError) -> io::Error {
+fn into_io(error: MapError) -> io::Error {
     match error {
-        aya::maps::MapError::CreateError { io_error, .. } => io_error,
+        MapError::CreateError { io_error, .. } => io_error,
         other => io::Error::other(other),
     }
 }
