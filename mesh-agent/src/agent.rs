@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use rustix::process::Resource;
@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::{server, socket};
 use crate::audit::task::Auditor;
+use crate::canary::Canary;
 use crate::claim::{refuse_second, take_cgroup, take_pins, try_cgroup};
 use crate::config::{Config, Exclude, Source};
 use crate::dataplane::exclusions::Exclusions;
@@ -50,6 +51,9 @@ const EVENTS: usize = 64;
 
 /// How often the kernel is asked whether the programs are still attached.
 const WATCH: Duration = Duration::from_secs(1);
+
+/// How often a connect proves that all is as it should be.
+const PROVING: Duration = Duration::from_secs(30);
 
 /// How long tasks may take to end once they are told to.
 const ENDING: Duration = Duration::from_secs(2);
@@ -117,6 +121,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     spawn(&mut tasks, "the units of cgroups", follow);
     let pinned = pins.used();
     spawn(&mut tasks, "affinity", pins.tend(cancel.clone()));
+    let canary = if config.canary { Some(Canary::new(&cgroup).await?) } else { None };
     let (engine, heard, work) = Engine::prepare(
         &config,
         reconciler,
@@ -129,6 +134,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             pinned,
             units: units_wanted.clone(),
             unit_keys,
+            canary: canary.as_ref().map(Canary::address).transpose()?,
         },
         cancel.clone(),
     );
@@ -156,7 +162,13 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         }
     });
 
-    let plane = Plane { programs: &mut programs, pins: &pin_dir, cgroup: &cgroup, lock: &mut lock };
+    let plane = Plane {
+        programs: &mut programs,
+        pins: &pin_dir,
+        cgroup: &cgroup,
+        lock: &mut lock,
+        canary: canary.as_ref(),
+    };
     let result = tokio::select! {
         signal = signals.next() => Ok(signal),
         ended = tasks.join_next() => Err(ended_early(ended)),
@@ -245,6 +257,7 @@ struct Plane<'a> {
     pins: &'a PinDir,
     cgroup: &'a Path,
     lock: &'a mut Option<File>,
+    canary: Option<&'a Canary>,
 }
 
 /// Follows what the agent file excludes: it may be made, removed and made again.
@@ -307,7 +320,7 @@ async fn balance(
         }
     }
     units.known().await;
-    let Plane { programs, pins, cgroup, lock } = plane;
+    let Plane { programs, pins, cgroup, lock, canary } = plane;
     let alone = programs.ids().map_err(Into::into).and_then(|ids| refuse_second(cgroup, &ids));
     let attached = alone.and_then(|()| Ok(programs.attach(cgroup)?));
     let mut attachment = match attached {
@@ -317,6 +330,8 @@ async fn balance(
     fresh.end();
     engine.set_attachment(attachment.clone()).await;
     tracing::info!(cgroup = %cgroup.display(), "balancing");
+    let mut prover = Prover::new(canary, engine);
+    prover.prove().await;
     supervisor::ready(format!("balancing {}", cgroup.display())).await;
     let mut hindrance = None;
     let mut tick = tokio::time::interval(WATCH);
@@ -325,6 +340,7 @@ async fn balance(
         tick.tick().await;
         repair(pins);
         if attachment.as_ref().is_some_and(Attachment::is_whole) {
+            prover.prove_if_due().await;
             continue;
         }
         if attachment.take().is_some() {
@@ -336,6 +352,7 @@ async fn balance(
             let lost = format!("no longer attached to {}: nothing is balanced", cgroup.display());
             supervisor::status(lost).await;
         }
+        engine.set_proof(None).await;
         // Another cgroup of that name has another lock, which another agent may have taken.
         *lock = None;
         let ids = programs.ids().map_err(anyhow::Error::from);
@@ -348,6 +365,7 @@ async fn balance(
                 tracing::info!(cgroup = %cgroup.display(), "balancing again");
                 units.again.notify_one();
                 engine.set_attachment(Some(again.clone())).await;
+                prover.prove().await;
                 supervisor::status(format!("balancing {}", cgroup.display())).await;
                 attachment = Some(again);
                 hindrance = None;
@@ -361,6 +379,49 @@ async fn balance(
                 }
             }
         }
+    }
+}
+
+/// Who sends canaries, and tells the engine of them.
+struct Prover<'a> {
+    canary: Option<&'a Canary>,
+    engine: &'a Handle,
+    /// When the next one is due.
+    due: Instant,
+    /// Why the last one did not come back.
+    failed: Option<String>,
+}
+
+impl<'a> Prover<'a> {
+    fn new(canary: Option<&'a Canary>, engine: &'a Handle) -> Self {
+        Self { canary, engine, due: Instant::now(), failed: None }
+    }
+
+    async fn prove_if_due(&mut self) {
+        if self.due <= Instant::now() {
+            self.prove().await;
+        }
+    }
+
+    /// Sends one; after a failure the next is due at once.
+    async fn prove(&mut self) {
+        let Some(canary) = self.canary else { return };
+        let found = canary.prove().await.map_err(|error| text::chain(error.as_ref()));
+        self.due = Instant::now() + if found.is_ok() { PROVING } else { Duration::ZERO };
+        let failed = found.as_ref().err().cloned();
+        match &failed {
+            Some(error) if self.failed != failed => {
+                tracing::error!(
+                    "a connect from inside the cgroup is not seen to be balanced: {error}"
+                );
+            }
+            None if self.failed.is_some() => {
+                tracing::info!("a connect from inside the cgroup is balanced again");
+            }
+            _ => {}
+        }
+        self.failed = failed;
+        self.engine.set_proof(Some(found)).await;
     }
 }
 

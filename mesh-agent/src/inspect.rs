@@ -59,6 +59,7 @@ where
         pinned: Arc::default(),
         units: watch::channel(false).0,
         unit_keys: units.keys(),
+        canary: None,
     };
     let inputs = Inputs { sources, findings, observed };
     let config = Arc::new(config);

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod api;
 pub mod audit;
+pub mod canary;
 pub mod catalog;
 pub mod check;
 pub mod claim;

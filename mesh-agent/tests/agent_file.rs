@@ -32,6 +32,7 @@ pin-dir: /sys/fs/bpf/a
 virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
 limits: {frontends: 1000, backends: 3000, connections: 200000, affinities: 5000}
 metrics: {listen: "[::1]:9000"}
+canary: false
 sources:
 - files: {directory: /a}
 - files: {directory: /b}
@@ -53,6 +54,7 @@ sources:
             .map(|net| net.parse().expect("a network"))
             .into(),
         limits: Limits { frontends: 1000, backends: 3000, pins: 5000, records: 262_144 },
+        canary: false,
         metrics: Some("[::1]:9000".parse().expect("an address")),
         sources: directories.map(|d| Source::Files { directory: d.into() }).into(),
     };
@@ -71,8 +73,8 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
 "#,
     );
     let expected = [
-        "a:1:1: `state-dir` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, sources)",
-        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, sources",
+        "a:1:1: `state-dir` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, sources)",
+        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, sources",
         "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
         "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",
         "a:5:15: 10.96.0.1/16 has bits set behind its prefix; write 10.96.0.0/16",

@@ -107,6 +107,12 @@ released when two audits in a row find it so.")]
         /// For which shell
         shell: clap_complete::Shell,
     },
+    /// Connect, as the agent has it done to prove that connects are balanced
+    #[command(hide = true)]
+    Canary {
+        /// Where to
+        address: SocketAddr,
+    },
     /// Write the manual pages, for those who pack this program
     #[command(hide = true)]
     Man {

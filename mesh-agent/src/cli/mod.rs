@@ -21,6 +21,7 @@ use clap::{CommandFactory as _, Parser as _};
 use self::args::{Cli, Command};
 use self::failure::Failure;
 use self::output::{Output, Style};
+use crate::canary;
 
 /// The exit status of wrong usage; clap has the same.
 const WRONG_USAGE: u8 = 2;
@@ -95,6 +96,11 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "mesh-agent", &mut script);
             output::write(&script)
+        }
+        Command::Canary { address } => {
+            let said =
+                canary::connect(address).map_err(|error| Failure::failed(format!("{error:#}")))?;
+            output::write(said.as_bytes())
         }
         Command::Man { directory } => manual(&directory),
         Command::Status => ask::status(socket, &output),

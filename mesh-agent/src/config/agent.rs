@@ -10,8 +10,8 @@ use mesh_common::{Limits, Settings};
 
 use super::values::{name, network, path};
 use crate::yaml::{
-    self, Keys, MAX_SIZE, Node, Problem, Problems, excerpt, fields, integer, is_nothing, items,
-    text,
+    self, Keys, MAX_SIZE, Node, Problem, Problems, boolean, excerpt, fields, integer, is_nothing,
+    items, text,
 };
 
 /// Where the agent file is looked for when none is named.
@@ -31,6 +31,7 @@ const AGENT: Keys = Keys {
         "virtual-ips",
         "limits",
         "metrics",
+        "canary",
         "sources",
     ],
     later: &["state-dir"],
@@ -80,6 +81,8 @@ pub struct Config {
     pub virtual_ips: Vec<IpNet>,
     /// How much the maps hold.
     pub limits: Limits,
+    /// Whether a connect from inside the cgroup proves, now and then, that connects are balanced.
+    pub canary: bool,
     /// Where `/metrics`, `/healthz` and `/readyz` are; nowhere if there is none.
     pub metrics: Option<SocketAddr>,
     /// In order of precedence; no directory twice.
@@ -153,6 +156,7 @@ impl Default for Config {
             pin_dir: "/sys/fs/bpf/mesh".into(),
             virtual_ips: Vec::new(),
             limits: Limits::default(),
+            canary: true,
             metrics: Some(METRICS_LISTEN),
             sources: vec![Source::Files { directory: DEFAULT_SERVICES.into() }],
         }
@@ -234,6 +238,9 @@ impl Config {
         }
         if let Some(node) = top.get("limits") {
             self.limits = limits(node, problems).unwrap_or_default();
+        }
+        if let Some(node) = top.get("canary") {
+            self.canary = boolean(node, "canary", problems).unwrap_or(true);
         }
         if let Some(node) = top.get("metrics") {
             self.metrics = metrics(node, problems);

@@ -9,6 +9,7 @@ mod observed;
 mod open;
 mod out;
 mod pause;
+mod proof;
 mod readings;
 mod removed;
 mod spread;
@@ -17,6 +18,7 @@ mod view;
 mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
@@ -42,6 +44,7 @@ use confirm::Opinions;
 use drains::Drains;
 use journal::Journal;
 use pause::Pause;
+use proof::Proof;
 use removed::Removed;
 use spread::Spread;
 use stale::Stale;
@@ -103,6 +106,10 @@ pub struct Engine {
     removed: Removed,
     /// What a former agent left, and nobody has defined yet.
     stale: Stale,
+    /// What the last canary found: nothing before the first one came back, or could not be sent.
+    proof: Proof,
+    /// Where it is answered, if any is sent.
+    canary: Option<SocketAddr>,
     /// Resolved once every source has been heard.
     all_heard: Option<oneshot::Sender<()>>,
 }
@@ -129,6 +136,8 @@ pub struct Watchers {
     pub units: watch::Sender<bool>,
     /// What is known of those.
     pub unit_keys: Keys,
+    /// Where a canary is answered, if any is sent.
+    pub canary: Option<SocketAddr>,
 }
 
 /// How many findings are taken together: one pass over a service, however many of its endpoints
@@ -161,7 +170,7 @@ impl Engine {
     ) -> (Handle, oneshot::Receiver<()>, impl Future<Output = ()> + Send + use<>) {
         let (questions, receiver) = mpsc::channel(BATCH);
         let (all_heard, heard) = oneshot::channel();
-        let Watchers { journal, auditor, pinned, units, unit_keys } = watchers;
+        let Watchers { journal, auditor, pinned, units, unit_keys, canary } = watchers;
         let (pulses, felt) = mpsc::channel(PULSES);
         let handle = Handle::new(questions, pulses, Arc::clone(config), auditor.clone());
         let engine = Self {
@@ -193,6 +202,8 @@ impl Engine {
             trimming: None,
             suspects: HashMap::new(),
             all_heard: Some(all_heard),
+            proof: Proof::default(),
+            canary,
             opinions: Opinions::new(),
             removed: Removed::new(),
             spread: Spread::default(),
@@ -209,6 +220,7 @@ impl Engine {
         cancel: CancellationToken,
     ) {
         let (mut events, mut findings) = (Vec::new(), Vec::new());
+        self.hold_canary();
         self.tell_all_heard();
         loop {
             tokio::select! {

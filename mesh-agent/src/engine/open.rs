@@ -9,6 +9,7 @@ use super::view::Handle;
 use crate::api::server::ViewError;
 use crate::api::types;
 use crate::audit::Record;
+use crate::canary;
 use crate::connections;
 use crate::dataplane::clock;
 use crate::dataplane::maps::Maps as _;
@@ -43,7 +44,10 @@ impl Handle {
             let part = part.to_vec();
             named.extend(self.ask(move |engine| engine.name_records(part)).await?);
         }
-        named.retain(|named| wanted.is_none() || named.service == wanted);
+        named.retain(|named| match &wanted {
+            Some(_) => named.service == wanted,
+            None => !named.service.as_ref().is_some_and(canary::is),
+        });
         let records = named.iter().map(|named| named.record).collect();
         let failed = |error: std::io::Error| {
             ViewError::Failed(format!("the sockets cannot be listed: {error}"))

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Engine;
 use super::view::{Handle, failures};
 use crate::api::server::{View as _, ViewError};
+use crate::canary;
 use crate::dataplane::maps::Maps as _;
 use crate::metrics::{Readings, Snapshot, Traffic};
 
@@ -44,7 +45,7 @@ impl Engine {
     fn traffic(&self) -> Vec<Traffic> {
         let maps = self.reconciler.maps();
         let mut used = Vec::new();
-        for service in self.reconciler.services() {
+        for service in self.reconciler.services().filter(|name| !canary::is(name)) {
             if self.reconciler.backends(service).all(|(_, id)| maps.opened(id) == 0) {
                 continue;
             }

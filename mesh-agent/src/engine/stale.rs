@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use mesh_common::Marks;
 
 use super::{Engine, few};
+use crate::canary;
 use crate::dataplane::maps::Maps;
 use crate::dataplane::reconcile::Reconciler;
 use crate::model::ServiceName;
@@ -23,7 +24,7 @@ const HELD: &str = "no source has defined it since the agent was started: it is 
 impl Stale {
     /// All that the kernel holds.
     pub(super) fn new<M: Maps>(reconciler: &Reconciler<M>) -> Self {
-        Self(reconciler.services().cloned().collect())
+        Self(reconciler.services().filter(|name| !canary::is(name)).cloned().collect())
     }
 
     /// What is said about a service, if it is one of these.

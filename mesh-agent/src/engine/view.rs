@@ -20,6 +20,7 @@ use crate::api::server::{DrainQuery, ExplainQuery, View, ViewError};
 use crate::api::types;
 use crate::audit::Report;
 use crate::audit::task::{Audited, Auditor};
+use crate::canary;
 use crate::catalog::{self, Entry};
 use crate::compile;
 use crate::config::Config;
@@ -173,7 +174,8 @@ impl View for Handle {
 impl Engine {
     /// What is defined, and of what the kernel still holds something.
     fn names(&self) -> BTreeSet<&ServiceName> {
-        self.catalog.iter().map(|(name, _)| name).chain(self.reconciler.services()).collect()
+        let held = self.reconciler.services().filter(|name| !canary::is(name));
+        self.catalog.iter().map(|(name, _)| name).chain(held).collect()
     }
 
     fn services(&self) -> Vec<types::Service> {
@@ -347,7 +349,7 @@ impl Engine {
 
     /// Whether connects are balanced as defined.
     pub(super) fn is_ready(&self, attached: bool) -> bool {
-        attached && self.all_ready()
+        attached && self.all_ready() && self.proof.is_enough()
     }
 
     /// Why the node is not ready, and what else needs attention.
@@ -372,6 +374,9 @@ impl Engine {
                 ),
                 _ => "the kernel programs are not attached yet".to_owned(),
             });
+        }
+        if attached {
+            reasons.extend(self.proof.reason());
         }
         reasons.extend(self.stale.reason());
         reasons.extend(self.trouble.clone());
@@ -440,7 +445,7 @@ impl Engine {
     fn counters(&self) -> types::Counters {
         let maps = self.reconciler.maps();
         types::Counters {
-            balanced: self.reconciler.opened(),
+            balanced: self.reconciler.opened().saturating_sub(self.opened_by_canary()),
             no_flow_record: maps.counter(counter::NO_FLOW_RECORD),
             retries: maps.counter(counter::RETRIES),
             collisions: maps.counter(counter::COLLISIONS),
