@@ -7,11 +7,10 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use rustix::process::Resource;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::MissedTickBehavior;
@@ -30,10 +29,11 @@ use crate::dataplane::reconcile::{Adopted, Reconciler};
 use crate::dataplane::sys::heap;
 use crate::discovery::files;
 use crate::engine::journal::Journal;
-use crate::engine::{Engine, Handle, Inputs, Watchers};
+use crate::engine::{Engine, Handle, Inputs, Prover, Watchers};
 use crate::health::{self, Monitor};
 use crate::metrics;
 use crate::observe;
+use crate::signals::Signals;
 use crate::supervisor;
 use crate::text;
 
@@ -51,9 +51,6 @@ const EVENTS: usize = 64;
 
 /// How often the kernel is asked whether the programs are still attached.
 const WATCH: Duration = Duration::from_secs(1);
-
-/// How often a connect proves that all is as it should be.
-const PROVING: Duration = Duration::from_secs(30);
 
 /// How long tasks may take to end once they are told to.
 const ENDING: Duration = Duration::from_secs(2);
@@ -121,7 +118,8 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     spawn(&mut tasks, "the units of cgroups", follow);
     let pinned = pins.used();
     spawn(&mut tasks, "affinity", pins.tend(cancel.clone()));
-    let canary = if config.canary { Some(Canary::new(&cgroup).await?) } else { None };
+    let canary =
+        if config.canary { Some(Canary::new(&cgroup, &config.exclude).await?) } else { None };
     let (engine, heard, work) = Engine::prepare(
         &config,
         reconciler,
@@ -382,49 +380,6 @@ async fn balance(
     }
 }
 
-/// Who sends canaries, and tells the engine of them.
-struct Prover<'a> {
-    canary: Option<&'a Canary>,
-    engine: &'a Handle,
-    /// When the next one is due.
-    due: Instant,
-    /// Why the last one did not come back.
-    failed: Option<String>,
-}
-
-impl<'a> Prover<'a> {
-    fn new(canary: Option<&'a Canary>, engine: &'a Handle) -> Self {
-        Self { canary, engine, due: Instant::now(), failed: None }
-    }
-
-    async fn prove_if_due(&mut self) {
-        if self.due <= Instant::now() {
-            self.prove().await;
-        }
-    }
-
-    /// Sends one; after a failure the next is due at once.
-    async fn prove(&mut self) {
-        let Some(canary) = self.canary else { return };
-        let found = canary.prove().await.map_err(|error| text::chain(error.as_ref()));
-        self.due = Instant::now() + if found.is_ok() { PROVING } else { Duration::ZERO };
-        let failed = found.as_ref().err().cloned();
-        match &failed {
-            Some(error) if self.failed != failed => {
-                tracing::error!(
-                    "a connect from inside the cgroup is not seen to be balanced: {error}"
-                );
-            }
-            None if self.failed.is_some() => {
-                tracing::info!("a connect from inside the cgroup is balanced again");
-            }
-            _ => {}
-        }
-        self.failed = failed;
-        self.engine.set_proof(Some(found)).await;
-    }
-}
-
 /// Pins again what somebody has removed.
 fn repair(pins: &PinDir) {
     match pins.repair() {
@@ -452,57 +407,6 @@ fn ended_early(ended: Option<Result<&'static str, JoinError>>) -> anyhow::Error 
         Some(Ok(name)) => anyhow!("{name} ended without being told to; please report this"),
         Some(Err(error)) => anyhow!("a task of the agent failed: {error}; please report this"),
         None => anyhow!("the agent has no tasks; please report this"),
-    }
-}
-
-/// What ends the agent in order.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    /// The terminal was closed.
-    hangup: Signal,
-}
-
-impl Signals {
-    fn listen() -> anyhow::Result<Self> {
-        let listen = |kind| signal(kind).context("listening for signals");
-        Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            hangup: listen(SignalKind::hangup())?,
-        })
-    }
-
-    async fn next(&mut self) -> Ended {
-        tokio::select! {
-            _ = self.terminate.recv() => Ended::Terminated,
-            _ = self.interrupt.recv() => Ended::Interrupted,
-            _ = self.hangup.recv() => Ended::HungUp,
-        }
-    }
-}
-
-/// By which signal the agent ends.
-#[derive(Clone, Copy)]
-enum Ended {
-    Terminated,
-    Interrupted,
-    HungUp,
-}
-
-impl Ended {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Terminated => "SIGTERM",
-            Self::Interrupted => "SIGINT",
-            Self::HungUp => "SIGHUP",
-        }
-    }
-
-    /// Whether balancing ends too. A service manager sends SIGTERM, and starts the agent anew; the others
-    /// come from a person who has tried it in a terminal.
-    const fn detaches(self) -> bool {
-        !matches!(self, Self::Terminated)
     }
 }
 

@@ -9,6 +9,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::{self, Read as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
 
+use crate::config::Exclude;
 use crate::model::ServiceName;
 
 /// What is dialled: the dummy address of RFC 7600, which no router forwards, at a port that nobody has.
@@ -57,6 +59,7 @@ pub fn is(name: &ServiceName) -> bool {
 pub struct Canary {
     listener: TcpListener,
     cgroup: PathBuf,
+    exclude: Exclude,
 }
 
 impl Canary {
@@ -66,7 +69,7 @@ impl Canary {
     /// # Errors
     ///
     /// When the agent cannot listen.
-    pub async fn new(cgroup: &Path) -> anyhow::Result<Self> {
+    pub async fn new(cgroup: &Path, exclude: &Exclude) -> anyhow::Result<Self> {
         let mut hasher = DefaultHasher::new();
         cgroup.hash(&mut hasher);
         let first = hasher.finish();
@@ -76,7 +79,10 @@ impl Canary {
             // Neither the network's own address nor one that many use.
             let address = Ipv4Addr::new(127, 64 | a & 63, b, c.clamp(1, 254));
             match TcpListener::bind((address, PORT)).await {
-                Ok(listener) => return Ok(Self { listener, cgroup: cgroup.to_owned() }),
+                Ok(listener) => {
+                    let (cgroup, exclude) = (cgroup.to_owned(), exclude.clone());
+                    return Ok(Self { listener, cgroup, exclude });
+                }
                 Err(error) => last = Some(error),
             }
         }
@@ -95,12 +101,27 @@ impl Canary {
         self.listener.local_addr()
     }
 
-    /// Sends one.
+    /// Whether whoever is sent is not balanced, because the agent file says so: then nothing can be proved.
+    fn is_excluded(&self) -> bool {
+        let same = |path: &PathBuf| {
+            let [there, own] = [path.as_path(), Path::new("/proc/self/ns/net")].map(fs::metadata);
+            matches!((there, own), (Ok(there), Ok(own)) if (there.dev(), there.ino()) == (own.dev(), own.ino()))
+        };
+        let above = |path: &PathBuf| {
+            path.canonicalize().is_ok_and(|excluded| self.cgroup.starts_with(excluded))
+        };
+        self.exclude.namespaces.iter().any(same) || self.exclude.cgroups.iter().any(above)
+    }
+
+    /// Sends one, unless it is not balanced on purpose.
     ///
     /// # Errors
     ///
     /// Why it did not come back, or could not be sent.
     pub async fn prove(&self) -> anyhow::Result<()> {
+        if self.is_excluded() {
+            return Ok(());
+        }
         let word = format!("{:016x}", fastrand::u64(..));
         let proving = async {
             let answering = self.answer(word.as_bytes());
@@ -202,14 +223,15 @@ mod tests {
 
     #[tokio::test]
     async fn the_address_depends_on_the_cgroup_only() {
+        let none = Exclude::default();
         let at = async |cgroup: &str| {
-            let canary = Canary::new(Path::new(cgroup)).await.expect("a listener");
+            let canary = Canary::new(Path::new(cgroup), &none).await.expect("a listener");
             canary.address().expect("bound")
         };
         let first = at("/x").await;
         assert_eq!(first, at("/x").await);
         assert!(first.ip().is_loopback() && first.port() == PORT);
-        let _held = Canary::new(Path::new("/x")).await.expect("a listener");
+        let _held = Canary::new(Path::new("/x"), &none).await.expect("a listener");
         assert_ne!(first, at("/x").await, "another one when that is taken");
     }
 }

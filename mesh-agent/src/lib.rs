@@ -25,6 +25,7 @@ pub mod metrics;
 pub mod model;
 pub mod observe;
 pub mod privileges;
+pub mod signals;
 pub mod supervisor;
 mod text;
 pub mod yaml;

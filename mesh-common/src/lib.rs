@@ -16,6 +16,7 @@ extern crate std;
 pub mod addr;
 pub mod affinity;
 pub mod alias;
+mod backend;
 pub mod balance;
 pub mod chance;
 pub mod datagram;

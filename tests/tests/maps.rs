@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use mesh_agent::compile::{Backend, BackendKey, Candidate, Rows, Rules, TableKey, Tables};
 use mesh_agent::dataplane::fault::Faulty;
-use mesh_agent::dataplane::kernel::Grace;
+use mesh_agent::dataplane::grace::Grace;
 use mesh_agent::dataplane::load::{self, Loaded, Options};
 use mesh_agent::dataplane::maps::Maps;
 use mesh_agent::dataplane::pindir::PinDir;

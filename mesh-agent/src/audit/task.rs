@@ -8,7 +8,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::{Audit, Record, Report};
-use crate::dataplane::kernel::Grace;
+use crate::dataplane::grace::Grace;
 use crate::dataplane::records::{Records, Used};
 
 /// How often it is made by itself.

@@ -1,12 +1,12 @@
 //! [`Maps`] over the kernel's maps.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, ArrayOfMaps, HashMap, MapData};
+use aya::maps::{HashMap, MapData};
 use mesh_common::ejection::ticks;
 use mesh_common::latency::Latency;
 use mesh_common::{
@@ -16,9 +16,8 @@ use mesh_common::{
 
 use super::chunks::Chunks;
 use super::clock;
-use super::maps::{
-    Capacity, Contents, Counts, Frontend, Generations, Kind, MapError, Maps, Refused,
-};
+use super::contents::record;
+use super::maps::{Capacity, Counts, Frontend, Generations, Kind, MapError, Maps, Refused};
 use super::opened::Opened;
 use super::pindir::PinError;
 use super::sys::Mapped;
@@ -65,16 +64,16 @@ pub enum OpenError {
 
 /// The kernel's maps. There is one owner: the reconciler.
 pub struct KernelMaps {
-    frontends: HashMap<MapData, FrontendKey, FrontendValue>,
-    services: Chunks<Service>,
+    pub(super) frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    pub(super) services: Chunks<Service>,
     slots: Chunks<Slot>,
     backends: Chunks<Backend>,
-    stats: Chunks<BackendStats>,
+    pub(super) stats: Chunks<BackendStats>,
     latencies: Chunks<Word>,
-    service_stats: Chunks<ServiceStats>,
-    names: Chunks<Name>,
-    settings: Mapped<Settings>,
-    virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
+    pub(super) service_stats: Chunks<ServiceStats>,
+    pub(super) names: Chunks<Name>,
+    pub(super) settings: Mapped<Settings>,
+    pub(super) virtual_ips: LpmTrie<MapData, [u8; 16], u32>,
     counters: Mapped<Word>,
     capacity: Capacity,
     /// Of each kind.
@@ -196,7 +195,7 @@ impl KernelMaps {
     }
 
     /// How many records there are, in all arrays of a kind.
-    fn there(&self, kind: Kind) -> u32 {
+    pub(super) fn there(&self, kind: Kind) -> u32 {
         match kind {
             Kind::Services => self.service_stats.size().min(self.services.size()),
             Kind::Slots => self.slots.size(),
@@ -227,7 +226,7 @@ impl KernelMaps {
 // === impl Maps ===
 
 /// Names the operation that failed.
-fn map_error(operation: &'static str) -> impl FnOnce(aya::maps::MapError) -> MapError {
+pub(super) fn map_error(operation: &'static str) -> impl FnOnce(aya::maps::MapError) -> MapError {
     move |error| {
         let source = match error {
             aya::maps::MapError::SyscallError(error) => error.io_error,
@@ -522,77 +521,6 @@ fn gone(removed: Result<(), MapError>) -> Result<(), MapError> {
     })
 }
 
-/// A record as it is written.
-pub(super) fn record(frontend: &Frontend) -> Service {
-    let Frontend { key, generation, table, rules, .. } = frontend;
-    Service {
-        table: Word::new(table.0),
-        generation: Word::new(*generation),
-        policy: Word::new(rules.policy.0),
-        key: *key,
-        pad: 0,
-        position: Word::new(0),
-        affinity: Word::new(rules.affinity.0),
-    }
-}
-
-/// What a record says, and whose it is.
-pub(super) fn frontend(record: &Service, owner: u64) -> Option<Frontend> {
-    Some(Frontend {
-        key: record.key,
-        generation: record.generation(),
-        table: record.table(),
-        rules: Rules { policy: record.policy(), affinity: record.affinity() },
-        owner: u32::try_from(owner).ok()?,
-    })
-}
-
-impl Contents for KernelMaps {
-    fn entries(&self) -> Result<Vec<(FrontendKey, FrontendValue)>, MapError> {
-        let entries = self.frontends.iter().collect::<Result<_, _>>();
-        entries.map_err(map_error("reading FRONTENDS"))
-    }
-
-    fn virtual_ips(&self) -> Result<Vec<(Addr, u8)>, MapError> {
-        let prefix = |key: Key<[u8; 16]>| {
-            (Addr::from(std::net::Ipv6Addr::from(key.data())), u8::try_from(key.prefix_len()))
-        };
-        let prefixes = self.virtual_ips.keys().map(|key| {
-            let (addr, bits) = prefix(key?);
-            Ok((addr, bits.unwrap_or(128)))
-        });
-        prefixes.collect::<Result<_, _>>().map_err(map_error("reading VIRTUAL_IPS"))
-    }
-
-    fn there(&self, kind: Kind) -> u32 {
-        Self::there(self, kind)
-    }
-
-    fn service(&self, index: u32) -> Option<Frontend> {
-        frontend(self.services.get(index)?, self.service_stats.get(index)?.owner.load())
-    }
-
-    fn name(&self, index: u32) -> Option<Name> {
-        self.names.get(index).copied()
-    }
-
-    fn life(&self, id: u32) -> u64 {
-        self.stats.get(id).map_or(0, |stats| stats.generation.load())
-    }
-
-    fn generations(&self) -> Generations {
-        self.settings.get(0).map_or(Generations::default(), |settings| Generations {
-            service: settings.generation.load(),
-            // Only what fits was ever stored.
-            backend: u32::try_from(settings.backend_generation.load()).unwrap_or_default(),
-        })
-    }
-
-    fn gone(&self) -> u64 {
-        self.settings.get(0).map_or(0, |settings| settings.gone_opened.load())
-    }
-}
-
 impl KernelMaps {
     /// How far a backend is, in microseconds, as the programs see it now; 0 when nothing is known.
     pub fn latency_of(&self, id: u32) -> u64 {
@@ -647,48 +575,5 @@ impl Tables for KernelMaps {
 
     fn now(&self) -> u64 {
         ticks(clock::monotonic())
-    }
-}
-
-// === grace period ===
-
-/// Waits until every kernel program that is running now has ended.
-///
-/// `membarrier(MEMBARRIER_CMD_GLOBAL)` would do the same on most nodes, but not on one with
-/// `nohz_full` CPUs (`EINVAL`) nor on one with a single CPU, where it returns at once although a
-/// program may have been preempted. Updating a map of maps always waits.
-pub struct Grace {
-    maps: Mutex<GraceMaps>,
-}
-
-struct GraceMaps {
-    outer: ArrayOfMaps<MapData, Inner>,
-    inner: Inner,
-}
-
-type Inner = Array<MapData, u32>;
-
-impl Grace {
-    /// Opens the map of maps.
-    ///
-    /// # Errors
-    ///
-    /// When there is none, or the kernel refuses to make the inner one.
-    pub fn open(maps: &Opened) -> Result<Self, OpenError> {
-        let outer = maps.typed("GRACE", ArrayOfMaps::try_from)?;
-        let inner =
-            Array::create(1, 0).map_err(|source| OpenError::Map { map: "GRACE", source })?;
-        Ok(Self { maps: Mutex::new(GraceMaps { outer, inner }) })
-    }
-
-    /// Waits; typically some milliseconds (`synchronize_rcu`). Blocks the thread.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses the update: then nothing may be said about running programs.
-    pub fn wait(&self) -> Result<(), MapError> {
-        let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
-        let GraceMaps { outer, inner } = &mut *maps;
-        outer.set(0, inner, 0).map_err(map_error("updating GRACE"))
     }
 }

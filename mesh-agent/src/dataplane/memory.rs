@@ -10,7 +10,7 @@ use mesh_common::{
     Policy, Service, Slot, Table, Tables, Token, Word,
 };
 
-use super::kernel::{frontend, record};
+use super::contents::{frontend, record};
 use super::maps::{
     Capacity, Contents, Counts, Frontend, Generations, Kind, MapError, Maps, Refused,
 };

@@ -3,14 +3,19 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mesh_common::{Algorithm, FrontendKey, Protocol, State};
 
 use super::Engine;
 use super::view::Handle;
-use crate::canary;
+use crate::canary::{self, Canary};
 use crate::compile::{Backend, BackendKey, Candidate, Rows, Rules, TableKey, Tables};
 use crate::dataplane::maps::Maps as _;
+use crate::text;
+
+/// How often a connect proves that all is as it should be.
+const PROVING: Duration = Duration::from_secs(30);
 
 /// What is known.
 #[derive(Debug, Default)]
@@ -43,6 +48,16 @@ impl Proof {
             Self::Given | Self::Off => None,
         }
     }
+}
+
+/// Who sends canaries, and tells the engine of them.
+pub struct Prover<'a> {
+    canary: Option<&'a Canary>,
+    engine: &'a Handle,
+    /// When the next one is due.
+    due: Instant,
+    /// Why the last one did not come back.
+    failed: Option<String>,
 }
 
 impl Handle {
@@ -100,5 +115,43 @@ fn tables(address: SocketAddr) -> Tables {
         rules: Rules::default(),
         algorithm: Algorithm::Random,
         groups: BTreeMap::new(),
+    }
+}
+
+// === impl Prover ===
+
+impl<'a> Prover<'a> {
+    /// Who sends this one, if any.
+    #[must_use]
+    pub fn new(canary: Option<&'a Canary>, engine: &'a Handle) -> Self {
+        Self { canary, engine, due: Instant::now(), failed: None }
+    }
+
+    /// Sends one when it is time.
+    pub async fn prove_if_due(&mut self) {
+        if self.due <= Instant::now() {
+            self.prove().await;
+        }
+    }
+
+    /// Sends one; after a failure the next is due at once.
+    pub async fn prove(&mut self) {
+        let Some(canary) = self.canary else { return };
+        let found = canary.prove().await.map_err(|error| text::chain(error.as_ref()));
+        self.due = Instant::now() + if found.is_ok() { PROVING } else { Duration::ZERO };
+        let failed = found.as_ref().err().cloned();
+        match &failed {
+            Some(error) if self.failed != failed => {
+                tracing::error!(
+                    "a connect from inside the cgroup is not seen to be balanced: {error}"
+                );
+            }
+            None if self.failed.is_some() => {
+                tracing::info!("a connect from inside the cgroup is balanced again");
+            }
+            _ => {}
+        }
+        self.failed = failed;
+        self.engine.set_proof(Some(found)).await;
     }
 }
