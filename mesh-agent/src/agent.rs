@@ -1,8 +1,9 @@
 //! The agent from start to end: what is started in which order, and ended in the reverse one.
 //!
-//! The programs are attached after every source has been heard and its services are in the maps,
-//! so that no connect is refused only because the agent has just begun; a source that does not
-//! answer delays that by [`PATIENCE`] at the most.
+//! Where nothing is balanced yet, the programs are attached after every source has been heard and its services
+//! are in the maps, so that no connect is refused only because the agent has just begun; a source that does
+//! not answer delays that by [`PATIENCE`] at the most. Where a former agent's programs are attached, they are
+//! replaced at once.
 
 use std::fs::File;
 use std::path::Path;
@@ -64,8 +65,7 @@ type Tasks = JoinSet<&'static str>;
 ///
 /// When something that it needs cannot be had, or one of its tasks ends; each error says what, and
 /// what to do.
-pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
-    let config = Arc::new(config);
+pub async fn run(mut config: Config, options: Options) -> anyhow::Result<()> {
     let Some(cgroup) = config.cgroup.clone() else {
         bail!("no cgroup is named: use --cgroup, or `cgroup:` in the agent file");
     };
@@ -77,7 +77,19 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let mut fresh = Fresh::new(&pin_dir);
 
     let loaded = load::load(options, &pin_dir)?;
-    let Loaded { mut programs, maps, grace, records, mut exclusions, pins, units, .. } = loaded;
+    config.limits = loaded.limits;
+    let config = Arc::new(config);
+    let Loaded { mut programs, maps, grace, mut records, mut exclusions, pins, units, .. } = loaded;
+    // Before anybody is balanced.
+    exclusions.refresh(&config.exclude);
+    // Before anything is written: another version's programs have tables of their own, and see nothing of it.
+    // What is in force is in these tables, too, so nobody has to be waited for.
+    let takes_over = pin_dir.former().is_some() || programs.are_in_force(&cgroup)?;
+    let attachment = match takes_over {
+        true => Some(programs.attach(&cgroup)?),
+        false => None,
+    };
+    records.resume().context("the records of sockets")?;
     // Whatever ran when a former agent ended has ended afterwards.
     grace.wait()?;
     let (mut reconciler, adopted) = Reconciler::adopt(maps).context("taking over the maps")?;
@@ -88,8 +100,6 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
 
     // Reading the kernel's types took more than all that follows.
     heap::trim();
-    // Before anybody is balanced.
-    exclusions.refresh(&config.exclude);
     let cancel = CancellationToken::new();
     let mut tasks = Tasks::new();
     if options.log {
@@ -118,8 +128,11 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     spawn(&mut tasks, "the units of cgroups", follow);
     let pinned = pins.used();
     spawn(&mut tasks, "affinity", pins.tend(cancel.clone()));
-    let canary =
-        if config.canary { Some(Canary::new(&cgroup, &config.exclude).await?) } else { None };
+    // Should it not work now, it is tried again, and said, once connects are balanced.
+    let canary = match config.canary {
+        true => Canary::new(&cgroup, &config.exclude).await.ok(),
+        false => None,
+    };
     let (engine, heard, work) = Engine::prepare(
         &config,
         reconciler,
@@ -132,7 +145,7 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
             pinned,
             units: units_wanted.clone(),
             unit_keys,
-            canary: canary.as_ref().map(Canary::address).transpose()?,
+            canary: canary.as_ref().and_then(|canary| canary.address().ok()),
         },
         cancel.clone(),
     );
@@ -165,7 +178,9 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
         pins: &pin_dir,
         cgroup: &cgroup,
         lock: &mut lock,
-        canary: canary.as_ref(),
+        config: &config,
+        canary,
+        attachment,
     };
     let result = tokio::select! {
         signal = signals.next() => Ok(signal),
@@ -180,6 +195,9 @@ pub async fn run(config: Config, options: Options) -> anyhow::Result<()> {
     }
     let reason = match &result {
         Ok(signal) if detaches => format!("{}: detached, nothing is balanced", signal.name()),
+        Ok(signal) if !programs.are_in_force(&cgroup).unwrap_or_default() => {
+            format!("{}: the agent ends, and nothing is balanced", signal.name())
+        }
         Ok(signal) => format!(
             "{}: the agent ends, and balancing goes on as it is; `mesh-agent cleanup` ends that",
             signal.name()
@@ -238,7 +256,7 @@ fn tell(adopted: Adopted, are_kept: bool, pins: &PinDir) {
         backends,
         "taken over from {}; {}",
         pins.directory().display(),
-        if are_kept { "its programs stay" } else { "its programs will be replaced" }
+        if are_kept { "its programs stay" } else { "its programs are replaced" }
     );
     if wrong > 0 {
         tracing::warn!(
@@ -255,7 +273,10 @@ struct Plane<'a> {
     pins: &'a PinDir,
     cgroup: &'a Path,
     lock: &'a mut Option<File>,
-    canary: Option<&'a Canary>,
+    config: &'a Config,
+    canary: Option<Canary>,
+    /// Nothing, if nothing was attached before.
+    attachment: Option<Attachment>,
 }
 
 /// Follows what the agent file excludes: it may be made, removed and made again.
@@ -310,43 +331,44 @@ async fn balance(
     heard: oneshot::Receiver<()>,
     mut units: Clients,
 ) -> anyhow::Error {
+    let Plane { programs, pins, cgroup, lock, config, canary, mut attachment } = plane;
+    engine.set_attachment(attachment.clone()).await;
     match tokio::time::timeout(PATIENCE, heard).await {
         Ok(Ok(())) => {}
         Ok(Err(_)) => return anyhow!("the engine ended before it began; please report this"),
         Err(_) => {
             tracing::warn!("a source has not answered; starting with what the others define");
+            engine.gather_no_more().await;
         }
     }
     units.known().await;
-    let Plane { programs, pins, cgroup, lock, canary } = plane;
-    let alone = programs.ids().map_err(Into::into).and_then(|ids| refuse_second(cgroup, &ids));
-    let attached = alone.and_then(|()| Ok(programs.attach(cgroup)?));
-    let mut attachment = match attached {
-        Ok(attachment) => Some(attachment),
-        Err(error) => return error,
-    };
+    if attachment.is_none() {
+        let alone = programs.ids().map_err(Into::into).and_then(|ids| refuse_second(cgroup, &ids));
+        match alone.and_then(|()| Ok(programs.attach(cgroup)?)) {
+            Ok(attached) => attachment = Some(attached),
+            Err(error) => return error,
+        }
+    }
     fresh.end();
     engine.set_attachment(attachment.clone()).await;
     tracing::info!(cgroup = %cgroup.display(), "balancing");
-    let mut prover = Prover::new(canary, engine);
-    prover.prove().await;
-    supervisor::ready(format!("balancing {}", cgroup.display())).await;
-    let mut hindrance = None;
+    let mut prover = Prover::new(config, cgroup, canary, engine);
+    if let Some(attachment) = &attachment {
+        prover.prove(attachment).await;
+    }
+    let (mut hindrance, mut irreparable) = (None, None);
     let mut tick = tokio::time::interval(WATCH);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        repair(pins);
-        if attachment.as_ref().is_some_and(Attachment::is_whole) {
-            prover.prove_if_due().await;
+        repair(pins, &mut irreparable);
+        if let Some(attachment) = attachment.as_ref().filter(|attachment| attachment.is_whole()) {
+            prover.prove_if_due(attachment).await;
             continue;
         }
         if attachment.take().is_some() {
-            tracing::error!(
-                cgroup = %cgroup.display(),
-                "the programs are no longer attached: the cgroup was removed, or somebody detached \
-                 them; attaching again as soon as it is there"
-            );
+            let what = what_happened(programs);
+            tracing::error!(cgroup = %cgroup.display(), "the programs are no longer attached: {what}");
             let lost = format!("no longer attached to {}: nothing is balanced", cgroup.display());
             supervisor::status(lost).await;
         }
@@ -363,8 +385,8 @@ async fn balance(
                 tracing::info!(cgroup = %cgroup.display(), "balancing again");
                 units.again.notify_one();
                 engine.set_attachment(Some(again.clone())).await;
-                prover.prove().await;
-                supervisor::status(format!("balancing {}", cgroup.display())).await;
+                prover.look_again();
+                prover.prove(&again).await;
                 attachment = Some(again);
                 hindrance = None;
             }
@@ -380,10 +402,27 @@ async fn balance(
     }
 }
 
-/// Pins again what somebody has removed.
-fn repair(pins: &PinDir) {
-    match pins.repair() {
+/// Why the programs are not attached any more.
+fn what_happened(programs: &Programs) -> String {
+    let replaced = programs.replaced();
+    if replaced.is_empty() {
+        return "the cgroup was removed, or somebody detached them; attaching again as soon as it is there"
+            .to_owned();
+    }
+    let others = replaced.iter().map(|(name, id)| format!("program {id} in place of {name}"));
+    let others: Vec<_> = others.collect();
+    format!("somebody has put {}; they are put back", others.join(", "))
+}
+
+/// Pins again what somebody has removed. What keeps it from that is said once.
+fn repair(pins: &PinDir, hindrance: &mut Option<String>) {
+    let repaired = pins.repair();
+    let now = repaired.as_ref().err().map(ToString::to_string);
+    let is_known = now.is_some() && *hindrance == now;
+    *hindrance = now;
+    match repaired {
         Ok(gone) if gone.is_empty() => {}
+        Err(_) if is_known => {}
         Ok(gone) => tracing::warn!(
             pins = gone.len(),
             directory = %pins.directory().display(),
@@ -391,7 +430,10 @@ fn repair(pins: &PinDir) {
              balancing in order, once the agent is stopped",
             gone.first().map_or("", String::as_str)
         ),
-        Err(error) => tracing::error!("pins were removed by somebody else: {error}"),
+        Err(error) => tracing::error!(
+            "pins were removed by somebody else, and cannot be made again, so balancing would end with the \
+             agent: {error}"
+        ),
     }
 }
 

@@ -158,8 +158,7 @@ async fn send(cgroup: &Path) -> anyhow::Result<String> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().context("starting a process that connects")?;
     let pid = child.id().context("it has ended at once")?;
-    let own = enter(cgroup, pid)
-        .with_context(|| format!("entering cgroup {}: is it read-only here?", cgroup.display()))?;
+    let own = enter(cgroup, pid).map_err(|error| cannot_enter(cgroup, error))?;
     let said = converse(&mut child).await;
     // It is in there as long as it lives.
     let _ = child.wait().await;
@@ -167,6 +166,21 @@ async fn send(cgroup: &Path) -> anyhow::Result<String> {
         let _ = fs::remove_dir(own);
     }
     said
+}
+
+/// What to do about it.
+fn cannot_enter(cgroup: &Path, error: io::Error) -> anyhow::Error {
+    let advice = match error.raw_os_error() {
+        Some(libc::EACCES) => {
+            "it belongs to somebody else, which takes CAP_DAC_OVERRIDE; the unit has to allow that, or \
+             `canary: false` in the agent file sends none"
+        }
+        Some(libc::EROFS) => {
+            "it is read-only here; mount it writable, or `canary: false` in the agent file sends none"
+        }
+        _ => "`canary: false` in the agent file sends none",
+    };
+    anyhow::Error::new(error).context(format!("entering cgroup {}: {advice}", cgroup.display()))
 }
 
 /// Puts a process into a cgroup, or into one of its own below it, which is given.

@@ -1,6 +1,7 @@
 //! What the kernel holds, without an agent: the pinned maps, read as an agent would that takes them over,
 //! and left as they are.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,6 +43,7 @@ where
     let (reconciler, _) = Reconciler::adopt(kernel).context("reading the maps")?;
     let records = Records::look(&maps, limits)?;
     let units = Units::open(&maps)?;
+    config.limits = limits;
     config.sources.clear();
     if config.cgroup.is_none() {
         config.cgroup = programs::cgroup(&directory)?.and_then(cgroup::directory_of);
@@ -74,14 +76,13 @@ where
 
 /// The directory of what is pinned by this version.
 fn pinned(root: &Path) -> anyhow::Result<PathBuf> {
-    let directory = root.join(format!("v{ABI_VERSION}"));
-    if directory.exists() {
-        return Ok(directory);
-    }
-    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
-    let others = entries.filter_map(|entry| pindir::version(&entry.file_name().to_string_lossy()));
-    match others.max() {
-        Some(other) => bail!(
+    let found = match pindir::in_force(root) {
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        found => found.with_context(|| format!("looking at {}", root.display()))?,
+    };
+    match found {
+        Some((ABI_VERSION, directory)) => Ok(directory),
+        Some((other, _)) => bail!(
             "{} holds what another version has pinned (map layout {other}, this one reads \
              {ABI_VERSION}): ask with that version",
             root.display()

@@ -70,6 +70,10 @@ pub const NEEDED: [Capability; 6] = [
 /// What a port below 1,024 takes besides.
 pub const LOW_PORT: CapabilitySet = CapabilitySet::NET_BIND_SERVICE;
 
+/// What it takes to put a process into a cgroup that was delegated to another user, or a socket into
+/// another's directory.
+pub const OTHERS_FILES: CapabilitySet = CapabilitySet::DAC_OVERRIDE;
+
 /// What this process has of a set.
 #[must_use]
 pub fn has(set: CapabilitySet) -> bool {

@@ -57,6 +57,9 @@ impl State {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Backend {
+    /// Differs between the lives of the same id, so that a late close cannot count for another.
+    #[cfg(feature = "other-layout")]
+    pub generation: u32,
     /// Address.
     pub addr: Addr,
     /// Port in network byte order.
@@ -70,6 +73,7 @@ pub struct Backend {
     /// The port of the service that it serves, in host byte order. For the agent, like `owner`.
     pub service_port: u16,
     /// Differs between the lives of the same id, so that a late close cannot count for another.
+    #[cfg(not(feature = "other-layout"))]
     pub generation: u32,
     /// Whose it is: index into `NAMES`.
     pub owner: u32,
@@ -132,27 +136,39 @@ impl Marks {
 
 /// A record of `NAMES`: what a service is called. Written by the agent before anything says that it is
 /// this service's, and read by whoever finds the maps without their agent.
-#[repr(C, align(8))]
+#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Name {
+    /// Which source defines the service, as the agent tells them apart; 0 for none that it knows.
+    pub source: u64,
     len: u8,
     text: [u8; Self::MOST],
 }
 
 impl Name {
     /// The longest name, in bytes.
-    pub const MOST: usize = 255;
+    pub const MOST: usize = if cfg!(feature = "other-layout") { 375 } else { 311 };
+
+    /// Where the text begins, with its length.
+    pub const TEXT: usize = core::mem::offset_of!(Self, len);
 
     /// Nobody's.
-    pub const NONE: Self = Self { len: 0, text: [0; Self::MOST] };
+    pub const NONE: Self = Self { source: 0, len: 0, text: [0; Self::MOST] };
 
-    /// This name; nothing when it is empty or too long.
+    /// This name, of a service that this source defines; nothing when it is empty or too long.
     #[must_use]
-    pub fn new(name: &str) -> Option<Self> {
-        let mut record = Self::NONE;
+    pub fn new(name: &str, source: u64) -> Option<Self> {
+        let mut record = Self { source, ..Self::NONE };
         record.len = u8::try_from(name.len()).ok().filter(|&len| len > 0)?;
         record.text.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
         Some(record)
+    }
+
+    /// What lies in a map, of no source: its length, and so many bytes of text and any others.
+    #[must_use]
+    pub const fn from_bytes(bytes: &[u8; 1 + Self::MOST]) -> Self {
+        let [len, text @ ..] = *bytes;
+        Self { source: 0, len, text }
     }
 
     /// The name; nothing when there is none, or what is there is no text.

@@ -11,7 +11,7 @@ use crate::{Addr, Affinity, Algorithm, Policy, Word, maglev};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = 9;
+pub const ABI_VERSION: u32 = if cfg!(feature = "other-layout") { 1_011 } else { 11 };
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -87,11 +87,15 @@ impl FrontendKey {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FrontendValue {
+    /// What [`Service::generation`] is while this entry is valid.
+    #[cfg(feature = "other-layout")]
+    pub generation: u64,
     /// Index into `SERVICES`.
     pub service: u32,
     /// Zero.
     pub pad: u32,
     /// What [`Service::generation`] is while this entry is valid.
+    #[cfg(not(feature = "other-layout"))]
     pub generation: u64,
 }
 
@@ -208,6 +212,9 @@ impl Table {
 #[repr(C, align(8))]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug, Default))]
 pub struct Service {
+    /// An [`Affinity`]: whether its clients keep their backends. Written by the agent, one store.
+    #[cfg(feature = "other-layout")]
+    pub affinity: Word,
     /// A [`Table`].
     pub table: Word,
     /// Unique among the lives of all records (64 bits do not wrap); 0 while the record is free or
@@ -223,6 +230,7 @@ pub struct Service {
     /// addition, and only where the algorithm is that; it goes on when the table changes.
     pub position: Word,
     /// An [`Affinity`]: whether its clients keep their backends. Written by the agent, one store.
+    #[cfg(not(feature = "other-layout"))]
     pub affinity: Word,
 }
 
@@ -357,7 +365,7 @@ pub struct Settings {
 
 impl Settings {
     /// How many cgroups, and how many network namespaces, may be excluded.
-    pub const EXCLUDED: usize = 8;
+    pub const EXCLUDED: usize = if cfg!(feature = "other-layout") { 16 } else { 8 };
 
     /// Whether a cgroup is excluded by itself.
     #[inline(always)]
@@ -416,8 +424,8 @@ const _: () = {
     assert!(size_of::<Slot>() == 40);
     assert!(size_of::<Backend>() == 32);
     #[cfg(not(loom))]
-    assert!(size_of::<Settings>() == 184);
-    assert!(size_of::<Name>() == 256);
+    assert!(size_of::<Settings>() == 56 + 16 * Settings::EXCLUDED);
+    assert!(size_of::<Name>() == 9 + Name::MOST);
     assert!(Reason::ALL.len() <= counter::NO_FLOW_RECORD as usize);
 };
 

@@ -42,6 +42,7 @@ impl Limits {
 /// lie one behind the other in the agent's memory.
 pub mod chunk {
     use super::Limits;
+    use crate::Name;
 
     /// Of `SERVICES` and `SERVICE_STATS`.
     pub const SERVICES: usize = 8_192;
@@ -63,10 +64,10 @@ pub mod chunk {
     const _: () = {
         assert!(SERVICES.is_power_of_two() && SLOTS.is_power_of_two());
         assert!(BACKENDS.is_power_of_two() && FLOWS.is_power_of_two());
+        assert!(NAMES.is_power_of_two());
         // Records are multiples of 8 bytes, and no page is larger than 64 KiB.
         assert!(SERVICES >= 8_192 && SLOTS >= 8_192 && BACKENDS >= 8_192 && FLOWS >= 8_192);
-        // These are of 256 bytes.
-        assert!(NAMES.is_power_of_two() && NAMES >= 256);
+        assert!((NAMES * size_of::<Name>()).is_multiple_of(65_536));
         assert!(FLOWS == Limits::LEAST.records as usize);
     };
 }

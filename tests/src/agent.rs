@@ -27,6 +27,8 @@ pub struct Agent {
     process: Option<Process>,
     /// Whether balancing goes on when it ends.
     pub stays: bool,
+    /// Whether it is of another map layout, when it is started the next time.
+    pub other_layout: bool,
     /// More arguments of `run`.
     pub arguments: Vec<&'static str>,
 }
@@ -124,6 +126,7 @@ impl Agent {
             echo,
             process: None,
             stays: false,
+            other_layout: false,
             arguments: Vec::new(),
         };
         fs::create_dir_all(agent.services_directory())?;
@@ -183,7 +186,8 @@ impl Agent {
     ///
     /// The agent has not been built.
     pub fn run_command(&self) -> Result<Command> {
-        let mut command = self.namespace.pinning(binary()?);
+        let binary = if self.other_layout { process::binary(OTHER_LAYOUT)? } else { binary()? };
+        let mut command = self.namespace.pinning(binary);
         command.arg("run").arg("--config").arg(self.file());
         if !self.stays {
             command.arg("--detach-on-exit");
@@ -478,6 +482,9 @@ impl Staged {
 }
 
 // === functions ===
+
+/// An agent of another map layout, beside the binaries of this crate.
+const OTHER_LAYOUT: &str = "mesh-agent-other";
 
 /// The agent's binary: `$MESH_AGENT_BIN`, or beside those of this crate.
 fn binary() -> Result<PathBuf> {

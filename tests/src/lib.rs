@@ -21,6 +21,7 @@ pub mod mortal;
 pub mod node;
 pub mod process;
 pub mod relay;
+pub mod replaced;
 pub mod restarts;
 pub mod selections;
 pub mod server;

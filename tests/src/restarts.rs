@@ -2,8 +2,8 @@
 //! are used all the time: nobody may notice.
 //!
 //! Some are killed at any moment, some are told to end, some are of another build than the one before (the
-//! programs that log refusals are others than those that do not), and most find that the endpoints are
-//! others than they were.
+//! programs that log refusals are others than those that do not) or of another map layout, and most find that
+//! the endpoints are others than they were.
 
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,9 @@ use serde_json::Value;
 use crate::long::{self, Long};
 use crate::node::Node;
 use crate::process::until;
-use crate::server::Kind;
+use crate::replaced::{self, LONG, VIP};
 use crate::service::Service;
 use crate::{check, storm};
-
-const VIP: &str = "10.96.0.10:80";
-const LONG: &str = "10.96.0.12:90";
 
 /// How long a connection that has ended may be counted.
 const SETTLING: Duration = Duration::from_secs(20);
@@ -44,6 +41,8 @@ pub struct Report {
     pub terminated: u32,
     /// Those of both that were of another build than the one before.
     pub other_build: u32,
+    /// Those of both that were of another map layout than the one before.
+    pub other_layout: u32,
     /// Milliseconds until those were ready that found their own programs.
     pub ready_same: Vec<u64>,
     /// The same for those that replaced them.
@@ -97,15 +96,7 @@ fn services(way: u8) -> String {
 ///
 /// Something fails that is no client; what clients notice is in the report.
 pub fn run(plan: Plan, mut told: impl FnMut(u32)) -> Result<Report> {
-    let long = Service::new("long").address("10.96.0.12").port(90, 9090).udp(90, 9090);
-    let mut node = Node::builder()
-        .backend("a", "10.0.0.1:8080")
-        .backend("b", "10.0.0.2:8080")
-        .server(Kind::Long, "c", "10.0.0.3:9090")
-        .server(Kind::Long, "d", "10.0.0.4:9090")
-        .service(long.endpoint("10.0.0.3").endpoint("10.0.0.4"))
-        .quiet()
-        .start_without_agent()?;
+    let mut node = replaced::builder().quiet().start_without_agent()?;
     node.agent.stays = true;
     node.agent.write_services("app.yaml", &services(0))?;
     node.agent.start()?;
@@ -117,13 +108,16 @@ pub fn run(plan: Plan, mut told: impl FnMut(u32)) -> Result<Report> {
     let clients = check::Storm::start(&node, VIP)?;
     node.agent.kill()?;
     let mut random = fastrand::Rng::new();
-    let (mut killed, mut terminated, mut other_build) = (0, 0, 0);
+    let (mut killed, mut terminated, mut other_build, mut other_layout) = (0, 0, 0, 0);
     let (mut ready_same, mut ready_other, mut logs) = (Vec::new(), Vec::new(), false);
     for number in 0..plan.times {
         told(number);
-        let is_other = random.u8(..6) == 0;
-        logs ^= is_other;
-        other_build += u32::from(is_other);
+        let (others, layouts) = (random.u8(..6) == 0, random.u8(..6) == 0);
+        let is_other = others || layouts;
+        logs ^= others;
+        node.agent.other_layout ^= layouts;
+        other_build += u32::from(others);
+        other_layout += u32::from(layouts);
         node.agent.arguments = if logs { vec!["--log-refusals"] } else { Vec::new() };
         node.agent.write_services("app.yaml", &services(random.u8(..)))?;
         let started = Instant::now();
@@ -143,6 +137,7 @@ pub fn run(plan: Plan, mut told: impl FnMut(u32)) -> Result<Report> {
         }
     }
     node.agent.arguments.clear();
+    node.agent.other_layout = false;
     node.agent.start()?;
     let (storm, answered) = clients.finish()?;
     let long = kept.finish()?;
@@ -158,6 +153,7 @@ pub fn run(plan: Plan, mut told: impl FnMut(u32)) -> Result<Report> {
         killed,
         terminated,
         other_build,
+        other_layout,
         ready_same,
         ready_other,
         storm,

@@ -1,12 +1,16 @@
 //! The agent ends, and the kernel goes on; the next one takes over what it finds.
 
 use std::fs;
+use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use mesh_agent::dataplane::sys::links;
 use mesh_tests::long::Long;
 use mesh_tests::process::{run, until};
 use mesh_tests::server::Kind;
+use mesh_tests::sys::bpf::Stranger;
 use mesh_tests::sys::mounts;
 use mesh_tests::{Agent, Node, Service, check};
 use serde_json::Value;
@@ -169,7 +173,7 @@ fn a_source_that_does_not_answer_removes_nothing() -> Result<()> {
     let services: Vec<Value> = node.agent.json(&["services"])?;
     ensure!(services.len() == 3, "{services:?}");
     let problems = services.iter().map(|service| service["problems"][0].as_str().unwrap_or(""));
-    ensure!(problems.clone().all(|text| text.contains("no source has defined it")), "{services:?}");
+    ensure!(problems.clone().all(|text| text.contains("held as it was found")), "{services:?}");
     let seen = check::histogram(&node, VIP, 20)?;
     ensure!(seen.len() == 2, "{seen:?}");
 
@@ -182,6 +186,47 @@ fn a_source_that_does_not_answer_removes_nothing() -> Result<()> {
     fs::remove_file(directory.join("other.yaml"))?;
     node.agent.until_gone("other")?;
     check::untouched(&node, OTHER)?;
+    node.agent.stop()?;
+    ensure_cleaned(&node)
+}
+
+/// A directory that is not mounted yet looks like one in which nothing is defined any more.
+#[test]
+fn an_empty_directory_removes_nothing_until_told() -> Result<()> {
+    let mut node = node()?;
+    node.agent.kill()?;
+    let (directory, away) = (node.agent.services_directory(), node.directory().join("away"));
+    fs::rename(&directory, &away)?;
+    fs::create_dir(&directory)?;
+    node.agent.start()?;
+    ensure!(check::who(&node, OTHER)? == "b");
+    let told = node.agent.mesh(&["forget", "other"])?;
+    ensure!(told.status.success() && told.stdout == b"other is no longer held\n", "{told:?}");
+    check::untouched(&node, OTHER)?;
+    let told = node.agent.mesh(&["forget", "other"])?;
+    ensure!(!told.status.success(), "{told:?}");
+    ensure!(check::histogram(&node, VIP, 20)?.len() == 2);
+
+    // Another service cannot have what is held, until it is known that nobody defines it any more.
+    let taker = Service::new("taker").address("10.96.0.10").port(80, 8080).endpoint("10.0.0.2");
+    fs::write(directory.join("broken.yaml"), "services: [")?;
+    node.agent.write_services("taker.yaml", &Service::file(&[taker]))?;
+    let problem = |node: &Node| -> Result<Option<String>> {
+        let services: Vec<Value> = node.agent.json(&["services"])?;
+        let found = services.iter().find(|service| service["name"] == "taker");
+        Ok(found.map(|service| service["problems"][0].as_str().unwrap_or("").to_owned()))
+    };
+    let text = until("the service", Duration::from_secs(20), || problem(&node))?;
+    ensure!(text.contains("still an address of service app"), "{text}");
+    ensure!(check::histogram(&node, VIP, 20)?.len() == 2);
+    fs::remove_file(directory.join("broken.yaml"))?;
+    node.agent.until_gone("app")?;
+    node.agent.until_gone("long")?;
+    let seen = check::histogram(&node, VIP, 20)?;
+    ensure!(seen.keys().eq(["b"]), "{seen:?}");
+    ensure!(problem(&node)?.as_deref() == Some(""), "{:?}", problem(&node)?);
+    let told = node.agent.mesh(&["forget", "--all"])?;
+    ensure!(told.stdout == b"nothing is held\n", "{told:?}");
     node.agent.stop()?;
     ensure_cleaned(&node)
 }
@@ -251,7 +296,12 @@ fn inspection_without_an_agent() -> Result<()> {
         if value.is_object() {
             return value["candidates"].clone();
         }
-        value.as_array_mut().into_iter().flatten().for_each(strip);
+        let list = value.as_array_mut();
+        if let Some(list) = list {
+            list.iter_mut().for_each(strip);
+            // The order may depend on what was stripped.
+            list.sort_by_key(Value::to_string);
+        }
         value
     };
     let before: Vec<Value> =
@@ -288,7 +338,7 @@ fn pins_that_are_removed_are_made_again() -> Result<()> {
         Ok(fs::read_dir(version)?.count())
     };
     let before = mounts::inside(namespace.mounts(), count)??;
-    ensure!(before == 17 + 2 * 16, "{before}");
+    ensure!(before == 18 + 2 * 16, "{before}");
     mounts::inside(namespace.mounts(), || fs::remove_dir_all(&pins))??;
     until("the pins to be made again", Duration::from_secs(10), || {
         Ok(mounts::inside(namespace.mounts(), count)?.is_ok_and(|now| now == before).then_some(()))
@@ -333,8 +383,18 @@ fn directories_that_are_no_place_for_pins() -> Result<()> {
         std::os::unix::fs::chown("/sys/fs/bpf/foreign", Some(65_534), None)
     })?;
     ensure_refused(&node, "/sys/fs/bpf/foreign", &["belongs to user 65534"])?;
-    inside(&|| fs::create_dir_all("/sys/fs/bpf/future/v4000/x"))?;
+    // A link makes it one that is in force, and it says nothing of its layout.
+    let below = node.cgroup().path().join("below");
+    fs::create_dir(&below)?;
+    let link = Stranger::load(None)?.attach(&below)?;
+    inside(&|| {
+        fs::create_dir_all("/sys/fs/bpf/future/v4000")?;
+        links::pin(link.as_fd(), Path::new("/sys/fs/bpf/future/v4000/mesh_connect4_link"))
+    })?;
     ensure_refused(&node, "/sys/fs/bpf/future", &["v4000", "another version", "cleanup"])?;
+    drop(link);
+    inside(&|| fs::remove_file("/sys/fs/bpf/future/v4000/mesh_connect4_link"))?;
+    fs::remove_dir(&below)?;
     inside(&|| {
         let here = rustix::mount::MountFlags::RDONLY | rustix::mount::MountFlags::BIND;
         fs::create_dir("/sys/fs/bpf/readonly")?;

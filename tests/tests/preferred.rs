@@ -105,6 +105,43 @@ fn fallen_back_to_and_left_again() -> Result<()> {
     Ok(())
 }
 
+/// To come back from the endpoints behind takes more than to stay; the next agent knows where it stays.
+#[test]
+fn an_agent_that_comes_back_does_not_come_back_too_early() -> Result<()> {
+    let app = app().key("fallback: {below: 60%, back: 90%}").key("ejection: off").checked_every(50);
+    let app = (0..3).fold(app, |app, number| app.endpoint(&place(number)));
+    let mut node = node(vec![app.endpoint_with(&place(3), "priority: 1")])?;
+    node.agent.stop()?;
+    node.agent.stays = true;
+    node.agent.start()?;
+    let third = 1.0 / 3.0;
+    until_shares(&node, [third, third, third, 0.0])?;
+    node.kill_server("a")?;
+    node.kill_server("b")?;
+    until_shares(&node, [0.0, 0.0, 0.0, 1.0])?;
+    node.start_server(Kind::Plain, "b", &place(1))?;
+    node.agent.until_backends("app", |backends| {
+        backends.iter().map(|backend| &*backend.state).eq([
+            "unhealthy",
+            "healthy",
+            "healthy",
+            "healthy",
+        ])
+    })?;
+    node.agent.kill()?;
+    node.agent.start()?;
+    // Enough to stay with the first, and not enough to come back to them.
+    let status: Value = node.agent.get("/v1/status")?;
+    ensure!(status["counters"]["map_writes"] == 0, "{}", status["counters"]);
+    until_shares(&node, [0.0, 0.0, 0.0, 1.0])?;
+    node.start_server(Kind::Plain, "a", &place(0))?;
+    until_shares(&node, [third, third, third, 0.0])?;
+    node.agent.stop()?;
+    node.agent.stays = false;
+    node.agent.start()?;
+    check::balanced(&mut node, &["a", "b", "c"], |node| check::who(node, VIP))
+}
+
 /// What is wrong with the service behind is said, and the service works.
 #[test]
 fn circles_and_what_is_not_there() -> Result<()> {

@@ -33,7 +33,7 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
     times.step("test", || test::run(workspace, &test::Selection::default(), yes))?;
     times.step("sanitize", || sanitizer::run(workspace))?;
-    times.step("fuzz", || fuzz::run(workspace, FUZZ_SECONDS))?;
+    times.step("fuzz", || fuzz::run(workspace, None, FUZZ_SECONDS))?;
     times.step("kernels", || kernels::run(workspace, None, yes))?;
     times.step("dist", || dist::run(workspace, yes).map(drop))?;
     times.step("demo", || {

@@ -2,7 +2,7 @@
 
 use std::env::consts::ARCH;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -24,24 +24,12 @@ const SEPARATOR: &str = "\x1f";
 /// When it does not compile, or the object is one that would not load ([`elf::check`]).
 pub(crate) fn build_object(workspace: &Workspace, compiler: &Compiler) -> Result<PathBuf> {
     process::step(&format!("building the kernel programs with {compiler}"), || {
-        let mut cargo = command(workspace, compiler)?;
-        cargo.args(["build", "--package=mesh-ebpf", "--release"]);
-        if matches!(compiler, Compiler::Nightly { .. }) {
-            cargo.arg("-Zbuild-std=core");
-        }
-        cargo.args(["--target", BPF_TARGET]).arg("--target-dir").arg(workspace.ebpf());
-        process::run(&mut cargo)?;
-
-        let built = workspace.ebpf().join(BPF_TARGET).join("release/mesh-ebpf");
+        process::run(&mut object_command(workspace, compiler)?)?;
+        let (built, path) = (built_object(workspace), workspace.ebpf_object());
         let object = fs::read(&built)
             .with_context(|| format!("cannot read what was built, {}", built.display()))?;
         elf::check(&object).with_context(|| format!("the object {} is bad", built.display()))?;
-        // Left alone when it is the same, so that the agent is not built again.
-        let path = workspace.ebpf_object();
-        if fs::read(&path).ok().as_ref() != Some(&object) {
-            fs::write(&path, &object)
-                .with_context(|| format!("cannot write {}", path.display()))?;
-        }
+        copy_if_other(&built, &path)?;
         Ok(path)
     })
 }
@@ -109,14 +97,27 @@ pub(crate) fn build_binaries(
     profile: Profile,
     linkage: Linkage,
 ) -> Result<PathBuf> {
-    let mut cargo = host_cargo(workspace);
-    cargo.args(["build", "--package", package, profile.flag()]);
+    let (mut cargo, directory) = host_build(workspace, package, profile, linkage);
     for name in names {
         cargo.args(["--bin", name]);
     }
     if names.is_empty() {
         cargo.arg("--bins");
     }
+    let linked = if linkage == Linkage::Static { ", static" } else { "" };
+    process::step(&format!("building {package}{linked}"), || process::run(&mut cargo))?;
+    Ok(directory)
+}
+
+/// Cargo, to build binaries of a package for the host, and where it puts them.
+fn host_build(
+    workspace: &Workspace,
+    package: &str,
+    profile: Profile,
+    linkage: Linkage,
+) -> (Command, PathBuf) {
+    let mut cargo = host_cargo(workspace);
+    cargo.args(["build", "--package", package, profile.flag()]);
     let directory = match linkage {
         Linkage::Dynamic => workspace.binaries(profile),
         Linkage::Static => {
@@ -127,9 +128,66 @@ pub(crate) fn build_binaries(
             workspace.static_binaries(profile)
         }
     };
-    let linked = if linkage == Linkage::Static { ", static" } else { "" };
-    process::step(&format!("building {package}{linked}"), || process::run(&mut cargo))?;
-    Ok(directory)
+    (cargo, directory)
+}
+
+/// The feature by which records have their fields in other places, and what the agent is called then.
+const OTHER_LAYOUT: (&str, &str) = ("other-layout", "mesh-agent-other");
+
+/// Builds an agent of another map layout, as a later version could have, and puts it beside the binaries.
+/// Before the usual one is built: both have the same name where cargo puts them.
+///
+/// # Errors
+///
+/// When one does not build.
+pub(crate) fn build_other(
+    workspace: &Workspace,
+    compiler: &Compiler,
+    profile: Profile,
+    linkage: Linkage,
+) -> Result<PathBuf> {
+    let (feature, name) = OTHER_LAYOUT;
+    let object = workspace.ebpf().join(format!("{feature}.o"));
+    process::step("building kernel programs of another map layout", || {
+        let mut cargo = object_command(workspace, compiler)?;
+        cargo.args(["--features", feature]);
+        process::run(&mut cargo)?;
+        copy_if_other(&built_object(workspace), &object)
+    })?;
+    let (mut cargo, directory) = host_build(workspace, "mesh-agent", profile, linkage);
+    cargo.args(["--bin", "mesh-agent", "--features", feature]).env(OBJECT_VARIABLE, &object);
+    process::step("building an agent of another map layout", || process::run(&mut cargo))?;
+    let path = directory.join(name);
+    copy_if_other(&directory.join("mesh-agent"), &path)?;
+    Ok(path)
+}
+
+/// Cargo, to build the object.
+fn object_command(workspace: &Workspace, compiler: &Compiler) -> Result<Command> {
+    let mut cargo = command(workspace, compiler)?;
+    cargo.args(["build", "--package=mesh-ebpf", "--release"]);
+    if matches!(compiler, Compiler::Nightly { .. }) {
+        cargo.arg("-Zbuild-std=core");
+    }
+    cargo.args(["--target", BPF_TARGET]).arg("--target-dir").arg(workspace.ebpf());
+    Ok(cargo)
+}
+
+/// Where cargo puts it.
+fn built_object(workspace: &Workspace) -> PathBuf {
+    workspace.ebpf().join(BPF_TARGET).join("release/mesh-ebpf")
+}
+
+/// Copies a file; one that is the same is left alone, so that nothing is built again for it.
+fn copy_if_other(from: &Path, to: &Path) -> Result<()> {
+    let bytes = fs::read(from)
+        .with_context(|| format!("cannot read what was built, {}", from.display()))?;
+    if fs::read(to).ok().as_ref() != Some(&bytes) {
+        // Not into the file itself, which may be running, or be the same.
+        drop(fs::remove_file(to));
+        fs::copy(from, to).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    Ok(())
 }
 
 /// Builds the object and the agent, and returns the agent's path.

@@ -1,5 +1,5 @@
-//! Looks for data for which the selection logic is wrong, guided by what the code does with it (libFuzzer),
-//! under the address sanitizer.
+//! Looks for data for which the selection logic is wrong, or an agent that takes over maps, guided by what the
+//! code does with it (libFuzzer), under the address sanitizer.
 
 use std::fs;
 
@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 use crate::workspace::{Workspace, host_target};
 use crate::{process, sanitizer};
 
-/// The package, and its program.
+/// The package, and its programs.
 const PACKAGE: &str = "mesh-fuzz";
-const PROGRAM: &str = "selection";
+pub(crate) const PROGRAMS: [&str; 2] = ["selection", "adoption"];
 
 /// What libFuzzer needs to see: which edges are taken, and what is compared. And what it is to find besides
 /// what the sanitizer does: arithmetic that overflows.
@@ -26,33 +26,42 @@ const FLAGS: [&str; 9] = [
     "-Coverflow-checks",
 ];
 
+/// How it is optimised.
+const PROFILE: &str = "fuzz";
+
 /// The longest data; a decision that looks at as many slots as may be takes less.
 const MAX_LEN: &str = "-max_len=8192";
 
-/// Looks for so many seconds. What was found worth keeping is kept in the target directory, and begun with
-/// the next time.
+/// Looks for so many seconds with one program, or with each. What was found worth keeping is kept in the target
+/// directory, and begun with the next time.
 ///
 /// # Errors
 ///
-/// When data was found: then its file is named, and how to look at it. When it does not build, or is not
+/// When data was found: then its file is named, and how to look at it. When one does not build, or is not
 /// instrumented.
-pub(crate) fn run(workspace: &Workspace, seconds: u64) -> Result<()> {
+pub(crate) fn run(workspace: &Workspace, program: Option<&str>, seconds: u64) -> Result<()> {
     let directory = workspace.target.join("fuzz");
-    let (corpus, found) = (directory.join("corpus"), directory.join("found"));
-    fs::create_dir_all(&corpus).and_then(|()| fs::create_dir_all(&found))?;
+    let programs = || PROGRAMS.into_iter().filter(|name| program.is_none_or(|only| only == *name));
     let mut cargo = sanitizer::cargo(workspace, "build", &directory, &FLAGS);
-    cargo.args(["--release", "--package", PACKAGE, "--bin", PROGRAM]);
-    process::step("building the fuzzer", || process::run(&mut cargo))?;
+    cargo.args(["--profile", PROFILE, "--package", PACKAGE]);
+    cargo.args(programs().flat_map(|name| ["--bin", name]));
+    process::step("building the fuzzers", || process::run(&mut cargo))?;
 
-    let program = directory.join(host_target()).join("release").join(PROGRAM);
-    let mut fuzzer = std::process::Command::new(program);
-    fuzzer.arg(&corpus).args([MAX_LEN, "-len_control=0", "-timeout=10", "-print_final_stats=1"]);
-    fuzzer.arg(format!("-max_total_time={seconds}"));
-    fuzzer.arg(format!("-artifact_prefix={}/", found.display()));
-    process::step("fuzzing the selection logic", || process::run(&mut fuzzer)).with_context(|| {
-        format!(
-            "if data was found, it is in {}: `cargo run -p {PACKAGE} -- FILE` runs it",
-            found.display()
-        )
-    })
+    for name in programs() {
+        let (corpus, found) =
+            (directory.join("corpus").join(name), directory.join("found").join(name));
+        fs::create_dir_all(&corpus).and_then(|()| fs::create_dir_all(&found))?;
+        let program = directory.join(host_target()).join(PROFILE).join(name);
+        let mut fuzzer = std::process::Command::new(program);
+        fuzzer.arg(&corpus).args([MAX_LEN, "-len_control=0", "-timeout=10"]);
+        fuzzer.args(["-print_final_stats=1", &format!("-max_total_time={seconds}")]);
+        fuzzer.arg(format!("-artifact_prefix={}/", found.display()));
+        process::step(&format!("fuzzing: {name}"), || process::run(&mut fuzzer)).with_context(|| {
+            format!(
+                "if data was found, it is in {}: `cargo run -p {PACKAGE} --bin {name} -- FILE` runs it",
+                found.display()
+            )
+        })?;
+    }
+    Ok(())
 }

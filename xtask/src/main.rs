@@ -70,9 +70,13 @@ enum Task {
         #[command(flatten)]
         selection: test::Selection,
     },
-    /// Look for tables and events for which the selection logic is wrong.
+    /// Look for tables and events for which the selection logic is wrong, and for maps that an agent cannot
+    /// take over.
     Fuzz {
-        /// For how long, in seconds.
+        /// Only this one.
+        #[arg(value_name = "PROGRAM", value_parser = fuzz::PROGRAMS)]
+        program: Option<String>,
+        /// For how long each, in seconds.
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
@@ -97,7 +101,7 @@ enum Task {
     /// Envoy comes from PyPI, into the target directory. What was measured is kept there too, as
     /// JSON.
     Bench {
-        /// What to measure, and its options: `connect`, `traffic` or `update`, each `[--json]`.
+        /// What to measure, and its options: `connect`, `traffic`, `update` or `restart`, each `[--json]`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         arguments: Vec<String>,
     },
@@ -145,7 +149,7 @@ fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Task::Test { selection } => test::run(workspace, &selection, yes),
-        Task::Fuzz { seconds } => fuzz::run(workspace, seconds),
+        Task::Fuzz { program, seconds } => fuzz::run(workspace, program.as_deref(), seconds),
         Task::Sanitize => sanitizer::run(workspace),
         Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
         Task::Tidy => tidy::check(workspace),

@@ -20,6 +20,9 @@ const BINARIES_VARIABLE: &str = "MESH_TEST_BIN_DIR";
 
 /// The program that measures, which needs more than the others, and where it finds that.
 pub(crate) const BENCHMARKS: &str = "mesh-bench";
+/// The program that ends and starts agents, also of another map layout.
+const RESTARTS: &str = "mesh-restarts";
+
 const ENVOY_VARIABLE: &str = "MESH_ENVOY_BIN";
 const MEASURED_VARIABLE: &str = "MESH_BENCH_DIR";
 
@@ -73,6 +76,7 @@ pub(crate) fn run(workspace: &Workspace, selection: &Selection, yes: bool) -> Re
     process::require_root("`cargo xtask test`")?;
     let compiler = setup::ensure(workspace, &[Group::Build, Group::Show, Group::Test], yes)?;
     let profile = Profile::Dev;
+    ebpf::build_other(workspace, &compiler, profile, Linkage::Dynamic)?;
     let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
     let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
     let client =
@@ -128,6 +132,9 @@ pub(crate) fn program(
     let mut groups = vec![Group::Build, Group::Show];
     groups.extend((name == BENCHMARKS).then_some(Group::Bench));
     let compiler = setup::ensure(workspace, &groups, yes)?;
+    if name == RESTARTS {
+        ebpf::build_other(workspace, &compiler, profile, Linkage::Dynamic)?;
+    }
     let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
     let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
     let mut command = Command::new(binaries.join(name));

@@ -201,6 +201,17 @@ impl Client {
         self.answer(Method::POST, path, &parameters).await
     }
 
+    /// Removes services that are held as a former agent left them: this one, or all that no source defines.
+    /// Gives their names.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn forget(&self, service: Option<&str>) -> Result<Vec<String>, ClientError> {
+        let all = if service.is_none() { Some("true") } else { None };
+        self.answer(Method::POST, "/v1/forget", &[("service", service), ("all", all)]).await
+    }
+
     /// The events that are kept, of one service or all, the oldest first.
     ///
     /// # Errors

@@ -62,6 +62,16 @@ pub trait View: Clone + Send + Sync + 'static {
         async { Err(ViewError::Unavailable("there is nothing to drain".to_owned())) }
     }
 
+    /// Removes services that are held as a former agent left them, whatever their sources might say: one of
+    /// them, or all that no source defines. Gives the names of those.
+    fn forget(
+        &self,
+        service: Option<String>,
+    ) -> impl Future<Output = Result<Vec<String>, ViewError>> + Send {
+        let _ = service;
+        async { Err(ViewError::Unavailable("there is nothing to forget".to_owned())) }
+    }
+
     /// What a connect would do.
     fn explain(
         &self,
@@ -183,16 +193,17 @@ fn router<V: View>(view: V, happenings: Happenings<V>) -> Router {
         .route("/v1/explain", get(explain::<V>))
         .route("/v1/drain", post(async |view, query| drain::<V>(view, query, true).await))
         .route("/v1/undrain", post(async |view, query| drain::<V>(view, query, false).await))
+        .route("/v1/forget", post(forget::<V>))
         .fallback(async || {
             ViewError::NotFound(
                 "no such path: there are /v1/services, /v1/services/NAME, /v1/backends, \
                  /v1/connections, /v1/status, /v1/audit, /v1/events, /v1/explain and /v1/version, and to POST to \
-                 /v1/drain and /v1/undrain"
+                 /v1/drain, /v1/undrain and /v1/forget"
                     .into(),
             )
         })
         .method_not_allowed_fallback(async || {
-            let error = "GET is understood, and POST by /v1/drain and /v1/undrain";
+            let error = "GET is understood, and POST by /v1/drain, /v1/undrain and /v1/forget";
             problem(StatusCode::METHOD_NOT_ALLOWED, error.into())
         })
         .with_state(view)
@@ -318,6 +329,19 @@ async fn drain<V: View>(
     let (address, port) = endpoint(&address)
         .map_err(|expected| ViewError::BadRequest(format!("address {address:?}: {expected}")))?;
     view.drain(DrainQuery { service, address, port, drain }).await.map(Json)
+}
+
+async fn forget<V: View>(State(view): State<V>, RawQuery(query): RawQuery) -> Answer<Vec<String>> {
+    let [service, all] = parameters(query.as_deref(), ["service", "all"])?;
+    let service = match (service, all.as_deref()) {
+        (Some(service), None) => Some(service),
+        (None, Some("true")) => None,
+        _ => {
+            let expected = "either service=NAME or all=true";
+            return Err(ViewError::BadRequest(format!("expected {expected}")));
+        }
+    };
+    view.forget(service).await.map(Json)
 }
 
 /// Reads an endpoint's address with or without a port; says what was expected.

@@ -89,19 +89,55 @@ pub fn ours(directory: &Path) -> io::Result<Vec<(PathBuf, u32)>> {
     let names = names();
     let own = |id: &u32| names.get(id).is_some_and(|name| name.starts_with("mesh_connect"));
     let mut found: Vec<_> = attached(directory, &top)?.into_keys().collect();
-    let mut inside = vec![directory.to_owned()];
-    while let Some(directory) = inside.pop() {
-        // Cgroups come and go meanwhile.
-        let Ok(entries) = fs::read_dir(&directory) else { continue };
-        let children = entries.filter_map(Result::ok);
-        for child in children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-            let ids = program_ids(&child.path(), Hook::Connect4).unwrap_or_default();
-            found.extend(ids.into_iter().map(|id| (child.path(), id)));
-            inside.push(child.path());
-        }
+    for child in inside(directory) {
+        let ids = program_ids(&child, Hook::Connect4).unwrap_or_default();
+        found.extend(ids.into_iter().map(|id| (child.clone(), id)));
     }
     found.retain(|(_, id)| own(id));
     Ok(found)
+}
+
+/// Programs of others that see what is dialled before these do, and may have made something else of it: what
+/// is attached below a cgroup runs first, then what was attached to it before (`compute_effective_progs` of
+/// `kernel/bpf/cgroup.c`).
+#[must_use]
+pub fn before(directory: &Path, ours: &[(Hook, u32)]) -> Vec<String> {
+    let rewriting = |hook: &Hook| {
+        matches!(hook, Hook::Connect4 | Hook::Connect6 | Hook::SendMsg4 | Hook::SendMsg6)
+    };
+    let mut found = Found::new();
+    let children: Vec<PathBuf> = inside(directory).collect();
+    for &(hook, id) in ours.iter().filter(|(hook, _)| rewriting(hook)) {
+        let attached = program_ids(directory, hook).unwrap_or_default();
+        for other in attached.into_iter().take_while(|other| *other != id) {
+            found.entry((directory.to_owned(), other)).or_default().push(hook);
+        }
+        for child in &children {
+            for other in program_ids(child, hook).unwrap_or_default() {
+                found.entry((child.clone(), other)).or_default().push(hook);
+            }
+        }
+    }
+    if found.is_empty() {
+        return Vec::new();
+    }
+    let names = names();
+    found.iter().map(|one| describe_one(one, &names)).collect()
+}
+
+/// All cgroups below this one. They come and go meanwhile.
+fn inside(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    let mut left = vec![directory.to_owned()];
+    let mut found = Vec::new();
+    while let Some(directory) = left.pop() {
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        let children = entries.filter_map(Result::ok);
+        for child in children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            left.push(child.path());
+            found.push(child.path());
+        }
+    }
+    found.into_iter()
 }
 
 /// The names of the loaded programs by id; empty without `CAP_SYS_ADMIN`.
@@ -113,15 +149,17 @@ fn names() -> HashMap<u32, String> {
 }
 
 fn describe(found: &Found, names: &HashMap<u32, String>) -> String {
-    let lines: Vec<_> = found
-        .iter()
-        .map(|((directory, id), hooks)| {
-            let name = names.get(id).map_or("(name unknown)", String::as_str);
-            let hooks: Vec<_> = hooks.iter().map(|hook| hook.name()).collect();
-            format!("{name} (id {id}) at {} of {}", hooks.join(", "), directory.display())
-        })
-        .collect();
+    let lines: Vec<_> = found.iter().map(|one| describe_one(one, names)).collect();
     lines.join("; ")
+}
+
+fn describe_one(
+    ((directory, id), hooks): (&(PathBuf, u32), &Vec<Hook>),
+    names: &HashMap<u32, String>,
+) -> String {
+    let name = names.get(id).map_or("(name unknown)", String::as_str);
+    let hooks: Vec<_> = hooks.iter().map(|hook| hook.name()).collect();
+    format!("{name} (id {id}) at {} of {}", hooks.join(", "), directory.display())
 }
 
 #[cfg(test)]

@@ -92,6 +92,9 @@ released when two audits in a row find it so.")]
     /// Give an endpoint new connections again
     #[command(after_help = DRAINING)]
     Undrain(DrainArgs),
+    /// Remove services that are held as a former agent left them, without waiting for their sources
+    #[command(after_help = FORGETTING)]
+    Forget(ForgetArgs),
     /// Show what rarely happens: connects refused or failed, backends taken out and back in
     Events(EventsArgs),
     /// Say what a connect would do, step by step, and why
@@ -144,6 +147,27 @@ Examples:
   mesh-agent drain orders 10.0.0.1
   mesh-agent drain orders 10.0.0.1:8081
   mesh-agent undrain orders 10.0.0.1";
+
+const FORGETTING: &str = "\
+An agent that is started on a node which balances already removes no service that was
+defined before, until every source has been read without errors, and while the one that
+had defined it is empty; `status` says what is held. When a source is gone for good, this removes what it had defined. Connections that
+are open stay as they are.
+
+Examples:
+  mesh-agent forget orders
+  mesh-agent forget --all";
+
+/// Arguments of `forget`.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct ForgetArgs {
+    /// The service
+    pub service: Option<String>,
+    /// All that are held and that no source defines
+    #[arg(long)]
+    pub all: bool,
+}
 
 /// Arguments of `drain` and `undrain`.
 #[derive(Args, Debug)]

@@ -36,8 +36,11 @@ pub(super) fn cleanup(
     output: &Output,
 ) -> Result<(), Failure> {
     let socket = ask::socket(socket, args.config.as_deref());
-    let pins =
-        pins.unwrap_or_else(|| Config::load(args.config.as_deref()).unwrap_or_default().pin_dir);
+    // Not what another file than the one that is meant might name.
+    let pins = match pins {
+        Some(pins) => pins,
+        None => Config::load(args.config.as_deref()).map_err(Failure::failed)?.pin_dir,
+    };
     let mut report = Report::default();
     // Held to the end, so that no agent starts and pins while its pins are taken away.
     let claim = claim(&socket, &mut report)?;
@@ -117,7 +120,7 @@ type IsPin<'a> = &'a dyn Fn(&Path, &str) -> bool;
 fn sweep(directory: &Path, is_pin: IsPin<'_>, report: &mut Report) -> io::Result<()> {
     for version in entries(directory)? {
         let is_directory = version.file_type()?.is_dir();
-        if !is_directory || pindir::version(&version.file_name().to_string_lossy()).is_none() {
+        if !is_directory || pindir::any_version(&version.file_name().to_string_lossy()).is_none() {
             report.kept.push(version.path());
             continue;
         }

@@ -112,6 +112,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         }
         Command::Drain(args) => ask::drain(socket, args, true, &output),
         Command::Undrain(args) => ask::drain(socket, args, false, &output),
+        Command::Forget(args) => ask::forget(socket, args.service.as_deref(), &output),
         Command::Events(args) => events::events(socket, &args, &output),
         Command::Explain(args) => ask::explain(socket, pins, args, &output),
         Command::Version => ask::version(socket, &output),

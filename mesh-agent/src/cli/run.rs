@@ -1,6 +1,7 @@
 //! `run`: from the agent file and the flags to a configuration that the agent can start with.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,7 +39,10 @@ pub(super) fn run(
     super::need_files(FILES)?;
     // Before there are other threads, each of which would keep what it has.
     let low = config.metrics.is_some_and(|listen| listen.port() < 1_024);
-    let besides = if low { privileges::LOW_PORT } else { CapabilitySet::empty() };
+    let mut besides = if low { privileges::LOW_PORT } else { CapabilitySet::empty() };
+    if [config.cgroup.as_deref(), config.socket.parent()].into_iter().flatten().any(is_foreign) {
+        besides |= privileges::OTHERS_FILES;
+    }
     if let Err(error) = privileges::confine(besides) {
         tracing::warn!(%error, "privileges that are not needed could not be given up");
     }
@@ -47,6 +51,12 @@ pub(super) fn run(
     // A thread that hangs in a dead file system must not keep the process.
     runtime.shutdown_timeout(ENDING);
     result.map_err(|error| Failure::failed(chain(error.as_ref())))
+}
+
+/// Whether something belongs to another user, as a cgroup that was delegated.
+fn is_foreign(path: &Path) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.uid() != own)
 }
 
 /// The configuration of this run: flags win over the file. Its `cgroup` is there.

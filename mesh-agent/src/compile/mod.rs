@@ -121,6 +121,8 @@ pub struct Input<'a> {
     pub here: Here<'a>,
     /// Which group each table used before, as [`Tables::groups`] said.
     pub before: &'a BTreeMap<TableKey, u8>,
+    /// Which source defines it.
+    pub source: u64,
 }
 
 impl Rows {
@@ -156,6 +158,8 @@ pub struct Tables {
     /// Which group of endpoints each table uses, where it is not the first ([`Endpoint::priority`], and
     /// behind all of those the [`FALLBACK`]).
     pub groups: BTreeMap<TableKey, u8>,
+    /// Which source defines it, as [`crate::config::Source::key`] tells them apart.
+    pub source: u64,
 }
 
 impl Tables {
@@ -252,7 +256,8 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
     }
     let affinity = service.affinity.map_or(Affinity::OFF, |affinity| pins(affinity, here.tick));
     let rules = Rules { policy: policy(service.ejection), affinity };
-    Tables { backends, tables, frontends: owned, rules, algorithm: service.algorithm, groups }
+    let algorithm = service.algorithm;
+    Tables { backends, tables, frontends: owned, rules, algorithm, groups, source: input.source }
 }
 
 /// The rules of ejection as the kernel programs use them. Times are rounded up to whole ticks, and one

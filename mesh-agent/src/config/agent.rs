@@ -108,6 +108,24 @@ pub enum Source {
     },
 }
 
+impl Source {
+    /// What people call it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let Self::Files { directory } = self;
+        format!("files {}", directory.display())
+    }
+
+    /// What tells it from others, for as long as it is called the same: FNV-1a of its name, never 0.
+    #[must_use]
+    pub fn key(&self) -> u64 {
+        const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+        const PRIME: u64 = 0x0100_0000_01b3;
+        let fold = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(PRIME);
+        self.name().bytes().fold(BASIS, fold).max(1)
+    }
+}
+
 /// Why there is no configuration. It is shown as one line.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {

@@ -179,6 +179,11 @@ impl KernelMaps {
         !self.is_view
     }
 
+    /// Whether it is only looked at.
+    pub fn is_view(&self) -> bool {
+        self.is_view
+    }
+
     /// How many changes were made since the agent was started; slots that are written together are one.
     pub fn writes(&self) -> u64 {
         self.writes

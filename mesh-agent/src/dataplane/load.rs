@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::num::NonZero;
 use std::os::fd::AsFd as _;
-use std::sync::Arc;
+use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use aya::maps::{MapData, RingBuf};
 use aya::programs::{BtfTracePoint, CgroupSock, CgroupSockAddr, Program, ProgramError};
@@ -14,11 +17,13 @@ use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::btf::{self, BtfError};
 use super::clock;
+use super::description::Description;
 use super::exclusions::Exclusions;
 use super::grace::Grace;
+use super::handover;
 use super::kernel::{KernelMaps, OpenError};
 use super::opened::Opened;
-use super::pindir::{MAPS, PinDir, PinError};
+use super::pindir::{LAYOUT, MAPS, PinDir, PinError};
 use super::pins::Pins;
 use super::programs::{self, LoadedProgram, PROGRAMS, Programs, TRACERS, Tracer};
 use super::records::Records;
@@ -94,6 +99,8 @@ pub struct Options {
 pub struct Loaded {
     /// The programs.
     pub programs: Programs,
+    /// What the maps may hold: not always what was asked for.
+    pub limits: Limits,
     /// Whether they were there.
     pub are_kept: bool,
     /// The maps that the reconciler writes.
@@ -120,11 +127,17 @@ pub struct Loaded {
 /// When the kernel, the container or the binary lacks something. What is attached is so still.
 pub fn load(options: Options, pins: &Arc<PinDir>) -> Result<Loaded, LoadError> {
     let object = object(OBJECT)?;
-    let maps = Opened::at(pins.directory());
+    describe(pins)?;
+    let handover = handover::begin(pins)?;
+    let maps = Opened::at(&pins.directory());
     let parsed = aya_obj::Object::parse(object)
         .map_err(|error| LoadError::Maps(Box::new(EbpfError::ParseError(error))))?;
     let there = maps.compare(&parsed)?;
     drop(parsed);
+    let options = match &handover {
+        Some(handover) => Options { limits: handover.limits(options.limits)?, ..options },
+        None => options,
+    };
     let values = Values::now(options);
     let identity = values.identity(object);
     let known = if there == MAPS.len() { attached(&maps)? } else { 0 };
@@ -138,6 +151,9 @@ pub fn load(options: Options, pins: &Arc<PinDir>) -> Result<Loaded, LoadError> {
         let loaded = descriptors(&mut ebpf)?;
         (loaded, former, options.log.then_some(ebpf))
     };
+    if let Some(handover) = &handover {
+        handover.copy(&maps)?;
+    }
     for map in MAPS {
         let data = maps.data(map)?;
         pins.keep(map, data.fd().as_fd())?;
@@ -155,6 +171,7 @@ pub fn load(options: Options, pins: &Arc<PinDir>) -> Result<Loaded, LoadError> {
     programs.ebpf = ebpf;
     Ok(Loaded {
         programs,
+        limits,
         are_kept,
         maps: kernel,
         grace,
@@ -174,6 +191,24 @@ pub fn load(options: Options, pins: &Arc<PinDir>) -> Result<Loaded, LoadError> {
 pub fn probe() -> Result<(), LoadError> {
     let (object, options) = (object(OBJECT)?, Options::default());
     load_object(object, options, &Values::now(options), None).map(drop)
+}
+
+/// Has the records be described beside the maps, for other versions.
+fn describe(pins: &PinDir) -> Result<(), LoadError> {
+    let (directory, ours) = (pins.directory(), Description::ours());
+    let described = match Description::read(&directory)? {
+        None => ours.write()?,
+        Some(there) if there == ours => match pins.get(LAYOUT)? {
+            Some(described) => described,
+            None => ours.write()?,
+        },
+        Some(_) => {
+            let why = "its records are others, by another build of the same version".to_owned();
+            let (path, version) = (directory, ABI_VERSION);
+            return Err(PinError::OtherVersion { path, version, why }.into());
+        }
+    };
+    Ok(pins.keep(LAYOUT, described.as_fd())?)
 }
 
 /// Which programs the former agent said were attached.
@@ -239,15 +274,8 @@ fn load_object(
         .override_global("SOCKET_FIELDS", &places[..], true)
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
-    for (program, hook) in PROGRAMS {
-        load_hooked(&mut ebpf, program, hook)
-            .map_err(|source| LoadError::Program { program, source: Box::new(source) })?;
-    }
     let btf = Btf::from_sys_fs().map_err(LoadError::Btf)?;
-    for (program, tracer) in TRACERS {
-        load_tracer(&mut ebpf, program, tracer, &btf)
-            .map_err(|source| LoadError::Program { program, source: Box::new(source) })?;
-    }
+    load_programs(&mut ebpf, &btf)?;
     Ok(ebpf)
 }
 
@@ -265,23 +293,54 @@ fn descriptors(ebpf: &mut Ebpf) -> Result<BTreeMap<&'static str, LoadedProgram>,
     Ok(programs)
 }
 
-fn load_hooked(ebpf: &mut Ebpf, name: &str, hook: Hook) -> Result<(), ProgramError> {
-    match hook {
-        Hook::SockRelease => of_kind::<CgroupSock>(ebpf, name)?.load(),
-        _ => of_kind::<CgroupSockAddr>(ebpf, name)?.load(),
+/// What a program is loaded for.
+#[derive(Clone, Copy)]
+enum Purpose {
+    Hook(Hook),
+    Tracer(Tracer),
+}
+
+/// More do not help: few of the programs take long, and the verifier takes memory for each.
+const THREADS: usize = 4;
+
+/// Gives the programs to the kernel, several at a time: its verifier takes long, and looks at each by itself.
+fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> Result<(), LoadError> {
+    let hooked = PROGRAMS.map(|(name, hook)| (name, Purpose::Hook(hook)));
+    let traced = TRACERS.map(|(name, tracer)| (name, Purpose::Tracer(tracer)));
+    let mut there: BTreeMap<String, &mut Program> =
+        ebpf.programs_mut().map(|(name, program)| (name.to_owned(), program)).collect();
+    // Those that take longest come first.
+    let wanted = hooked.into_iter().chain(traced);
+    let left = Mutex::new(wanted.map(|(name, purpose)| (name, purpose, there.remove(name))));
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some((name, purpose, program)) = next() {
+            let program = program.ok_or(ProgramError::NotLoaded);
+            program
+                .and_then(|program| load_one(program, purpose, btf))
+                .map_err(|source| LoadError::Program { program: name, source: Box::new(source) })?;
+        }
+        Ok(())
+    };
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS);
+    thread::scope(|scope| {
+        // Without a thread, this one does it all.
+        let spawn = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
+        let workers: Vec<_> = (1..threads).filter_map(spawn).collect();
+        let own = work();
+        let others = workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        own.and(others.collect())
+    })
+}
+
+fn load_one(program: &mut Program, purpose: Purpose, btf: &Btf) -> Result<(), ProgramError> {
+    match purpose {
+        Purpose::Hook(Hook::SockRelease) => <&mut CgroupSock>::try_from(program)?.load(),
+        Purpose::Hook(_) => <&mut CgroupSockAddr>::try_from(program)?.load(),
+        Purpose::Tracer(tracer) => <&mut BtfTracePoint>::try_from(program)?.load(tracer.0, btf),
     }
-}
-
-/// A program of this kind.
-fn of_kind<'e, P>(ebpf: &'e mut Ebpf, name: &str) -> Result<&'e mut P, ProgramError>
-where
-    &'e mut P: TryFrom<&'e mut Program, Error = ProgramError>,
-{
-    ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
-}
-
-fn load_tracer(ebpf: &mut Ebpf, name: &str, tracer: Tracer, btf: &Btf) -> Result<(), ProgramError> {
-    of_kind::<BtfTracePoint>(ebpf, name)?.load(tracer.0, btf)
 }
 
 /// The object with its layout version checked.

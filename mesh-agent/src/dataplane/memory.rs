@@ -2,6 +2,7 @@
 //! half visible to them panics.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::io;
 use std::net::Ipv6Addr;
 
@@ -26,7 +27,8 @@ pub struct Memory {
     /// How many records there are.
     there: Capacity,
     is_short: bool,
-    frontends: HashMap<FrontendKey, FrontendValue>,
+    /// In the same order in each run, so that what goes wrong does so again.
+    frontends: HashMap<FrontendKey, FrontendValue, BuildHasherDefault<DefaultHasher>>,
     services: Vec<Service>,
     slots: Vec<Slot>,
     backends: Vec<Backend>,
@@ -61,6 +63,14 @@ pub enum Spoiled {
     Backend(u32, Backend),
     Life(u32, u64),
     Name(u32, Name),
+    /// One more, if there is room.
+    Frontend(FrontendKey, FrontendValue),
+    /// The policy of ejection, and affinity.
+    Rules(u32, u64, u64),
+    Opened(u32, u64),
+    VirtualIp(Addr, u8),
+    Noted(Generations),
+    Gone(u64),
 }
 
 impl Memory {
@@ -75,7 +85,7 @@ impl Memory {
             memory: capacity,
             there: Capacity { services: 0, slots: 0, backends: 0, ..capacity },
             is_short: false,
-            frontends: HashMap::new(),
+            frontends: HashMap::default(),
             services: filled(capacity.services),
             slots: filled(capacity.slots),
             backends: filled(capacity.backends),
@@ -154,6 +164,26 @@ impl Memory {
                 let place = at(place, services as usize);
                 self.names[place] = name;
             }
+            Spoiled::Frontend(key, value) => {
+                if self.frontends.len() < self.capacity.frontends as usize {
+                    self.frontends.insert(key, value);
+                }
+            }
+            Spoiled::Rules(place, policy, affinity) => {
+                let service = &self.services[at(place, services as usize)];
+                service.policy.store(policy);
+                service.affinity.store(affinity);
+            }
+            Spoiled::Opened(place, opened) => {
+                self.stats[at(place, backends as usize)].opened.store(opened);
+            }
+            Spoiled::VirtualIp(addr, bits) => {
+                if self.virtual_ips.len() < self.capacity.virtual_ips as usize {
+                    self.virtual_ips.push((u128::from_be_bytes(addr.octets()), bits));
+                }
+            }
+            Spoiled::Noted(generations) => self.generations = generations,
+            Spoiled::Gone(opened) => self.gone = opened,
         }
     }
 
@@ -168,6 +198,8 @@ impl Memory {
         named
             .map(Service::table)
             .chain(self.readers.iter().copied())
+            // One that refuses may have anything else in its word, if somebody else has written that.
+            .filter(|table| !table.is_empty())
             .flat_map(|table| &self.slots[table.base() as usize..][..table.len() as usize])
     }
 
@@ -220,13 +252,13 @@ impl Maps for Memory {
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
         assert!(id < self.there.backends, "backend {id} is not there");
+        let same_life = self.backends[id as usize].generation == backend.generation;
         if backend.protocol != 0 {
-            assert!(backend.generation <= self.generations.backend, "a generation is not noted");
+            let noted = same_life || backend.generation <= self.generations.backend;
+            assert!(noted, "a generation is not noted");
             self.assert_named(backend.owner);
         }
-        let record = &mut self.backends[id as usize];
-        let same_life = record.generation == backend.generation;
-        *record = *backend;
+        self.backends[id as usize] = *backend;
         assert!(
             same_life || self.named_slots().all(|slot| slot.backend != id),
             "backend {id} was reused while a slot names it"
@@ -257,8 +289,9 @@ impl Maps for Memory {
         let end = base as usize + slots.len();
         assert!(end <= self.there.slots as usize, "slots that are not there are written");
         let named = self.named_services().filter_map(|index| self.services.get(index as usize));
-        for table in named.map(Service::table).chain(self.readers.iter().copied()) {
-            let (from, to) = (table.base() as usize, (table.base() + table.len()) as usize);
+        let tables = named.map(Service::table).chain(self.readers.iter().copied());
+        for table in tables.filter(|table| !table.is_empty()) {
+            let (from, to) = (table.base() as usize, (table.base() + table.extent()) as usize);
             assert!(end <= from || to <= base as usize, "slots of a table in force are written");
         }
         self.slots[base as usize..end].copy_from_slice(slots);
@@ -283,11 +316,17 @@ impl Maps for Memory {
 
     fn write_name(&mut self, index: u32, name: &Name) -> Result<(), MapError> {
         assert!(index < self.there.services, "name {index} is not there");
+        // It may have moved to another source.
+        if name.get().is_some() && self.names[index as usize].get() == name.get() {
+            self.names[index as usize] = *name;
+            return Ok(());
+        }
         let of_frontend = |record: u32| self.owners[record as usize] == index;
         assert!(!self.named_services().any(of_frontend), "name {index} is a frontend's");
         let mut lives = self.backends.iter().zip(&self.stats);
         let of_backend = |(backend, stats): (&Backend, &BackendStats)| {
-            backend.owner == index && stats.is_life(backend.generation) && backend.protocol != 0
+            let lives = backend.generation != 0 && stats.is_life(backend.generation);
+            backend.owner == index && lives && backend.protocol != 0
         };
         assert!(!lives.any(of_backend), "name {index} is a backend's");
         self.names[index as usize] = *name;

@@ -1,14 +1,13 @@
 //! The kernel programs, and what keeps them attached. Both are pinned, so they stay when the agent ends.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use aya::programs::ProgramInfo;
 use mesh_common::Settings;
 
 use super::pindir::{self, LINK, PinDir, PinError};
@@ -155,8 +154,8 @@ pub struct Attachment {
 enum Change {
     /// The program of its link was replaced.
     Updated,
-    /// There was no link.
-    Made,
+    /// There is another link in place of this one, if there was one.
+    Made(Option<OwnedFd>),
 }
 
 impl Programs {
@@ -181,6 +180,24 @@ impl Programs {
         let mut ids = known(&self.pins)?;
         ids.extend(self.programs.values().map(|program| program.id));
         Ok(ids)
+    }
+
+    /// Whether a former agent's programs are attached to this cgroup.
+    ///
+    /// # Errors
+    ///
+    /// As [`known`], and when there is no such cgroup.
+    pub fn are_in_force(&self, cgroup: &Path) -> Result<bool, AttachError> {
+        let failed = |source| AttachError::Cgroup { path: cgroup.to_owned(), source };
+        let id = fs::metadata(cgroup).map_err(failed)?.ino();
+        for name in PROGRAMS.map(|(name, _)| link_name(name)) {
+            let Some(link) = self.pins.get_in_force(&name)? else { continue };
+            let failed = |source| PinError::Io { path: self.pins.path(&name), source };
+            if links::look(link.as_fd()).map_err(failed)?.cgroup == Some(id) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Attaches all programs to a cgroup: sockets that are created below it from then on are
@@ -222,7 +239,8 @@ impl Programs {
         let attached = self.attach_all(cgroup, &opened, id, &mut note).and_then(|()| {
             let pin =
                 |(name, program): (&&str, &LoadedProgram)| self.pins.put(name, program.fd.as_fd());
-            Ok(self.programs.iter().try_for_each(pin)?)
+            self.programs.iter().try_for_each(pin)?;
+            Ok(self.pins.begin()?)
         });
         if let Err(error) = attached {
             self.undo(changes);
@@ -265,7 +283,7 @@ impl Programs {
     fn link(&mut self, name: &'static str) -> Result<Option<OwnedFd>, AttachError> {
         match self.links.remove(name) {
             Some(link) => Ok(Some(link)),
-            None => Ok(self.pins.get(&link_name(name))?),
+            None => Ok(self.pins.get_in_force(&link_name(name))?),
         }
     }
 
@@ -278,19 +296,19 @@ impl Programs {
     ) -> Result<Option<Change>, AttachError> {
         let there = self.link(name)?;
         let program = self.program(name).map_err(&failed)?;
-        if let Some(link) = there {
+        if let Some(link) = &there {
             let known = links::look(link.as_fd()).map_err(&failed)?;
             if known.program == program.id {
                 self.pins.keep(&link_name(name), link.as_fd())?;
-                self.links.insert(name, link);
+                self.links.extend(there.map(|link| (name, link)));
                 return Ok(None);
             }
         }
         let link = links::trace(program.fd.as_fd()).map_err(&failed)?;
-        // What was there before ends here.
+        // What was there before ends when all others have been replaced, too.
         self.pins.put(&link_name(name), link.as_fd())?;
         self.links.insert(name, link);
-        Ok(Some(Change::Made))
+        Ok(Some(Change::Made(there)))
     }
 
     fn attach_one(
@@ -303,15 +321,15 @@ impl Programs {
     ) -> Result<Option<Change>, AttachError> {
         let there = self.link(name)?;
         let program = self.program(name).map_err(&failed)?;
-        if let Some(link) = there {
+        if let Some(link) = &there {
             let known = links::look(link.as_fd()).map_err(&failed)?;
             if known.cgroup == Some(id) {
+                self.pins.keep(&link_name(name), link.as_fd())?;
                 let same = known.program == program.id;
                 if !same {
                     links::update(link.as_fd(), program.fd.as_fd()).map_err(&failed)?;
                 }
-                self.pins.keep(&link_name(name), link.as_fd())?;
-                self.links.insert(name, link);
+                self.links.extend(there.map(|link| (name, link)));
                 return Ok((!same).then_some(Change::Updated));
             }
         }
@@ -319,7 +337,18 @@ impl Programs {
         let link = links::attach(program.fd.as_fd(), hook, cgroup.as_fd()).map_err(&failed)?;
         self.pins.put(&link_name(name), link.as_fd())?;
         self.links.insert(name, link);
-        Ok(Some(Change::Made))
+        Ok(Some(Change::Made(there)))
+    }
+
+    /// Programs that somebody else has put others in place of: the name of each, and the number of what is
+    /// attached instead.
+    pub fn replaced(&self) -> Vec<(&'static str, u32)> {
+        let other = |(name, link): (&&'static str, &OwnedFd)| {
+            let ours = self.programs.get(name)?.id;
+            let known = links::look(link.as_fd()).ok().filter(|known| known.cgroup.is_some())?;
+            (known.program != ours).then_some((*name, known.program))
+        };
+        self.links.iter().filter_map(other).collect()
     }
 
     fn program(&self, name: &str) -> io::Result<&LoadedProgram> {
@@ -328,21 +357,33 @@ impl Programs {
 
     /// Has what was attached before be so again, as far as there was something.
     fn undo(&mut self, changes: Vec<(&'static str, Change)>) {
+        // What is pinned of another version stays where it is, and this one's pins go.
+        let is_elsewhere = self.pins.former().is_some();
         for (name, change) in changes.into_iter().rev() {
-            let former = self.former.get(name);
-            match (change, self.links.get(name), former) {
+            let undone = match (change, self.links.get(name), self.former.get(name)) {
                 (Change::Updated, Some(link), Some(former)) => {
-                    if let Err(error) = links::update(link.as_fd(), former.fd.as_fd()) {
-                        tracing::warn!(program = name, %error, "its former program is not attached again");
-                    }
+                    links::update(link.as_fd(), former.fd.as_fd())
+                        .map_err(|error| error.to_string())
                 }
-                (Change::Made, Some(_), None) => {
+                // A former agent that ended while it replaced them has not pinned what it attached.
+                (Change::Updated, ..) => Err("nobody knows it any more".to_owned()),
+                (Change::Made(Some(former)), ..) if !is_elsewhere => {
+                    let put = self.pins.put(&link_name(name), former.as_fd());
+                    self.links.insert(name, former);
+                    put.map_err(|error| error.to_string())
+                }
+                (Change::Made(_), ..) => {
                     self.pins.remove(&link_name(name));
                     self.links.remove(name);
+                    Ok(())
                 }
-                // A tracer of this build does what that of the former one did.
-                _ => {}
+            };
+            if let Err(error) = undone {
+                tracing::warn!(program = name, "its former program is not attached again: {error}");
             }
+        }
+        if is_elsewhere {
+            return;
         }
         for (name, former) in &self.former {
             if let Err(error) = self.pins.put(name, former.fd.as_fd()) {
@@ -390,7 +431,7 @@ fn link_name(program: &str) -> String {
 pub fn known(pins: &PinDir) -> Result<Vec<u32>, PinError> {
     let mut ids: Vec<u32> = pinned(pins)?.values().map(|program| program.id).collect();
     for name in names().map(link_name) {
-        let Some(link) = pins.get(&name)? else { continue };
+        let Some(link) = pins.get_in_force(&name)? else { continue };
         let failed = |source| PinError::Io { path: pins.path(&name), source };
         ids.push(links::look(link.as_fd()).map_err(failed)?.program);
     }
@@ -413,11 +454,10 @@ pub fn cgroup(directory: &Path) -> Result<Option<u64>, PinError> {
 pub(super) fn pinned(pins: &PinDir) -> Result<BTreeMap<&'static str, LoadedProgram>, PinError> {
     let mut programs = BTreeMap::new();
     for name in names() {
-        let Some(fd) = pins.get(name)? else { continue };
-        // Between the two calls it may be removed.
-        if let Ok(info) = ProgramInfo::from_pin(pins.path(name)) {
-            programs.insert(name, LoadedProgram { fd, id: info.id() });
-        }
+        let Some(fd) = pins.get_in_force(name)? else { continue };
+        let id = links::program_id(fd.as_fd());
+        let id = id.map_err(|source| PinError::Io { path: pins.path(name), source })?;
+        programs.insert(name, LoadedProgram { fd, id });
     }
     Ok(programs)
 }
@@ -443,6 +483,11 @@ impl Attachment {
             attached: true,
         });
         hooked.chain(tracing).collect()
+    }
+
+    /// The programs and their hooks at the cgroup, by the kernel's numbers.
+    pub fn hooks(&self) -> Vec<(Hook, u32)> {
+        self.ids.iter().map(|&(_, hook, id)| (hook, id)).collect()
     }
 
     /// Whether all of them are attached now.

@@ -25,6 +25,8 @@ const WORDS: usize = size_of::<Flow>() / 8;
 /// All records.
 pub struct Records {
     flows: Chunks<[Word; WORDS]>,
+    /// For how many records `OVERFLOW` was made.
+    overflow_size: u32,
     overflow: HashMap<MapData, Elsewhere, [u64; WORDS]>,
     stats: Chunks<BackendStats>,
     counters: Mapped<Word>,
@@ -44,7 +46,6 @@ impl Records {
         let mut records = Self::look(maps, limits)?;
         let failed = |source| OpenError::Mapping { map: "FLOWS", source };
         records.flows.reach(1).map_err(failed)?;
-        records.resume().map_err(failed)?;
         Ok(records)
     }
 
@@ -56,25 +57,31 @@ impl Records {
     pub fn look(maps: &Opened, limits: Limits) -> Result<Self, OpenError> {
         Ok(Self {
             flows: Chunks::found(maps, "FLOWS", chunk::FLOWS, limits.records)?,
-            stats: Chunks::look(maps, "BACKEND_STATS", chunk::BACKENDS, limits.backends)?,
+            stats: Chunks::found(maps, "BACKEND_STATS", chunk::BACKENDS, limits.backends)?,
             counters: maps.mapped("COUNTERS")?,
             settings: maps.mapped("SETTINGS")?,
+            overflow_size: maps.entries("OVERFLOW")?,
             overflow: maps.typed("OVERFLOW", HashMap::try_from)?,
         })
     }
 
-    /// Goes on from what a former agent has told the programs, if there was one.
-    fn resume(&mut self) -> io::Result<()> {
+    /// Goes on from what a former agent has told the programs, if there was one. To be called before any are
+    /// attached where there are none, and after others were replaced, which may have been told something else.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says to more chunks.
+    pub fn resume(&mut self) -> io::Result<()> {
         let (told, there) = (self.places(), self.flows.size());
         if !told.is_of(there) {
             // Nothing was told yet, or somebody else has written there.
-            let whole = if there.is_power_of_two() { there } else { there.next_power_of_two() / 2 };
-            self.publish(Places::settled(whole));
+            self.publish(Places::settled(1 << there.ilog2()));
         } else if told.records() != u64::from(there) {
             // It ended while the table grew.
             self.flows.reach(self.flows.limit())?;
             let former = u32::try_from(told.records()).unwrap_or(there);
-            self.publish(Places::grown(former, self.flows.size()));
+            // The limit may be another one by now, and half of the chunks there.
+            self.publish(Places::grown(former, 1 << self.flows.size().ilog2()));
         }
         Ok(())
     }
@@ -105,10 +112,15 @@ impl Records {
     /// Whether the table should grow: it has not yet, and records found their place taken.
     #[must_use]
     pub fn is_crowded(&self) -> bool {
+        // Programs of another build may be attached still, and may have tables of their own.
+        let is_whole = self.settings.get(0).is_some_and(|settings| settings.programs.load() != 0);
         let overflowed = self.counters.get(counter::OVERFLOWED).map_or(0, Word::load);
         let size = self.flows.size();
         // Not while there are two places to look at already: the limit may have been raised since.
-        size < self.flows.limit() && !self.has_former() && overflowed > u64::from(size / CROWDED)
+        is_whole
+            && size < self.flows.limit()
+            && !self.has_former()
+            && overflowed > u64::from(size / CROWDED)
     }
 
     /// Makes the table as large as it may be: once, so that there are never more than two places to look
@@ -262,7 +274,7 @@ impl Records {
         };
         let number = |used| u32::try_from(used).unwrap_or(u32::MAX);
         let used = number((0..size).filter(in_use).count() as u64);
-        let overflow = Used { used: number(self.elsewhere()), size: self.flows.limit() };
+        let overflow = Used { used: number(self.elsewhere()), size: self.overflow_size };
         [Used { used, size }, overflow]
     }
 }

@@ -41,6 +41,8 @@ pub struct SourceState {
     /// Whether the source has been read completely at least once (errors in single items do not
     /// count against that).
     pub ready: bool,
+    /// Whether there is nothing at all in it: no file, for instance, not even one that defines nothing.
+    pub is_empty: bool,
     /// What is wrong now, each a complete sentence that names the place and what to do; what these
     /// concern keeps its last good state.
     pub errors: Vec<String>,

@@ -16,7 +16,6 @@ use tokio::sync::mpsc;
 use super::observed::dialled;
 use super::{Engine, journal};
 use crate::api::types::Event;
-use crate::compile;
 use crate::dataplane::clock;
 use crate::health::probe::{self, Failure};
 use crate::model::HealthCheck;
@@ -102,8 +101,8 @@ impl Engine {
         let Some(failure) = failure else { return };
         let Suspicion { backend, generation, address, frontend } = suspicion;
         let Some(service) = self.reconciler.owner(&frontend).cloned() else { return };
-        let entry = self.catalog.get(service.as_str());
-        let policy = compile::policy(entry.and_then(|entry| entry.service.ejection));
+        // The kernel's, not the catalog's: what happened while no agent ran is read before the sources are.
+        let policy = self.reconciler.rules(&service).policy;
         let maps = self.reconciler.maps();
         let Some(stats) = maps.stats(backend).filter(|stats| stats.is_life(generation)) else {
             return;
@@ -132,9 +131,8 @@ impl Engine {
     /// client.
     pub(super) fn make_room(&self, frontend: &FrontendKey) {
         let maps = self.reconciler.maps();
-        let owner = self.reconciler.owner(frontend);
-        let entry = owner.and_then(|owner| self.catalog.get(owner.as_str()));
-        let policy = compile::policy(entry.and_then(|entry| entry.service.ejection));
+        let Some(owner) = self.reconciler.owner(frontend) else { return };
+        let policy = self.reconciler.rules(owner).policy;
         let table = self.table(frontend);
         let slots = table.base()..table.base() + table.len();
         let out: u64 = slots.clone().map(|slot| maps.is_out(slot, Client::SEVERAL)).sum();

@@ -110,6 +110,9 @@ impl Engine {
         let DrainQuery { service, address, port, drain } = query;
         let name = ServiceName::new(service);
         let entry = self.catalog.get(service).ok_or_else(|| ViewError::no_service(service))?;
+        if let Some(why) = self.why_held(&name) {
+            return Err(ViewError::Unavailable(why));
+        }
         let place = (*address, *port);
         let meant: BTreeSet<SocketAddr> =
             targets(entry).filter(|target| is_at(*target, place)).collect();

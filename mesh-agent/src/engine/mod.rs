@@ -110,7 +110,9 @@ pub struct Engine {
     stale: Stale,
     /// What the last canary found: nothing before the first one came back, or could not be sent.
     proof: Proof,
-    /// Where it is answered, if any is sent.
+    /// Programs of others that run before this agent's.
+    rivals: Vec<String>,
+    /// Where it is answered, if the agent could listen when it began.
     canary: Option<SocketAddr>,
     /// Resolved once every source has been heard.
     all_heard: Option<oneshot::Sender<()>>,
@@ -138,7 +140,7 @@ pub struct Watchers {
     pub units: watch::Sender<bool>,
     /// What is known of those.
     pub unit_keys: Keys,
-    /// Where a canary is answered, if any is sent.
+    /// Where a canary is answered, if one can be sent.
     pub canary: Option<SocketAddr>,
 }
 
@@ -181,7 +183,10 @@ impl Engine {
             health: HashMap::new(),
             drains: Drains::default(),
             monitor,
-            stale: Stale::new(&reconciler),
+            stale: match reconciler.maps().is_view() {
+                true => Stale::default(),
+                false => Stale::new(&reconciler, &config.sources),
+            },
             reconciler,
             problems: BTreeMap::new(),
             trouble: None,
@@ -205,6 +210,7 @@ impl Engine {
             suspects: HashMap::new(),
             all_heard: Some(all_heard),
             proof: Proof::default(),
+            rivals: Vec::new(),
             canary,
             opinions: Opinions::new(),
             removed: Removed::new(),
@@ -222,7 +228,12 @@ impl Engine {
         cancel: CancellationToken,
     ) {
         let (mut events, mut findings) = (Vec::new(), Vec::new());
-        self.hold_canary();
+        let looks = self.reconciler.maps().is_view();
+        if !looks {
+            self.begin_proof();
+            // Without any source, all has been heard.
+            self.settle();
+        }
         self.tell_all_heard();
         loop {
             tokio::select! {
@@ -247,27 +258,34 @@ impl Engine {
                 () = self.grace_pause.over() => {}
                 Some(batch) = inputs.observed.recv() => self.take_observed(batch),
             }
-            self.start_grace();
+            if !looks {
+                self.start_grace();
+            }
         }
     }
 
     // === inputs ===
 
     fn take_events(&mut self, events: impl Iterator<Item = Event>) {
-        let mut changed = BTreeSet::new();
+        let (mut changed, mut answered) = (BTreeSet::new(), false);
         for event in events {
             match event {
                 Event::Changed { upserts, removed } => {
                     changed.extend(self.catalog.apply(upserts, removed));
                 }
-                Event::State(state) => self.take_source(state),
+                Event::State(state) => {
+                    self.take_source(state);
+                    answered = true;
+                }
             }
         }
         self.spread.follow(&changed, &self.catalog);
         let changed = self.spread.with_dependents(changed);
         self.note_definitions(&changed);
         self.update(changed);
-        self.settle();
+        if answered || self.has_shrunk() {
+            self.settle();
+        }
         self.tell_all_heard();
     }
 

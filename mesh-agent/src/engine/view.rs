@@ -87,6 +87,11 @@ impl Handle {
         let _ = self.ask(set).await;
     }
 
+    /// Not every source has answered in time.
+    pub async fn gather_no_more(&self) {
+        let _ = self.ask(Engine::gather_no_more).await;
+    }
+
     /// Tells the engine why what was attached cannot be attached again.
     pub async fn set_lost(&self, error: String) {
         let _ = self.ask(move |engine| engine.lost = Some(error)).await;
@@ -157,6 +162,10 @@ impl View for Handle {
         self.ask(move |engine| engine.drain(&query)).await?
     }
 
+    async fn forget(&self, service: Option<String>) -> Result<Vec<String>, ViewError> {
+        self.ask(move |engine| engine.forget(service.as_deref())).await?
+    }
+
     async fn explain(&self, query: ExplainQuery) -> Result<types::Explanation, ViewError> {
         let ExplainQuery { address, protocol, from } = query;
         let client = match from {
@@ -204,7 +213,7 @@ impl Engine {
         });
         let problems = self.problems.get(name).into_iter().flatten();
         let notes = self.notes.get(name).into_iter().flatten();
-        let held = self.stale.note(name).map(str::to_owned);
+        let held = self.stale.notes(name);
         types::Service {
             name: name.to_string(),
             source: entry.map_or_else(String::new, |entry| entry.origin.item.to_string()),
@@ -376,7 +385,7 @@ impl Engine {
             });
         }
         if attached {
-            reasons.extend(self.proof.reason());
+            reasons.extend(self.doubts());
         }
         reasons.extend(self.stale.reason());
         reasons.extend(self.trouble.clone());
@@ -430,7 +439,7 @@ impl Engine {
             ("BACKENDS", used.backends, size.backends, max.backends),
             ("VIRTUAL_IPS", used.virtual_ips, size.virtual_ips, max.virtual_ips),
             ("FLOWS", flows.used, flows.size, limits.records),
-            ("OVERFLOW", overflow.used, overflow.size, limits.records),
+            ("OVERFLOW", overflow.used, overflow.size, overflow.size),
             ("AFFINITY", pinned, limits.pins, limits.pins),
         ]
         .map(|(name, used, size, max)| types::Map {

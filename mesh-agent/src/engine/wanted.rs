@@ -46,10 +46,11 @@ pub(super) struct Health {
 impl Engine {
     /// Compiles these services and has the kernel hold them.
     pub(super) fn update(&mut self, names: BTreeSet<ServiceName>) {
+        let names = self.spread.with_dependents(names);
+        let names = self.without_held(names);
         if names.is_empty() {
             return;
         }
-        let names = self.spread.with_dependents(names);
         let many = names.len() >= MANY;
         // Before any is compiled: one may fall back to another.
         for name in &names {
@@ -59,7 +60,8 @@ impl Engine {
             let tables = self.compile(&name);
             (name, Arc::new(tables))
         });
-        let wanted = compiled.collect();
+        let wanted: Vec<_> = compiled.collect();
+        self.are_followed(wanted.iter().map(|(name, _)| name));
         let outcome = self.reconciler.apply(wanted);
         self.note(outcome);
         self.take_let_go();
@@ -88,12 +90,18 @@ impl Engine {
         let timeout = entry.service.drain_timeout;
         let found = self.found(name);
         self.drains.adopt(name, entry, &found);
+        if !found.is_empty() {
+            let groups = self.groups_found(name, entry);
+            self.spread.groups.insert(name.clone(), groups);
+        }
         let health = self.health.entry(name.clone()).or_default();
         health.follow(name, entry, &found, &self.monitor, &mut self.life);
         self.removed.follow(name, timeout);
     }
 
     fn compile(&mut self, name: &ServiceName) -> Tables {
+        let owned = self.catalog.get(name.as_str()).map(keys).unwrap_or_default();
+        let frontends = self.unblocked(name, owned);
         let Some(entry) = self.catalog.get(name.as_str()) else { return Tables::default() };
         let service = &entry.service;
         if service.algorithm == Algorithm::HashUnit {
@@ -135,7 +143,6 @@ impl Engine {
             Condition { state, is_out: out.contains(&address), ramp, by_command }
         };
         let none = BTreeMap::new();
-        let frontends = keys(entry);
         let input = Input {
             service,
             frontends: &frontends,
@@ -146,6 +153,7 @@ impl Engine {
                 tick: clock::tick(),
             },
             before: self.spread.groups.get(name).unwrap_or(&none),
+            source: self.stale.key(entry.origin.source),
         };
         let tables = compile::compile(input, |of, address| condition(&of.name, address));
         let service = Arc::clone(service);

@@ -1,7 +1,7 @@
 //! The first process of a test kernel: starts the agent and asserts that it balances there.
 //!
 //! `cargo xtask kernels` boots it from an initial ram disk that holds this program as `/init` and
-//! the agent as `/bin/mesh-agent`, both static, and nothing else. It prints a line for each
+//! the agent as `/bin/mesh-agent`, with one of another map layout beside it, all static, and nothing else. It prints a line for each
 //! assertion (`ok …` or `FAILED …`), `kernel-init: passed` at the end when all of them held, and
 //! powers the machine off in any case. There is no route but loopback, so an answer through a
 //! service address can only come from the kernel programs.
@@ -22,6 +22,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 const AGENT: &str = "/bin/mesh-agent";
+/// One of another map layout.
+const OTHER_AGENT: &str = "/bin/mesh-agent-other";
 const SOCKET: &str = "/run/mesh/agent.sock";
 const CONFIG: &str = "/etc/mesh/agent.yaml";
 const SERVICES: &str = "/etc/mesh/services.d";
@@ -130,6 +132,20 @@ fn run() -> Result<()> {
     ensure!(status["counters"]["map_writes"] == 0, "{}", status["counters"]);
     ok("the next agent takes it over, and writes nothing");
     expect_all("and it is balanced still", "10.96.0.10:80", &all)?;
+
+    for (binary, assertion) in [
+        (OTHER_AGENT, "an agent of another map layout takes it over, and writes nothing"),
+        (AGENT, "and the first one again"),
+    ] {
+        stop(&mut agent)?;
+        agent = start(binary)?;
+        wait_ready(&mut agent)?;
+        let status = ask_agent(&["-o", "json", "status"])?;
+        ensure!(status["counters"]["map_writes"] == 0, "{}", status["counters"]);
+        ok(assertion);
+        expect_all("it is balanced still", "10.96.0.10:80", &all)?;
+        expect_all("and datagrams", "udp/[fd00:96::10]:53", &SERVERS_6.map(|(name, _)| name))?;
+    }
     agent.kill().and_then(|()| agent.wait()).context("killing the agent")?;
     expect_all("also when that is killed", "10.96.0.10:80", &all)?;
     ask_agent(&["-o", "json", "cleanup"])?;
@@ -197,11 +213,15 @@ fn serve(name: &'static str, address: &str) -> Result<()> {
 // === the agent ===
 
 fn start_agent() -> Result<Child> {
-    Command::new(AGENT)
+    start(AGENT)
+}
+
+fn start(binary: &str) -> Result<Child> {
+    Command::new(binary)
         .args(["--socket", SOCKET, "run", "--config", CONFIG, "--cgroup", CGROUP])
         .stdin(Stdio::null())
         .spawn()
-        .with_context(|| format!("starting {AGENT}"))
+        .with_context(|| format!("starting {binary}"))
 }
 
 fn wait_ready(agent: &mut Child) -> Result<()> {

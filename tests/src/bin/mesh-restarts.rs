@@ -54,10 +54,11 @@ fn run(arguments: &Restarts) -> Result<()> {
 }
 
 fn print(report: &Report) {
-    let Report { killed, terminated, other_build, storm, long, .. } = report;
+    let Report { killed, terminated, other_build, other_layout, storm, long, .. } = report;
     println!("agents killed at any moment     {killed:>10}");
     println!("agents told to end              {terminated:>10}");
     println!("of these, of another build      {other_build:>10}");
+    println!("of these, of another layout     {other_layout:>10}");
     println!("ready, with the same programs   {}", times(&report.ready_same));
     println!("ready, with others              {}", times(&report.ready_other));
     println!("connects meanwhile              {:>10}", storm.connects);

@@ -2,10 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::net::SocketAddrV4;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_info, bpf_stats_type};
+use aya_obj::generated::{
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_info, bpf_prog_type, bpf_stats_type,
+};
 
 /// A program, wherever it is attached.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -133,6 +136,77 @@ pub fn program(id: u32) -> io::Result<Attached> {
         run_count: info.run_cnt,
         misses: info.recursion_misses,
     })
+}
+
+/// A program of somebody else at the hook of `connect()` of IPv4 sockets.
+#[derive(Debug)]
+pub struct Stranger(OwnedFd);
+
+impl Stranger {
+    /// One that leaves everything as it is, or sends every connect there.
+    ///
+    /// # Errors
+    ///
+    /// Those of bpf(2).
+    pub fn load(to: Option<SocketAddrV4>) -> io::Result<Self> {
+        const MOVE: u64 = 0xb7;
+        const STORE: u64 = 0x63;
+        const EXIT: u64 = 0x95;
+        // Fields of `struct bpf_sock_addr`.
+        const IP: u64 = 4;
+        const PORT: u64 = 24;
+        let value = |register: u64, value: u32| MOVE | register << 8 | u64::from(value) << 32;
+        // Register 1 points to the structure.
+        let store = |register: u64, field: u64| STORE | (1 | register << 4) << 8 | field << 16;
+        let mut instructions = Vec::new();
+        if let Some(to) = to {
+            let ip = u32::from_ne_bytes(to.ip().octets());
+            instructions.extend([value(2, ip), store(2, IP)]);
+            instructions.extend([value(2, to.port().to_be().into()), store(2, PORT)]);
+        }
+        instructions.extend([value(0, 1), EXIT]);
+        let mut attr = empty();
+        // SAFETY: an all-zero union is valid for each of its members.
+        let load = unsafe { &mut attr.__bindgen_anon_3 };
+        load.prog_type = bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR as u32;
+        load.expected_attach_type = bpf_attach_type::BPF_CGROUP_INET4_CONNECT as u32;
+        load.insns = instructions.as_ptr() as u64;
+        load.insn_cnt = u32::try_from(instructions.len()).map_err(io::Error::other)?;
+        load.license = c"GPL".as_ptr() as u64;
+        let name = b"stranger".map(u8::cast_signed);
+        load.prog_name[..name.len()].copy_from_slice(&name);
+        let fd = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr)?;
+        // SAFETY: a new descriptor that the kernel has just handed out, owned by nobody else.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Attaches it to a cgroup, beside those that are there, until the link is closed.
+    ///
+    /// # Errors
+    ///
+    /// Those of bpf(2), and of opening the directory.
+    pub fn attach(&self, cgroup: &Path) -> io::Result<OwnedFd> {
+        let cgroup = File::open(cgroup)?;
+        let mut attr = empty();
+        attr.link_create.__bindgen_anon_1.prog_fd = self.0.as_raw_fd().cast_unsigned();
+        attr.link_create.__bindgen_anon_2.target_fd = cgroup.as_raw_fd().cast_unsigned();
+        attr.link_create.attach_type = bpf_attach_type::BPF_CGROUP_INET4_CONNECT as u32;
+        let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
+        // SAFETY: a new descriptor that the kernel has just handed out, owned by nobody else.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Puts it in place of the program of a link.
+    ///
+    /// # Errors
+    ///
+    /// Those of bpf(2).
+    pub fn replace(&self, link: BorrowedFd<'_>) -> io::Result<()> {
+        let mut attr = empty();
+        attr.link_update.link_fd = link.as_raw_fd().cast_unsigned();
+        attr.link_update.__bindgen_anon_1.new_prog_fd = self.0.as_raw_fd().cast_unsigned();
+        bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
+    }
 }
 
 /// While it exists, the kernel measures every BPF program of the machine. Bound to a descriptor,

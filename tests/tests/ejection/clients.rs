@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::mortal::Pace;
 use mesh_tests::mortal::storm::Trial;
 use mesh_tests::node::Namespace;
+use mesh_tests::process::{LIMIT, until};
 
 use crate::scene::{Scene, ip, nft, wait};
 
@@ -113,5 +114,43 @@ fn two_clients_that_agree_eject_for_all() -> Result<()> {
     let later: Vec<_> =
         trials.into_iter().filter(|trial| trial.start > found + 50_000_000).collect();
     ensure_even(&later)?;
+    scene.control()
+}
+
+/// What the kernel finds while no agent runs, the next one reads before its service files: it goes by the
+/// rules that are in force, and lets nobody in again that is out for one client.
+#[test]
+fn the_next_agent_goes_by_the_rules_in_force() -> Result<()> {
+    let steady = "{failures: 1, base: 60s, max: 60s, share: 50%}";
+    let mut scene = Scene::local(&["a", "b", "c", "d"], steady)?;
+    scene.node.agent.stop()?;
+    scene.node.agent.stays = true;
+    scene.node.agent.start()?;
+    scene.node.agent.kill()?;
+    let node = scene.node.namespace();
+    let connect = |scene: &Scene, client: &str| -> Result<Vec<Trial>> {
+        let pace = Pace { threads: 1, pause: 500, times: 200, ..Pace::BRISK };
+        scene.storm_in(&node, client, pace)?.wait()
+    };
+    // Two clients agree about c, and one knows of b.
+    scene.backend("c")?.close()?;
+    for client in ["one", "other"] {
+        ensure!(errors(&connect(&scene, client)?) == 1, "{client} of c");
+    }
+    scene.backend("b")?.close()?;
+    ensure!(errors(&connect(&scene, "one")?) == 1, "one of b");
+
+    scene.node.agent.start()?;
+    until("both to be out for all", LIMIT, || {
+        let out = |place| Ok::<_, anyhow::Error>(scene.standing(place)?.state == "ejected");
+        Ok((out("10.0.0.2:8080")? && out("10.0.0.3:8080")?).then_some(()))
+    })?;
+    for client in ["one", "other"] {
+        let trials = connect(&scene, client)?;
+        ensure!(errors(&trials) == 0, "{client}: {} failed", errors(&trials));
+    }
+    scene.node.agent.stop()?;
+    scene.node.agent.stays = false;
+    scene.node.agent.start()?;
     scene.control()
 }

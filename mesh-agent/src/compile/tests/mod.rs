@@ -58,6 +58,7 @@ fn compiled(service: &Service, state: impl Fn(SocketAddr) -> State) -> Tables {
         fallback: None,
         here: Here::default(),
         before: &BTreeMap::new(),
+        source: 0,
     };
     compile(input, |_, address| Condition::settled(state(address)))
 }

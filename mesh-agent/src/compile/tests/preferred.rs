@@ -50,6 +50,7 @@ fn weights(
         fallback: fallback.as_ref(),
         here: Here { node: "here", zone: Some("near"), tick: 4_000_000 },
         before: &before,
+        source: 0,
     };
     let condition = |_: &Service, address: SocketAddr| {
         ends.iter().find(|end| end.0 == octet(address)).map_or(DOWN, |end| end.5)

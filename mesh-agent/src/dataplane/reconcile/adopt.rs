@@ -63,6 +63,7 @@ impl<M: Contents> Reconciler<M> {
         for key in &wrong {
             this.maps.remove_frontend(key)?;
         }
+        this.retire_others()?;
         this.adopt_addresses()?;
         this.leave(nobodys);
         for (name, held) in &mut this.services {
@@ -173,6 +174,17 @@ impl<M: Contents> Reconciler<M> {
         };
         self.frontends.insert(key, held);
         Ok(true)
+    }
+
+    /// Retires records that no entry names: the former agent ended between the two.
+    fn retire_others(&mut self) -> Result<(), MapError> {
+        let named: HashSet<u32> = self.frontends.values().map(|held| held.index).collect();
+        for index in (0..self.maps.there(Kind::Services)).filter(|index| !named.contains(index)) {
+            if self.maps.service(index).is_some_and(|record| record.generation != 0) {
+                self.maps.retire_service(index)?;
+            }
+        }
+        Ok(())
     }
 
     /// Sees to it that each address that is used has its entry; those that are not are to be removed.

@@ -367,7 +367,8 @@ impl<M: Maps> Reconciler<M> {
         let maps = &mut self.maps;
         let reach = |index| maps.reach(Kind::Services, index + 1) > index;
         let Some(index) = self.records.take(reach) else { return Ok(None) };
-        self.last.service += 1;
+        // 0 says that a record is nobody's. Only somebody else can have written so high a number.
+        self.last.service = self.last.service.wrapping_add(1).max(1);
         self.maps.note_generations(self.last);
         let generation = self.last.service;
         let frontend = Frontend { key, generation, table, rules, owner: owner.id };

@@ -187,8 +187,7 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// The maps, for the agent that comes after this one.
-    #[cfg(test)]
-    fn into_maps(self) -> M {
+    pub fn into_maps(self) -> M {
         self.maps
     }
 
@@ -240,6 +239,11 @@ impl<M: Maps> Reconciler<M> {
         self.services.keys()
     }
 
+    /// Which source a service was of when the kernel was last told ([`Tables::source`]).
+    pub fn source(&self, name: &ServiceName) -> u64 {
+        self.names.source(name)
+    }
+
     /// Which backend of a service this id is, if it still is the one with this generation.
     pub fn backend(&self, name: &ServiceName, id: u32, generation: u32) -> Option<BackendKey> {
         let mut backends = self.services.get(name)?.backends.iter();
@@ -283,11 +287,12 @@ impl<M: Maps> Reconciler<M> {
             let mut problems = Vec::new();
             // Of what holds nothing, and is to hold nothing, nobody asks.
             let is_any = !tables.is_empty() || self.services.contains_key(name);
-            let id = if is_any { self.names.take(&mut self.maps, name) } else { Ok(UNNAMED) };
-            let id = id.unwrap_or_else(|problem| {
-                problems.push(problem);
-                UNNAMED
-            });
+            let source = if tables.is_empty() { self.names.source(name) } else { tables.source };
+            let (id, problem) = match is_any {
+                true => self.names.take(&mut self.maps, name, source),
+                false => (UNNAMED, None),
+            };
+            problems.extend(problem);
             let mut held = self.services.remove(name).unwrap_or_default();
             self.hold(Owner { name, id }, &mut held, tables, &mut problems);
             self.services.insert(name.clone(), held);
@@ -412,7 +417,7 @@ impl<M: Maps> Reconciler<M> {
         self.clearing.retain(|&id| {
             let cleared = maps.write_backend(id, &Backend::default()).is_ok();
             if cleared {
-                self.gone_opened += maps.opened(id);
+                self.gone_opened = self.gone_opened.wrapping_add(maps.opened(id));
                 maps.note_gone(self.gone_opened);
                 self.going.remove(&id);
                 ids.give(id);
@@ -427,7 +432,8 @@ impl<M: Maps> Reconciler<M> {
         let going = self.going.keys().map(|&id| self.maps.opened(id));
         let held = self.services.values().flat_map(|held| held.backends.values());
         let held = held.map(|backend| self.maps.opened(backend.id));
-        self.gone_opened + held.chain(going).sum::<u64>()
+        // What was found in the maps may be anything.
+        held.chain(going).fold(self.gone_opened, u64::wrapping_add)
     }
 
     /// Connects to a frontend that were refused, by reason.

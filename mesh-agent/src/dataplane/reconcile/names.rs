@@ -20,7 +20,8 @@ pub const UNNAMED: u32 = u32::MAX;
 pub struct Names {
     limit: u32,
     ids: IdPool,
-    of: HashMap<ServiceName, u32>,
+    /// With the source that it is noted to be of.
+    of: HashMap<ServiceName, (u32, u64)>,
     /// Records of nobody that are still to be cleared.
     clearing: Vec<u32>,
 }
@@ -39,7 +40,7 @@ impl Names {
             used.push(index);
             match record.get().map(ServiceName::new) {
                 Some(name) if !names.of.contains_key(&name) => {
-                    names.of.insert(name, index);
+                    names.of.insert(name, (index, record.source));
                 }
                 _ => names.clearing.push(index),
             }
@@ -50,33 +51,49 @@ impl Names {
 
     /// All names, by their records.
     pub fn by_index(&self) -> HashMap<u32, ServiceName> {
-        self.of.iter().map(|(name, &index)| (index, name.clone())).collect()
+        self.of.iter().map(|(name, &(index, _))| (index, name.clone())).collect()
     }
 
-    /// The record of a service, which is made if there is none.
+    /// Which source a service is noted to be of.
+    pub fn source(&self, name: &ServiceName) -> u64 {
+        self.of.get(name).map_or(0, |&(_, source)| source)
+    }
+
+    /// The record of a service of this source, which is made if there is none.
     ///
-    /// # Errors
-    ///
-    /// When there is no room, or it cannot be written.
-    pub fn take<M: Maps>(&mut self, maps: &mut M, name: &ServiceName) -> Result<u32, Problem> {
-        if let Some(&index) = self.of.get(name) {
-            return Ok(index);
+    /// With what was in the way: no room, or it cannot be written. Then it is [`UNNAMED`], or noted to be of
+    /// another source still.
+    pub fn take<M: Maps>(
+        &mut self,
+        maps: &mut M,
+        name: &ServiceName,
+        source: u64,
+    ) -> (u32, Option<Problem>) {
+        let known = self.of.get(name).copied();
+        if let Some((index, _)) = known.filter(|&(_, known)| known == source) {
+            return (index, None);
         }
-        let unnamed = Problem::Unnamed { limit: self.limit };
-        let Some(record) = Name::new(name.as_str()) else { return Err(unnamed) };
+        let unnamed = (UNNAMED, Some(Problem::Unnamed { limit: self.limit }));
+        let Some(record) = Name::new(name.as_str(), source) else { return unnamed };
         let reach = |index| maps.reach(Kind::Names, index + 1) > index;
-        let Some(index) = self.ids.take(reach) else { return Err(unnamed) };
-        if let Err(error) = maps.write_name(index, &record) {
-            self.ids.give(index);
-            return Err(error.into());
+        let index = known.map(|(index, _)| index).or_else(|| self.ids.take(reach));
+        let Some(index) = index else { return unnamed };
+        match maps.write_name(index, &record) {
+            Ok(()) => {
+                self.of.insert(name.clone(), (index, source));
+                (index, None)
+            }
+            Err(error) if known.is_some() => (index, Some(error.into())),
+            Err(error) => {
+                self.ids.give(index);
+                (UNNAMED, Some(error.into()))
+            }
         }
-        self.of.insert(name.clone(), index);
-        Ok(index)
     }
 
     /// Nothing is a service's any more.
     pub fn give(&mut self, name: &ServiceName) {
-        self.clearing.extend(self.of.remove(name));
+        self.clearing.extend(self.of.remove(name).map(|(index, _)| index));
     }
 
     /// Clears the records of those.

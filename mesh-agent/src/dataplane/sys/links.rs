@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_prog_info};
 
 use super::attached::Hook;
 use super::call::{arguments, bpf, descriptor};
@@ -106,6 +106,24 @@ pub fn look(link: BorrowedFd<'_>) -> io::Result<Link> {
     // SAFETY: a union of integers, for which all that can be there is a value.
     let cgroup = unsafe { info.__bindgen_anon_1.cgroup.cgroup_id };
     Ok(Link { program: info.prog_id, cgroup: Some(cgroup).filter(|&id| on_cgroup && id != 0) })
+}
+
+/// The kernel's number for a program, which it must be: of other objects the kernel tells other things.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: a structure of plain integers, for which all zero is a value.
+    let mut info = unsafe { std::mem::zeroed::<bpf_prog_info>() };
+    let mut attr: bpf_attr = arguments();
+    attr.info.bpf_fd = number(program)?;
+    attr.info.info = (&raw mut info) as u64;
+    attr.info.info_len = u32::try_from(size_of::<bpf_prog_info>()).map_err(io::Error::other)?;
+    // SAFETY: the command writes at most as many bytes as `info` has, which outlives the call, and nothing
+    // else, since all that it says where to write is zero.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info.id)
 }
 
 fn number(fd: BorrowedFd<'_>) -> io::Result<u32> {

@@ -5,10 +5,12 @@
 pub mod attached;
 mod call;
 mod chunks;
+mod elements;
 pub mod heap;
 pub mod links;
 mod mapped;
 pub mod netns;
 
 pub use chunks::set_maps;
+pub use elements::Elements;
 pub use mapped::{Flat, Mapped};

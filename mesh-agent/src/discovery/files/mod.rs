@@ -33,6 +33,7 @@ use self::directory::{Identity, Loaded, Survey};
 use self::schedule::{Schedule, Trust};
 use self::watch::{Ear, Signal, Watch};
 use super::{Event, SourceState};
+use crate::config::Source;
 
 /// How often the directory is read although nothing was heard: network file systems, an overflow,
 /// a directory that was mounted over.
@@ -103,8 +104,9 @@ impl Files {
         events: mpsc::Sender<Event>,
         rescan: Duration,
     ) -> Self {
-        let name = format!("files {}", directory.display());
-        let state = SourceState { source, name, ready: false, errors: Vec::new() };
+        let name = Source::Files { directory: directory.clone() }.name();
+        let (ready, is_empty) = (false, true);
+        let state = SourceState { source, name, ready, is_empty, errors: Vec::new() };
         Self {
             definitions: Definitions::new(source, &directory),
             directory: directory.into(),
@@ -191,6 +193,8 @@ impl Files {
             }
         }
         self.load(whole).await?;
+        // What had to wait at the first listing may have been read meanwhile, because it was heard to be whole.
+        self.ready |= !self.schedule.is_looking();
         match scan {
             Some(trust) => self.scan(trust).await,
             None => Ok(()),
@@ -352,7 +356,9 @@ impl Files {
         let place = self.directory.display().to_string();
         let trouble = self.trouble.iter().map(|trouble| format!("{place}: {trouble}"));
         let errors: Vec<String> = trouble.chain(self.definitions.errors()).collect();
-        if errors == self.state.errors && self.ready == self.state.ready {
+        let is_empty = self.definitions.is_empty();
+        let before = &self.state;
+        if errors == before.errors && self.ready == before.ready && is_empty == before.is_empty {
             return Ok(());
         }
         let known: HashSet<_> = self.state.errors.iter().collect();
@@ -364,6 +370,7 @@ impl Files {
         }
         self.state.errors = errors;
         self.state.ready = self.ready;
+        self.state.is_empty = is_empty;
         self.events.send(Event::State(self.state.clone())).await.map_err(|_| Closed)
     }
 

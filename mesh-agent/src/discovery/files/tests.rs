@@ -155,6 +155,28 @@ async fn a_directory_is_read_completely_before_it_is_ready() {
     assert_eq!(bench.state.as_ref().map(|state| (state.source, &state.name)), Some((3, &name)));
 }
 
+/// Fresh files wait until they are still; what is heard of meanwhile waits no longer, also when it never is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_goes_on_changing_is_no_reason_to_wait() {
+    // No regular listing comes to help.
+    let mut bench = Bench::on(PATIENCE * 10, |directory| {
+        fs::create_dir(directory).expect("created");
+        fs::write(directory.join("x.yaml"), file(&[("a", 1)])).expect("written");
+    });
+    let started = Instant::now();
+    for port in (1..1_000).cycle() {
+        bench.replace("x.yaml", &file(&[("a", port)]));
+        if let Ok(event) = timeout(Duration::from_millis(10), bench.events.recv()).await {
+            bench.take(event.expect("the source runs"));
+        }
+        if bench.state.as_ref().is_some_and(|state| state.ready) {
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "not ready, and nothing is in the way");
+    }
+    assert!(bench.ports.contains_key("x.yaml/a"), "{:?}", bench.ports);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn replacing_by_rename_applies_at_once() {
     let mut bench = Bench::with(&[("x.yaml", &file(&[("a", 1), ("gone", 2)]))]).await;

@@ -7,7 +7,9 @@ mod connect;
 mod machine;
 mod output;
 mod peers;
+mod prober;
 mod remote;
+mod restart;
 mod scene;
 mod timeline;
 mod traffic;
@@ -56,13 +58,21 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// How long an agent that was killed takes until it is ready again, with 10,000 services; and how
+    /// long a change of endpoints waits while one agent follows another, of the same build or of another.
+    Restart {
+        #[command(flatten)]
+        options: restart::Options,
+        #[command(flatten)]
+        output: Output,
+    },
     /// What `traffic` runs to answer.
     #[command(hide = true)]
     Backend,
     /// What `traffic` runs to ask.
     #[command(hide = true)]
     Client(traffic::ClientArguments),
-    /// What `update` runs to notice a change.
+    /// What `update` and `restart` run to notice a change.
     #[command(hide = true)]
     Prober,
     /// What `connect` runs to connect.
@@ -77,7 +87,8 @@ fn main() -> ExitCode {
         Command::Backend => traffic::serve_backends(),
         Command::Client(arguments) => traffic::serve_client(&arguments),
         Command::Update { options, output } => update::run(&options, output),
-        Command::Prober => update::serve(),
+        Command::Restart { options, output } => restart::run(&options, output),
+        Command::Prober => prober::serve(),
         Command::Worker(arguments) => connect::serve(&arguments),
     };
     match result {

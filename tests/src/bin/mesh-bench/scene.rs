@@ -11,6 +11,9 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Where the backends of all services listen.
 pub const BACKENDS: [&str; 3] = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
+/// Addresses of endpoints besides the backends'.
+const MORE: [&str; 7] =
+    ["10.0.0.4", "10.0.0.5", "10.0.0.6", "10.0.0.7", "10.0.0.8", "10.0.0.9", "10.0.0.10"];
 /// The port of all services.
 pub const PORT: u16 = 80;
 /// The port of the backends of services.
@@ -53,6 +56,11 @@ pub fn service<'a>(number: u32, endpoints: impl IntoIterator<Item = &'a str>) ->
     let service =
         Service::new(&format!("s{number}")).address(&address(number)).port(PORT, TARGET_PORT);
     endpoints.into_iter().fold(service, Service::endpoint)
+}
+
+/// The addresses of ten endpoints.
+pub fn ten() -> impl Iterator<Item = &'static str> {
+    BACKENDS.into_iter().chain(MORE)
 }
 
 /// Service files of so many services, each with its name.

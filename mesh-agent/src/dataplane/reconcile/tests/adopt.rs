@@ -131,7 +131,7 @@ fn spoiled() -> impl Strategy<Value = Spoiled> {
         (any::<u32>(), 0u64..40).prop_map(|(place, life)| Spoiled::Life(place % 40, life)),
         (any::<u32>(), prop::collection::vec(any::<char>(), 0..20)).prop_map(|(place, text)| {
             let text: String = text.into_iter().collect();
-            Spoiled::Name(place % 8, Name::new(&text).unwrap_or(Name::NONE))
+            Spoiled::Name(place % 8, Name::new(&text, 0).unwrap_or(Name::NONE))
         }),
     ]
 }
@@ -170,6 +170,24 @@ fn what_is_not_wanted_yet_stays() {
     let memory = &second.maps().maps;
     assert_eq!(answers(memory, &frontend(1)), Ok(BTreeSet::from([address(1)])));
     assert_eq!(answers(memory, &frontend(2)), Ok(BTreeSet::from([address(3)])));
+}
+
+/// However high somebody has written them, numbers go on, and 0 is none of them.
+#[test]
+fn numbers_at_their_end() {
+    let mut first = Reconciler::new(Memory::new(ROOMY));
+    first.apply(vec![(name(1), tables(&[1], &[1]))]);
+    let mut memory = first.into_maps();
+    memory.spoil(Spoiled::Noted(Generations { service: u64::MAX, backend: u32::MAX }));
+    memory.spoil(Spoiled::Gone(u64::MAX));
+    (0..ROOMY.backends).for_each(|id| memory.spoil(Spoiled::Opened(id, u64::MAX)));
+    let (mut second, ..) = adopted(memory);
+    second.apply(vec![(name(1), Arc::default()), (name(2), tables(&[2], &[2]))]);
+    finish(&mut second);
+    assert_eq!(second.last(), Generations { service: 1, backend: 1 });
+    assert_eq!(second.opened(), u64::MAX.wrapping_add(u64::MAX));
+    let memory = &second.maps().maps;
+    assert_eq!(answers(memory, &frontend(2)), Ok(BTreeSet::from([address(2)])));
 }
 
 proptest! {

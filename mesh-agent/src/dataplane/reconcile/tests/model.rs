@@ -177,6 +177,7 @@ impl Model {
             fallback: other.as_ref(),
             here: Here { node: "here", zone: Some("near"), tick: 4_000_000 },
             before: &before,
+            source: 0,
         };
         compile::compile(input, condition)
     }

@@ -2,7 +2,6 @@
 //! connect that sees it. And how long, and how much memory, many services take.
 
 mod memory;
-mod prober;
 mod report;
 
 use std::iter;
@@ -14,13 +13,11 @@ use mesh_tests::{Agent, Node, Service, process};
 use serde::Serialize;
 use serde::de::IgnoredAny;
 
-pub use self::prober::serve;
-
 use self::memory::Memory;
-use self::prober::{Prober, Took};
 use self::report::{Changes, Empty, Load, Report};
 use crate::machine::Machine;
 use crate::output::{Output, Progress};
+use crate::prober::{Prober, Took};
 use crate::scene::{self, BACKENDS};
 
 /// What people choose.
@@ -56,9 +53,6 @@ const LARGE: u32 = 1_000;
 const LOADED: u32 = 10_000;
 /// Of those, one of so many is looked at to see when all are there; and then all are.
 const STEP: u32 = 50;
-/// Addresses of endpoints besides the backends'.
-const MORE: [&str; 7] =
-    ["10.0.0.4", "10.0.0.5", "10.0.0.6", "10.0.0.7", "10.0.0.8", "10.0.0.9", "10.0.0.10"];
 /// Changes of each kind for each agent that is started: they come in turns with other numbers of
 /// services.
 const TURN: u32 = 50;
@@ -201,7 +195,7 @@ impl Change {
 impl Setup {
     fn make() -> Result<Self> {
         let node = scene::node()?;
-        for ip in ten() {
+        for ip in scene::ten() {
             node.add_address(ip.parse()?)?;
         }
         let mut agents = Vec::new();
@@ -251,7 +245,7 @@ impl Setup {
         self.loads += 1;
         let name = format!("load-{}", self.loads);
         let mut agent = scene::agent(&self.node, self.node.cgroup().path(), &name)?;
-        let files = scene::files(LOADED, |number| scene::service(number, ten()));
+        let files = scene::files(LOADED, |number| scene::service(number, scene::ten()));
         let stage = |(name, text): &(String, String)| agent.stage_services(name, text);
         let mut staged = files.iter().map(stage).collect::<Result<Vec<_>>>()?;
         let empty = if running {
@@ -284,9 +278,4 @@ impl Setup {
 
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
-}
-
-/// The addresses of ten endpoints.
-fn ten() -> impl Iterator<Item = &'static str> {
-    BACKENDS.into_iter().chain(MORE)
 }

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::Change;
 use super::memory::Memory;
-use super::prober::Took;
 use crate::machine::Machine;
+use crate::prober::Took;
 use crate::timeline::Percentile;
 
 /// All of it.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_tests::Node;
 use mesh_tests::sys::socket::monotonic_nanos;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::accept;
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -18,6 +19,9 @@ use crate::scene::{PORT, TARGET_PORT, address};
 /// A change that nobody notices by then did not happen.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Between two connects of one that watches: others need the processor too.
+pub const PAUSE: Duration = Duration::from_millis(1);
+
 /// Such a process, as its parent has it. Its orders are lines:
 ///
 /// * `until SERVICE BACKEND`: connects to the service until it is given this backend.
@@ -26,8 +30,10 @@ const PATIENCE: Duration = Duration::from_secs(120);
 ///
 /// * `all COUNT`: connects to each of the first COUNT services; answered by [`DONE`].
 ///
+/// * `watch SERVICE`: connects to the service, [`PAUSE`] apart, until the next line, and once more.
+///
 /// The first two are answered twice: by [`DONE`] after a first connect, which must not find what is
-/// waited for, and by [`Seen`].
+/// waited for, and by [`Seen`]. So is the last one: by [`DONE`] after a first connect, and by a list of [`Given`].
 pub struct Prober(Remote);
 
 /// What was waited for has come.
@@ -37,6 +43,15 @@ pub struct Seen {
     pub at: u64,
     /// Connects until then.
     pub connects: u64,
+}
+
+/// A connect was given another backend than the one before.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Given {
+    /// Which.
+    pub backend: IpAddr,
+    /// When the connect had ended, as in [`Seen`].
+    pub at: u64,
 }
 
 /// How long a change took.
@@ -100,6 +115,25 @@ impl Prober {
         self.0.order(&format!("all {services}"))
     }
 
+    /// Begins to look which backends a service leads to.
+    ///
+    /// # Errors
+    ///
+    /// A connect fails.
+    pub fn watch(&mut self, service: u32) -> Result<()> {
+        self.0.order(&format!("watch {service}"))
+    }
+
+    /// Ends that, after one more connect, and gives what was seen.
+    ///
+    /// # Errors
+    ///
+    /// A connect failed meanwhile.
+    pub fn watched(&mut self) -> Result<Vec<Given>> {
+        self.0.tell("enough")?;
+        self.0.answer()
+    }
+
     fn time(&mut self, order: &str, change: impl FnOnce() -> Result<()>) -> Result<Took> {
         self.0.order(order)?;
         let before = monotonic_nanos();
@@ -123,7 +157,8 @@ pub fn serve() -> Result<()> {
     let listener = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
     listener.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, TARGET_PORT)).into())?;
     listener.listen(64)?;
-    for line in std::io::stdin().lock().lines() {
+    let mut lines = std::io::stdin().lock().lines();
+    while let Some(line) = lines.next() {
         let line = line?;
         let seen = match line.split(' ').collect::<Vec<_>>()[..] {
             ["until", service, backend] => until(&listener, service.parse()?, backend.parse()?)?,
@@ -131,6 +166,13 @@ pub fn serve() -> Result<()> {
             ["all", count] => {
                 all(&listener, count.parse()?)?;
                 done()?;
+                continue;
+            }
+            ["watch", service] => {
+                let given = watch(&listener, service.parse()?)?;
+                // What ended it.
+                lines.next().transpose()?;
+                println!("{}", serde_json::to_string(&given)?);
                 continue;
             }
             _ => bail!("{line:?} is no order"),
@@ -185,6 +227,29 @@ fn all(listener: &Socket, count: u32) -> Result<()> {
         ensure!(given.is_ok(), "service {service} does not answer when those around it do");
     }
     Ok(())
+}
+
+fn watch(listener: &Socket, service: u32) -> Result<Vec<Given>> {
+    let place = place(service)?;
+    let mut given: Vec<Given> = Vec::new();
+    let mut connects = || -> Result<()> {
+        let backend = connect(listener, &place)?.ok().context("a connect failed")?;
+        let at = monotonic_nanos();
+        if given.last().is_none_or(|last| last.backend != backend) {
+            given.push(Given { backend, at });
+        }
+        Ok(())
+    };
+    connects()?;
+    done()?;
+    let pause = Timespec::try_from(PAUSE)?;
+    let input = std::io::stdin();
+    // Nothing of the next line has been read yet: it is sent only after the answer.
+    while poll(&mut [PollFd::new(&input, PollFlags::IN)], Some(&pause))? == 0 {
+        connects()?;
+    }
+    connects()?;
+    Ok(given)
 }
 
 fn done() -> Result<()> {
