@@ -62,6 +62,8 @@ fn the_least_is_enough() -> Result<()> {
         let listed: Vec<Value> = node.agent.get("/v1/connections?service=long")?;
         Ok((listed.len() == 3 && listed.iter().all(|one| one["pid"].is_u64())).then_some(()))
     })?;
+    // What the next one is to find unchanged has to be as it stays.
+    node.agent.until_backends("app", |backends| backends.iter().all(|b| b.state == "healthy"))?;
     agent.kill()?;
 
     // It takes over what it has left, with no more than that.

@@ -57,8 +57,14 @@ fn ask_or_look<T>(
         Err(silent @ (ClientError::NotRunning { .. } | ClientError::NoSocket { .. })) => silent,
         answer => return Ok(answer?),
     };
-    let mut config = Config::load(None).unwrap_or_default();
-    config.pin_dir = pins.unwrap_or(config.pin_dir);
+    let config = match pins {
+        Some(pin_dir) => Config { pin_dir, ..Config::default() },
+        None => Config::load(None).map_err(|error| {
+            Failure::NoAgent(format!(
+                "{silent}; {error}; --pin-dir says where the agent has left its maps"
+            ))
+        })?,
+    };
     let directory = config.pin_dir.clone();
     match block_on(inspect::ask(config, looking))? {
         Ok(found) => {
@@ -151,6 +157,18 @@ pub(super) fn drain(
     let query = DrainQuery { service, address, port, drain };
     let backends = ask(named, async |client: &Client| client.drain(&query).await)?;
     output.print(&backends, |backends, style| tables::backends(backends, style, SystemTime::now()))
+}
+
+pub(super) fn forget(
+    named: Option<PathBuf>,
+    service: Option<&str>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let names = ask(named, async |client: &Client| client.forget(service).await)?;
+    output.print(&names, |names, _| match names.as_slice() {
+        [] => "nothing is held\n".to_owned(),
+        names => names.iter().map(|name| format!("{name} is no longer held\n")).collect(),
+    })
 }
 
 pub(super) fn explain(
