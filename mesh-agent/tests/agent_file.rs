@@ -1,8 +1,10 @@
 //! The agent file: defaults, every key, and what is said about what is refused.
 
 use std::path::Path;
+use std::time::Duration;
 
 use mesh_agent::config::{Config, ConfigError, Exclude, Source};
+use mesh_agent::model::{HealthCheck, HealthPolicy, Pace};
 use mesh_common::Limits;
 
 fn refused(text: &str) -> Vec<String> {
@@ -33,6 +35,7 @@ virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
 limits: {frontends: 1000, backends: 3000, connections: 200000, affinities: 5000}
 metrics: {listen: "[::1]:9000"}
 canary: false
+health: {tcp: {}, interval: 5s, rise: 1}
 sources:
 - files: {directory: /a}
 - files: {directory: /b}
@@ -55,6 +58,15 @@ sources:
             .into(),
         limits: Limits { frontends: 1000, backends: 3000, pins: 5000, records: 262_144 },
         canary: false,
+        health: Some(HealthPolicy {
+            check: HealthCheck::Tcp,
+            port: None,
+            pace: Pace::default(),
+            interval: Duration::from_secs(5),
+            timeout: HealthPolicy::TIMEOUT,
+            rise: 1,
+            fall: HealthPolicy::FALL,
+        }),
         metrics: Some("[::1]:9000".parse().expect("an address")),
         sources: directories.map(|d| Source::Files { directory: d.into() }).into(),
     };
@@ -73,7 +85,7 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
 "#,
     );
     let expected = [
-        "a:1:1: `state-dir` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, sources)",
+        "a:1:1: `state-dir` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, health, sources)",
         "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, sources",
         "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
         "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",

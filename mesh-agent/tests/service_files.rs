@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use mesh_agent::config::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services};
 use mesh_agent::model::{
-    EjectionPolicy, Fallback, Locality, Service, ServiceName, WhenAllUnhealthy,
+    EjectionPolicy, Fallback, Health, HealthCheck, HealthPolicy, Locality, Pace, Service,
+    ServiceName, Tls, Trust, WhenAllUnhealthy,
 };
 use mesh_common::affinity::By;
 
@@ -102,7 +103,11 @@ services:
     assert_eq!(addresses, ["10.96.0.10", "fd00:96::10"]);
     let ports: Vec<_> = orders.ports.iter().map(|p| (&*p.name, p.port, p.target)).collect();
     assert_eq!(ports, [("http", 80, 8080), ("", 443, 443)]);
-    let health = orders.health.as_ref().expect("a policy");
+    let Health::Checked(health) = &orders.health else { panic!("{:?}", orders.health) };
+    assert_eq!(
+        (&health.check, health.port, health.pace),
+        (&HealthCheck::Tcp, None, Pace::default())
+    );
     let times = (health.interval.as_millis(), health.timeout.as_millis());
     assert_eq!((times, health.rise, health.fall), ((2000, 50), 1, 4));
     let longest = Duration::from_secs(6 * 86_400);
@@ -131,6 +136,7 @@ services:
         [("10.0.0.1".into(), None, 0, Some("eu-west-1a")), ("fd00::1".into(), Some(81), 100, None)]
     );
     assert!(services[1].endpoints.is_empty());
+    assert_eq!(services[1].health, Health::Default);
     assert!(parse_services(b"services: []").expect("valid").is_empty());
 }
 
@@ -192,4 +198,87 @@ fn limits_are_named() {
         let problems = result.expect_err("above the limit");
         assert_eq!(problems.iter().map(|p| &*p.text).collect::<Vec<_>>(), [limit]);
     }
+}
+
+/// The one service of a file, with this health.
+fn health(text: &str) -> HealthPolicy {
+    let file = format!(
+        "services: [{{name: a, address: 10.96.0.10, ports: [{{port: 80}}], endpoints: [], health: {text}}}]"
+    );
+    let mut services = parse_services(file.as_bytes()).expect("a valid file");
+    match services.remove(0).health {
+        Health::Checked(policy) => policy,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn every_kind_of_check() {
+    let HealthCheck::Http(page) = health("{http: }").check else { panic!("another check") };
+    assert_eq!((page.path.as_str(), &page.host, page.http2), ("/", &None, false));
+    assert_eq!((&*page.expect, page.headers.len(), &page.tls), (&[200..=399][..], 0, &None));
+    let all = "{http: {path: /a?b=c, host: 'x.example:81', expect: [200, 301-302], http2: true, \
+               headers: {X-Probe: 'a b', accept: '*/*'}}, port: 9090, probe: always, timeout: 1s}";
+    let policy = health(all);
+    assert_eq!(
+        (policy.port, policy.pace, policy.timeout),
+        (Some(9090), Pace::Always, policy.interval)
+    );
+    let HealthCheck::Http(page) = policy.check else { panic!("another check") };
+    assert_eq!(page.path.as_str(), "/a?b=c");
+    assert_eq!(page.host.as_ref().map(ToString::to_string).as_deref(), Some("x.example:81"));
+    assert_eq!((&*page.expect, page.http2), (&[200..=200, 301..=302][..], true));
+    let headers: Vec<_> =
+        page.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
+    assert_eq!(headers, [("x-probe", &b"a b"[..]), ("accept", &b"*/*"[..])]);
+    let HealthCheck::Http(page) = health("{https: {}}").check else { panic!("another check") };
+    assert_eq!(page.tls, Some(Tls { server_name: None, trust: Trust::System }));
+    let text = "{https: {verify: false, server-name: x.example}}";
+    let HealthCheck::Http(page) = health(text).check else { panic!("another check") };
+    let tls = page.tls.as_ref().expect("TLS");
+    assert_eq!((&tls.trust, tls.server_name.is_some()), (&Trust::Anybody, true));
+    let HealthCheck::Grpc(call) = health("{grpc: {}, background: 5m}").check else {
+        panic!("another")
+    };
+    assert_eq!((&*call.service, &call.tls), ("", &None));
+    let HealthCheck::Grpc(call) = health("{grpc: {service: orders, tls: {}}}").check else {
+        panic!("another")
+    };
+    assert_eq!((&*call.service, call.tls.is_some()), ("orders", true));
+    let off = b"services: [{name: a, address: 10.96.0.10, ports: [{port: 80}], endpoints: [], health: off}]";
+    assert_eq!(parse_services(off).expect("a valid file")[0].health, Health::Off);
+    // A default that is longer than the interval gives way.
+    let quick = health("{tcp: {}, interval: 100ms}");
+    assert_eq!((quick.timeout, quick.interval), (quick.interval, Duration::from_millis(100)));
+}
+
+/// What a check needs from a file is looked at when the definition is read, and is said with its place.
+#[test]
+fn certificates_are_read_with_the_definition() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("ca.pem");
+    let said = || {
+        let file = format!(
+            "services:\n- {{name: a, address: 10.96.0.10, ports: [{{port: 80}}], endpoints: [],\n   \
+             health: {{https: {{ca: {}}}}}}}\n",
+            file.display()
+        );
+        match parse_services(file.as_bytes()) {
+            Ok(_) => None,
+            Err(problems) => Some(
+                problems.iter().map(|problem| problem.line("f")).collect::<Vec<_>>().join("\n"),
+            ),
+        }
+    };
+    let missing = said().expect("no file");
+    assert!(missing.starts_with("f:3:25: ") && missing.contains("No such file"), "{missing}");
+    std::fs::write(&file, "certificates").expect("written");
+    assert!(said().expect("no certificate").contains("it has no certificate"));
+    std::fs::write(&file, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+        .expect("written");
+    let damaged = said().expect("no certificate");
+    assert!(damaged.contains("expected certificates in PEM"), "{damaged}");
+    std::fs::remove_file(&file).expect("removed");
+    std::fs::create_dir(&file).expect("made");
+    assert!(said().expect("a directory").contains("it is no file"));
 }

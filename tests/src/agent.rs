@@ -100,6 +100,8 @@ pub struct Backend {
     pub address: String,
     /// Health state.
     pub state: String,
+    /// Why.
+    pub reason: String,
     /// Weight.
     pub weight: u32,
 }

@@ -11,6 +11,7 @@
 //! is missing. Nothing is left behind, however a test ends: see [`cgroup`].
 
 pub mod agent;
+pub mod certified;
 pub mod cgroup;
 pub mod check;
 pub mod client;

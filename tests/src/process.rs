@@ -123,7 +123,12 @@ impl Process {
         Ok(status)
     }
 
-    fn signal(&mut self, number: libc::c_int) -> Result<()> {
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    ///
+    /// Those of kill(2); it has ended already.
+    pub fn signal(&mut self, number: libc::c_int) -> Result<()> {
         // Not reaped yet, so the id cannot have become somebody else's.
         ensure!(self.child.try_wait()?.is_none(), "{} has ended already", self.name);
         signal(self.child.id(), number).with_context(|| format!("cannot signal {}", self.name))

@@ -74,8 +74,10 @@ impl Service {
     /// TCP health checks, every `interval_ms`, with two passes to rise and two failures to fall.
     #[must_use]
     pub fn checked_every(self, interval_ms: u32) -> Self {
+        let timeout = interval_ms.min(200);
         self.key(&format!(
-            "health: {{tcp: {{}}, interval: {interval_ms}ms, timeout: 200ms, rise: 2, fall: 2}}"
+            "health: {{tcp: {{}}, probe: always, interval: {interval_ms}ms, timeout: {timeout}ms, \
+             rise: 2, fall: 2}}"
         ))
     }
 

@@ -54,7 +54,7 @@ impl Served {
         let service =
             Service::new(&self.name()).address(self.vip().trim_end_matches(":80")).port(80, 8080);
         let service = service.ejection(&ejection);
-        let service = if self.checked { service.checked_every(50) } else { service };
+        let service = if self.checked { service.checked_every(200) } else { service };
         service.endpoint("10.0.0.1").endpoint("10.0.0.2").endpoint("10.0.0.3")
     }
 

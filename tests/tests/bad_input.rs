@@ -38,9 +38,20 @@ fn cases() -> Vec<Case> {
             &["test.yaml:6:6:", "adress", "address"],
         ),
         Case(
-            "a key that is not supported yet",
-            service("10.96.0.10", PORT, ENDPOINT) + "  health: {http: {path: /}}\n",
-            &["test.yaml:7:12:", "http", "not supported yet"],
+            "a check of a path without a slash",
+            service("10.96.0.10", PORT, ENDPOINT) + "  health: {http: {path: healthz}}\n",
+            &["test.yaml:7:25:", "begins with /", "healthz"],
+        ),
+        Case(
+            "a check that trusts a file which is missing",
+            service("10.96.0.10", PORT, ENDPOINT) + "  health: {https: {ca: /nowhere/ca.pem}}\n",
+            &["test.yaml:7:24:", "/nowhere/ca.pem", "No such file"],
+        ),
+        Case(
+            "a check that takes longer than its interval",
+            service("10.96.0.10", PORT, ENDPOINT)
+                + "  health: {tcp: {}, interval: 1s, timeout: 2s}\n",
+            &["test.yaml:7:44:", "longer than `interval`"],
         ),
         Case(
             "an unknown client of affinity",

@@ -248,7 +248,7 @@ fn removed_and_drained() -> Result<()> {
 #[test]
 fn kept_when_there_is_nothing_better() -> Result<()> {
     let down = Service::new("down").address("10.96.2.1").udp(53, 5399);
-    let down = down.key("health: {tcp: {}, interval: 20ms, timeout: 100ms, fall: 1}");
+    let down = down.key("health: {tcp: {}, probe: always, interval: 20ms, fall: 1}");
     let down = (0..3).fold(down, |down, n| down.endpoint(&place(true, n).replace("5353", "5399")));
     let node = (0..3).fold(Node::builder(), |node, n| node.backend(NAMES[n], &place(true, n)));
     let node = node.service(down).start()?;

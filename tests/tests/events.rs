@@ -110,7 +110,7 @@ fn a_backend_fails_goes_out_and_comes_back() -> Result<()> {
 
 #[test]
 fn what_checks_find_is_told_too() -> Result<()> {
-    let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(50);
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(200);
     let node = Node::builder().backend("a", "10.0.0.1:8080").service(app.endpoint("10.0.0.1"));
     let mut node = node.start()?;
     let healthy = until_kind(&node, "healthy", || Ok(()))?;

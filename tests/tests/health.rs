@@ -8,7 +8,7 @@ const VIP: &str = "10.96.0.10:80";
 const B: &str = "10.0.0.2:8080";
 
 fn node() -> Result<Node> {
-    let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(50);
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(200);
     Node::builder()
         .backend("a", "10.0.0.1:8080")
         .backend("b", B)
@@ -45,7 +45,7 @@ fn traffic_moves_and_returns() -> Result<()> {
 #[test]
 fn a_new_endpoint_is_checked() -> Result<()> {
     let mut node = node()?;
-    let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(50);
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(200);
     let app = app.endpoint("10.0.0.1").endpoint("10.0.0.9");
     node.agent.write_services("test.yaml", &Service::file(&[app]))?;
     until_state(&node, "10.0.0.9:8080", "unhealthy")?;

@@ -52,7 +52,7 @@ fn event(node: &Node, kind: &str) -> Result<bool> {
 /// at once, and the agent then prefers the nearer of those; when it is back, it takes all again.
 #[test]
 fn the_nearest_first() -> Result<()> {
-    let app = app().key("locality: {}").checked_every(50);
+    let app = app().key("locality: {}").checked_every(200);
     let app = app
         .endpoint_with(&place(0), "node: test")
         .endpoint_with(&place(1), "zone: here")
@@ -82,9 +82,9 @@ fn the_nearest_first() -> Result<()> {
 /// By priority, and behind that another service; and back again.
 #[test]
 fn fallen_back_to_and_left_again() -> Result<()> {
-    let app = app().key("fallback: {service: other}").checked_every(50);
+    let app = app().key("fallback: {service: other}").checked_every(200);
     let app = app.endpoint(&place(0)).endpoint_with(&place(1), "priority: 1");
-    let other = Service::new("other").address("10.96.0.11").port(80, 8080).checked_every(50);
+    let other = Service::new("other").address("10.96.0.11").port(80, 8080).checked_every(200);
     let other = other.endpoint(&place(2)).endpoint(&place(3));
     let mut node = node(vec![app, other])?;
     until_shares(&node, [1.0, 0.0, 0.0, 0.0])?;
@@ -108,7 +108,8 @@ fn fallen_back_to_and_left_again() -> Result<()> {
 /// To come back from the endpoints behind takes more than to stay; the next agent knows where it stays.
 #[test]
 fn an_agent_that_comes_back_does_not_come_back_too_early() -> Result<()> {
-    let app = app().key("fallback: {below: 60%, back: 90%}").key("ejection: off").checked_every(50);
+    let app =
+        app().key("fallback: {below: 60%, back: 90%}").key("ejection: off").checked_every(200);
     let app = (0..3).fold(app, |app, number| app.endpoint(&place(number)));
     let mut node = node(vec![app.endpoint_with(&place(3), "priority: 1")])?;
     node.agent.stop()?;

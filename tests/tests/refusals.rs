@@ -13,7 +13,7 @@ fn service(name: &str) -> Service {
 
 /// A service whose two endpoints exist in the file only: nobody listens there.
 fn dead() -> Service {
-    service("dead").checked_every(50).endpoint("10.0.0.1").endpoint("10.0.0.2")
+    service("dead").checked_every(200).endpoint("10.0.0.1").endpoint("10.0.0.2")
 }
 
 fn node(service: Service) -> Builder {
@@ -72,7 +72,7 @@ fn all_unhealthy_and_told_to_refuse() -> Result<()> {
 /// unhealthy, and need so many passes to rise that they stay unhealthy while they serve.
 #[test]
 fn all_unhealthy_uses_all() -> Result<()> {
-    let health = "health: {tcp: {}, interval: 50ms, timeout: 200ms, rise: 1000, fall: 2}";
+    let health = "health: {tcp: {}, probe: always, interval: 200ms, rise: 1000, fall: 2}";
     let app = service("app").key(health).endpoint("10.0.0.1").endpoint("10.0.0.2");
     let mut node = node(app).start()?;
     let unhealthy = |all: &[Backend]| all.iter().all(|backend| backend.state == "unhealthy");

@@ -1,7 +1,7 @@
 //! Tests of the catalog: the rules by example, then for any order of any changes.
 
 use super::*;
-use crate::model::{EjectionPolicy, Endpoint, ServicePort, WhenAllUnhealthy};
+use crate::model::{EjectionPolicy, Endpoint, Health, ServicePort, WhenAllUnhealthy};
 use proptest::prelude::*;
 
 fn origin(source: usize, item: &str) -> Origin {
@@ -30,7 +30,7 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         addresses: addresses.iter().map(|&last| IpAddr::from([10, 96, 0, last])).collect(),
         ports: ports.iter().map(port).collect(),
         algorithm: mesh_common::Algorithm::default(),
-        health: None,
+        health: Health::Off,
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,
         drain_timeout: None,

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use mesh_common::{Limits, Settings};
 
+use super::health;
 use super::values::{name, network, path};
+use crate::model::HealthPolicy;
 use crate::yaml::{
     self, Keys, MAX_SIZE, Node, Problem, Problems, boolean, excerpt, fields, integer, is_nothing,
     items, text,
@@ -32,6 +34,7 @@ const AGENT: Keys = Keys {
         "limits",
         "metrics",
         "canary",
+        "health",
         "sources",
     ],
     later: &["state-dir"],
@@ -83,6 +86,8 @@ pub struct Config {
     pub limits: Limits,
     /// Whether a connect from inside the cgroup proves, now and then, that connects are balanced.
     pub canary: bool,
+    /// How endpoints are checked of services that say nothing about it.
+    pub health: Option<HealthPolicy>,
     /// Where `/metrics`, `/healthz` and `/readyz` are; nowhere if there is none.
     pub metrics: Option<SocketAddr>,
     /// In order of precedence; no directory twice.
@@ -175,6 +180,7 @@ impl Default for Config {
             virtual_ips: Vec::new(),
             limits: Limits::default(),
             canary: true,
+            health: None,
             metrics: Some(METRICS_LISTEN),
             sources: vec![Source::Files { directory: DEFAULT_SERVICES.into() }],
         }
@@ -259,6 +265,9 @@ impl Config {
         }
         if let Some(node) = top.get("canary") {
             self.canary = boolean(node, "canary", problems).unwrap_or(true);
+        }
+        if let Some(node) = top.get("health") {
+            self.health = health::policy(node, problems);
         }
         if let Some(node) = top.get("metrics") {
             self.metrics = metrics(node, problems);

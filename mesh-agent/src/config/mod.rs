@@ -4,7 +4,9 @@
 //! by name: a file that is accepted means what it says.
 
 mod agent;
+mod checks;
 mod ejection;
+mod health;
 mod service_file;
 mod spread;
 mod values;

@@ -9,11 +9,10 @@ use std::time::Duration;
 use mesh_common::{Algorithm, Protocol};
 
 use super::ejection::ejection;
+use super::health::health;
 use super::spread::{affinity, fallback, locality, slow_start};
-use super::values::{address, duration, name};
-use crate::model::{
-    Endpoint, HealthCheck, HealthPolicy, Service, ServiceName, ServicePort, WhenAllUnhealthy,
-};
+use super::values::{address, duration, name, port_number};
+use crate::model::{Endpoint, Service, ServiceName, ServicePort, WhenAllUnhealthy};
 use crate::yaml::{
     self, Fields, Keys, Node, Position, Problem, Problems, Value, boolean, excerpt, fields,
     integer, is_nothing, items, text,
@@ -29,13 +28,6 @@ pub const MAX_ADDRESSES: usize = 64;
 /// The most backends that one service may have: each endpoint is one for each port. More would let
 /// a file of a few megabytes fill the memory of the agent.
 pub const MAX_BACKENDS: usize = 65_536;
-
-/// How long the time between two checks of one endpoint may be.
-const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(86_400);
-
-/// How long a check may wait. While it does, it takes one of the places of its service, whose other
-/// endpoints wait.
-const TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
 
 /// How long connections to a removed endpoint may be let go on.
 const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(7 * 86_400);
@@ -72,14 +64,6 @@ const ENDPOINT: Keys = Keys {
     known: &["address", "port", "weight", "zone", "node", "priority", "drain"],
     later: &[],
 };
-
-const HEALTH: Keys = Keys {
-    of: "health",
-    known: &["tcp", "interval", "timeout", "rise", "fall"],
-    later: &["http", "grpc"],
-};
-
-const TCP: Keys = Keys { of: "tcp", known: &[], later: &[] };
 
 /// What to do about a file that says nothing: it may be half written, so it does not mean "none".
 const EMPTY: &str = "write `services: []` for a file that defines none";
@@ -134,7 +118,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
     let ports = fields
         .require("ports", "write ports: [{port: 80}] for what clients dial", problems)
         .and_then(|node| ports(node, problems));
-    let health = fields.get("health").and_then(|node| health(node, problems));
+    let health = health(&fields, problems);
     let ejection = ejection(&fields, problems);
     let when_all_unhealthy = when_all_unhealthy(&fields, problems);
     let drain_timeout = fields
@@ -170,7 +154,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         addresses,
         ports,
         algorithm,
-        health,
+        health: health.unwrap_or_default(),
         ejection,
         when_all_unhealthy,
         drain_timeout,
@@ -333,42 +317,6 @@ fn port(node: &Node, problems: &mut Problems) -> Option<ServicePort> {
         None => String::new(),
     };
     Some(ServicePort { name, port: port?, target: target?, protocol: protocol? })
-}
-
-fn port_number(node: &Node, what: &str, problems: &mut Problems) -> Option<u16> {
-    integer(node, what, 1..=u64::from(u16::MAX), problems)
-}
-
-fn health(node: &Node, problems: &mut Problems) -> Option<HealthPolicy> {
-    let before = problems.count();
-    let fields = fields(node, &HEALTH, problems)?;
-    match fields.get("tcp") {
-        // `tcp:` with nothing behind it is how YAML is often written for `tcp: {}`.
-        Some(node) if is_nothing(node) => {}
-        Some(node) => drop(self::fields(node, &TCP, problems)),
-        // A check that is refused by name is not also missing.
-        None if problems.count() > before => {}
-        None => problems.add(fields.at, "the kind of check is missing; expected tcp: {}"),
-    }
-    let mut time = |key, range, default| match fields.get(key) {
-        Some(node) => duration(node, key, range, problems),
-        None => Some(default),
-    };
-    let interval = time("interval", INTERVAL, HealthPolicy::INTERVAL);
-    let timeout = time("timeout", TIMEOUT, HealthPolicy::TIMEOUT);
-    let mut count = |key, default| match fields.get(key) {
-        Some(node) => integer(node, key, 1..=1000, problems),
-        None => Some(default),
-    };
-    let rise = count("rise", HealthPolicy::RISE);
-    let fall = count("fall", HealthPolicy::FALL);
-    Some(HealthPolicy {
-        check: HealthCheck::Tcp,
-        interval: interval?,
-        timeout: timeout?,
-        rise: rise?,
-        fall: fall?,
-    })
 }
 
 fn endpoints(node: &Node, problems: &mut Problems) -> Option<Vec<(Position, Endpoint)>> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::yaml::{Node, Problems, excerpt, text};
+use crate::yaml::{Node, Problems, excerpt, integer, text};
 
 /// The longest name of anything, in bytes: that of a DNS name, and what `NAMES` has room for.
 const MAX_NAME: usize = 253;
@@ -115,6 +115,11 @@ fn loopback(network: &IpNet) -> IpNet {
 /// Whether two networks have an address in common: then one contains the other.
 fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
+}
+
+/// The number of a port.
+pub(super) fn port_number(node: &Node, what: &str, problems: &mut Problems) -> Option<u16> {
+    integer(node, what, 1..=u64::from(u16::MAX), problems)
 }
 
 /// A duration with a unit, in a range.

@@ -17,8 +17,7 @@ use super::observed::dialled;
 use super::{Engine, journal};
 use crate::api::types::Event;
 use crate::dataplane::clock;
-use crate::health::probe::{self, Failure};
-use crate::model::HealthCheck;
+use crate::health::probe::{Failure, Probe};
 use crate::observe::events::Observed;
 
 /// How long a backend has to answer.
@@ -66,7 +65,7 @@ impl Opinions {
         }
         let sender = self.sender.clone();
         tokio::spawn(async move {
-            let failure = match probe::probe(HealthCheck::Tcp, suspicion.address, PATIENCE).await {
+            let failure = match Probe::Tcp.run(suspicion.address, PATIENCE).await {
                 Err(Failure::Endpoint(failure)) => Some(failure),
                 Ok(()) | Err(Failure::Local(_)) => None,
             };

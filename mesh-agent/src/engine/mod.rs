@@ -14,6 +14,7 @@ mod readings;
 mod removed;
 mod spread;
 mod stale;
+mod usage;
 mod view;
 mod wanted;
 
@@ -50,6 +51,7 @@ pub use proof::Prover;
 use removed::Removed;
 use spread::Spread;
 use stale::Stale;
+use usage::Usage;
 pub use view::Handle;
 use wanted::{Health, Known};
 
@@ -104,6 +106,8 @@ pub struct Engine {
     opinions: Opinions,
     /// Which endpoints of services are preferred now.
     spread: Spread,
+    /// Which services this node uses.
+    usage: Usage,
     /// Endpoints that were removed, whose connections will be ended.
     removed: Removed,
     /// What a former agent left, and nobody has defined yet.
@@ -215,6 +219,7 @@ impl Engine {
             opinions: Opinions::new(),
             removed: Removed::new(),
             spread: Spread::default(),
+            usage: Usage::new(),
             config: Arc::clone(config),
         };
         (handle, heard, engine.run(inputs, receiver, felt, cancel))
@@ -257,6 +262,7 @@ impl Engine {
                 // `start_grace` below is what it was for.
                 () = self.grace_pause.over() => {}
                 Some(batch) = inputs.observed.recv() => self.take_observed(batch),
+                () = self.usage.due() => self.look_at_usage(),
             }
             if !looks {
                 self.start_grace();
@@ -305,11 +311,13 @@ impl Engine {
                     endpoint.address
                 )
             });
-            let only_datagrams = entry.service.health.is_some()
+            let policy = entry.service.health.policy(self.config.health.as_ref());
+            let only_datagrams = policy.is_some_and(|policy| policy.port.is_none())
                 && entry.service.ports.iter().all(|port| port.protocol == Protocol::Udp);
             let unheard = only_datagrams.then(|| {
                 "its checks connect by TCP, and all of its ports are UDP: endpoints that do not \
-                 listen on TCP there too never pass; remove `health`, or add a TCP port"
+                 listen on TCP there too never pass; name a TCP port with `port` in `health`, or write \
+                 `health: off`"
                     .to_owned()
             });
             let behind = spread::fallback_note(name, &self.catalog).into_iter().chain(unheard);
@@ -392,10 +400,11 @@ impl Engine {
                 self.health.get_mut(&service).and_then(|health| health.endpoints.get_mut(&address));
             // A verdict may come in after its endpoint went, or even came back.
             let Some(known) = known.filter(|known| known.life == life) else { continue };
-            tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
-            self.journal.push(observed::checked(&service, address, state, &reason));
-            known.turn(state, reason);
-            changed.insert(service);
+            if known.turn(state, reason.clone()) {
+                tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
+                self.journal.push(observed::checked(&service, address, state, &reason));
+                changed.insert(service);
+            }
         }
         self.update(changed);
     }

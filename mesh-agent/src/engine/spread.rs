@@ -65,6 +65,11 @@ impl Spread {
         names.into_iter().chain(dependents).collect()
     }
 
+    /// Those that fall back to a service.
+    pub(super) fn dependents(&self, name: &ServiceName) -> impl Iterator<Item = &ServiceName> {
+        self.dependents.get(name).into_iter().flatten()
+    }
+
     /// A service that is no more.
     pub(super) fn forget(&mut self, name: &ServiceName) {
         self.groups.remove(name);

@@ -17,8 +17,8 @@ use crate::compile::{self, Condition, Here, Input, Tables};
 use crate::dataplane::clock;
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::sys::heap;
-use crate::health::{Monitor, Plan};
-use crate::model::ServiceName;
+use crate::health::{Life, Monitor, Plan};
+use crate::model::{HealthPolicy, ServiceName};
 
 /// When so many services change at once, what that took is worth being given back.
 const MANY: usize = 500;
@@ -28,6 +28,8 @@ const MANY: usize = 500;
 pub(super) struct Known {
     /// Differs between the lives of an endpoint.
     pub(super) life: u64,
+    /// What it was when it came.
+    born: State,
     pub(super) state: State,
     pub(super) reason: Cow<'static, str>,
     pub(super) since: SystemTime,
@@ -95,7 +97,8 @@ impl Engine {
             self.spread.groups.insert(name.clone(), groups);
         }
         let health = self.health.entry(name.clone()).or_default();
-        health.follow(name, entry, &found, &self.monitor, &mut self.life);
+        let default = self.config.health.as_ref();
+        health.follow(name, entry, &found, default, &self.monitor, &mut self.life);
         self.removed.follow(name, timeout);
     }
 
@@ -174,12 +177,17 @@ impl Engine {
 // === impl Known ===
 
 impl Known {
-    /// Another verdict of its checks.
-    pub(super) fn turn(&mut self, state: State, reason: String) {
+    /// Another verdict of its checks. Whether its state has changed, and not only the reason.
+    pub(super) fn turn(&mut self, state: State, reason: String) -> bool {
         if state.is_usable() && !self.state.is_usable() {
             self.usable_since = Some(Instant::now());
         }
-        (self.state, self.reason, self.since) = (state, reason.into(), SystemTime::now());
+        self.reason = reason.into();
+        let is_new = self.state != state;
+        if is_new {
+            (self.state, self.since) = (state, SystemTime::now());
+        }
+        is_new
     }
 }
 
@@ -194,6 +202,7 @@ impl Health {
         name: &ServiceName,
         entry: &Entry,
         found: &BTreeMap<SocketAddr, Marks>,
+        default: Option<&HealthPolicy>,
         monitor: &Monitor,
         life: &mut u64,
     ) {
@@ -203,7 +212,8 @@ impl Health {
             .iter()
             .flat_map(|port| service.endpoints.iter().map(|e| compile::target(e, port)))
             .collect();
-        let checked = service.health.is_some();
+        let policy = service.health.policy(default);
+        let checked = policy.is_some();
         if checked != self.plan.is_some() {
             // What checks have found means nothing without them, and the other way round.
             self.endpoints.clear();
@@ -222,11 +232,19 @@ impl Health {
                     _ => (State::Unknown, "not checked yet"),
                 };
                 let usable_since = found.is_none().then(Instant::now);
-                Known { life: *life, state, reason: reason.into(), since, usable_since }
+                Known {
+                    life: *life,
+                    born: state,
+                    state,
+                    reason: reason.into(),
+                    since,
+                    usable_since,
+                }
             });
         }
-        let plan = service.health.clone().map(|policy| {
-            let lives = self.endpoints.iter().map(|(address, known)| (*address, known.life));
+        let plan = policy.cloned().map(|policy| {
+            let life = |known: &Known| Life { number: known.life, state: known.born };
+            let lives = self.endpoints.iter().map(|(address, known)| (*address, life(known)));
             Plan { policy, targets: lives.collect() }
         });
         if plan != self.plan {

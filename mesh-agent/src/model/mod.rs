@@ -1,9 +1,11 @@
 //! Plain types: what a service is, independent of where it came from and of how the kernel holds
 //! it.
 
+mod health;
 mod service;
 
+pub use health::{GrpcCheck, Health, HealthCheck, HealthPolicy, HttpCheck, Pace, Tls, Trust};
 pub use service::{
-    Affinity, EjectionPolicy, Endpoint, Fallback, HealthCheck, HealthPolicy, Locality, Service,
-    ServiceName, ServicePort, WhenAllUnhealthy,
+    Affinity, EjectionPolicy, Endpoint, Fallback, Locality, Service, ServiceName, ServicePort,
+    WhenAllUnhealthy,
 };

@@ -9,6 +9,8 @@ use std::time::Duration;
 use mesh_common::affinity::By;
 use mesh_common::{Algorithm, Protocol};
 
+use super::health::Health;
+
 /// The name of a service: unique on a node, cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ServiceName(Arc<str>);
@@ -57,7 +59,7 @@ pub struct Service {
     /// How an endpoint is chosen.
     pub algorithm: Algorithm,
     /// Active checks; without them the state of every endpoint is `unknown`.
-    pub health: Option<HealthPolicy>,
+    pub health: Health,
     /// When the kernel takes an endpoint out because connects to it failed; without it never.
     pub ejection: Option<EjectionPolicy>,
     /// What happens when no endpoint is usable.
@@ -172,39 +174,6 @@ pub enum WhenAllUnhealthy {
     UseAll,
     /// Connects are refused.
     Refuse,
-}
-
-/// How the endpoints of a service are checked.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct HealthPolicy {
-    /// What a check does.
-    pub check: HealthCheck,
-    /// From the start of one check to the start of the next, before jitter.
-    pub interval: Duration,
-    /// A check that takes longer has failed.
-    pub timeout: Duration,
-    /// Consecutive passes after which an unhealthy endpoint is healthy.
-    pub rise: u32,
-    /// Consecutive failures after which an endpoint is unhealthy.
-    pub fall: u32,
-}
-
-impl HealthPolicy {
-    /// Default of `interval`.
-    pub const INTERVAL: Duration = Duration::from_secs(1);
-    /// Default of `timeout`.
-    pub const TIMEOUT: Duration = Duration::from_millis(300);
-    /// Default of `rise`.
-    pub const RISE: u32 = 2;
-    /// Default of `fall`.
-    pub const FALL: u32 = 3;
-}
-
-/// What a health check does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum HealthCheck {
-    /// Connects, and closes at once.
-    Tcp,
 }
 
 /// When an endpoint to which connects failed is ejected, and for how long. The kernel programs see

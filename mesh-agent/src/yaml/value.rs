@@ -40,6 +40,12 @@ impl Keys {
 // === impl Fields ===
 
 impl<'n> Fields<'n> {
+    /// Those of a mapping that is not written out, since it would have none.
+    #[must_use]
+    pub fn none(at: Position) -> Self {
+        Self { at, entries: BTreeMap::new() }
+    }
+
     /// The value of a key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&'n Node> {

@@ -43,7 +43,7 @@ fn show() -> Result<()> {
     let service = Service::new("hello")
         .address(ADDRESS)
         .port(80, 8080)
-        .key("health: {tcp: {}, interval: 200ms, timeout: 100ms, rise: 2, fall: 2}");
+        .key("health: {tcp: {}, probe: always, interval: 200ms, timeout: 100ms, rise: 2, fall: 2}");
     let service = SERVERS.iter().fold(service, |service, (_, place)| service.endpoint(place));
 
     step(

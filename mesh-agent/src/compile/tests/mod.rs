@@ -5,7 +5,7 @@ mod preferred;
 use std::net::IpAddr;
 
 use super::*;
-use crate::model::{EjectionPolicy, ServiceName, WhenAllUnhealthy};
+use crate::model::{EjectionPolicy, Health, ServiceName, WhenAllUnhealthy};
 
 /// A service at 10.96.0.10 and fd00::10, ports 80 → 8080, of endpoints `(address, weight)`.
 fn service(endpoints: &[(&str, u16)]) -> Service {
@@ -18,7 +18,7 @@ fn service(endpoints: &[(&str, u16)]) -> Service {
             target: 8080,
             protocol: Protocol::Tcp,
         }],
-        health: None,
+        health: Health::Off,
         algorithm: Algorithm::default(),
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,

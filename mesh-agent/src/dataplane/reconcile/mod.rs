@@ -436,6 +436,12 @@ impl<M: Maps> Reconciler<M> {
         held.chain(going).fold(self.gone_opened, u64::wrapping_add)
     }
 
+    /// Connects to the frontends of a service that were refused, for whatever reason.
+    pub fn refusals(&self, name: &ServiceName) -> u64 {
+        let keys = self.services.get(name).into_iter().flat_map(|held| &held.frontends);
+        keys.flat_map(|key| self.refused(key)).fold(0, u64::wrapping_add)
+    }
+
     /// Connects to a frontend that were refused, by reason.
     pub fn refused(&self, key: &FrontendKey) -> Refused {
         self.frontends.get(key).map(|held| self.maps.refused(held.index)).unwrap_or_default()

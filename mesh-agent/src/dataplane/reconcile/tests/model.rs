@@ -13,7 +13,8 @@ use mesh_common::{Marks, State, balance};
 use super::*;
 use crate::compile::{Condition, Here, Input};
 use crate::model::{
-    Affinity, EjectionPolicy, Endpoint, Fallback, Locality, Service, ServicePort, WhenAllUnhealthy,
+    Affinity, EjectionPolicy, Endpoint, Fallback, Health, Locality, Service, ServicePort,
+    WhenAllUnhealthy,
 };
 
 /// Entries of consistent hashes take most of the slots: so many tables may have them, twice.
@@ -91,7 +92,7 @@ fn service(plan: &Plan) -> Service {
         addresses: plan.addresses.iter().map(|&n| ip(96, n)).collect(),
         ports: protocols.into_iter().filter_map(of).collect(),
         algorithm: Algorithm::from_number(plan.algorithm),
-        health: None,
+        health: Health::Off,
         ejection: has(2).then(EjectionPolicy::default),
         when_all_unhealthy: if has(8) {
             WhenAllUnhealthy::Refuse

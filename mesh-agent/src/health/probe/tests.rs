@@ -1,0 +1,221 @@
+//! Checks against servers that answer well, and against those that do not.
+
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ::http::{HeaderMap, HeaderValue};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Instant;
+
+use super::*;
+
+/// What a busy machine needs at the most for what is quick.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// For what never ends by itself.
+const SHORT: Duration = Duration::from_millis(300);
+
+fn page() -> HttpCheck {
+    HttpCheck {
+        path: "/healthz?deep=1".parse().expect("a path"),
+        host: None,
+        expect: vec![200..=399],
+        headers: HeaderMap::new(),
+        http2: false,
+        tls: None,
+    }
+}
+
+fn http(check: HttpCheck) -> Probe {
+    Probe::new(&HealthCheck::Http(Arc::new(check)))
+}
+
+fn http2() -> Probe {
+    http(HttpCheck { http2: true, ..page() })
+}
+
+fn grpc() -> Probe {
+    let check = GrpcCheck { service: "orders".into(), host: None, tls: None };
+    Probe::new(&HealthCheck::Grpc(Arc::new(check)))
+}
+
+/// A server that does this with every visitor.
+async fn server<F>(serve: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
+where
+    F: Future<Output = io::Result<()>> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    address
+}
+
+/// A server that reads the head of a request, and then sends these bytes and closes.
+async fn says(answer: &'static [u8]) -> SocketAddr {
+    server(move |mut stream| async move {
+        head(&mut stream).await?;
+        stream.write_all(answer).await
+    })
+    .await
+}
+
+/// Reads up to the empty line.
+async fn head(stream: &mut TcpStream) -> io::Result<String> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    Ok(String::from_utf8_lossy(&head).into_owned())
+}
+
+/// Why the endpoint is not well.
+async fn complaint(probe: &Probe, address: SocketAddr, timeout: Duration) -> String {
+    match probe.run(address, timeout).await {
+        Err(Failure::Endpoint(text)) => text,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_says_nothing_about_the_endpoint() {
+    let local = |number| matches!(io::Error::from_raw_os_error(number).into(), Failure::Local(_));
+    assert!(local(libc::EMFILE) && local(libc::ENOBUFS));
+    // The node's clients cannot get there either.
+    assert!(!local(libc::ECONNREFUSED) && !local(libc::ENETUNREACH) && !local(libc::EPERM));
+    // No local port is left towards it, or no address of its family is here.
+    assert!(!local(libc::EADDRNOTAVAIL));
+}
+
+#[tokio::test]
+async fn a_page_is_asked_for_as_it_is_written() {
+    let (sender, mut heads) = tokio::sync::mpsc::unbounded_channel();
+    let address = server(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            let _ = sender.send(head(&mut stream).await?);
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await
+        }
+    })
+    .await;
+    assert_eq!(http(page()).run(address, PATIENCE).await, Ok(()));
+    let asked = heads.recv().await.expect("a request");
+    assert!(asked.starts_with("GET /healthz?deep=1 HTTP/1.1\r\n"), "{asked}");
+    assert!(asked.contains(&format!("host: {address}\r\n")), "{asked}");
+    assert!(
+        asked.contains("user-agent: mesh-agent/") && asked.contains("connection: close"),
+        "{asked}"
+    );
+
+    let mut headers = HeaderMap::new();
+    headers.insert("x-probe", HeaderValue::from_static("node a"));
+    headers.insert("user-agent", HeaderValue::from_static("mine"));
+    let host = Some("orders.example:81".parse().expect("a host"));
+    let named = http(HttpCheck { host, headers, ..page() });
+    assert_eq!(named.run(address, PATIENCE).await, Ok(()));
+    let asked = heads.recv().await.expect("a request");
+    assert!(asked.contains("host: orders.example:81\r\n"), "{asked}");
+    assert!(
+        asked.contains("x-probe: node a\r\n") && asked.contains("user-agent: mine\r\n"),
+        "{asked}"
+    );
+}
+
+#[tokio::test]
+async fn the_status_decides() {
+    let check =
+        |expect: &[RangeInclusive<u16>]| http(HttpCheck { expect: expect.to_vec(), ..page() });
+    let answer = says(b"HTTP/1.1 301 Moved\r\nlocation: /x\r\ncontent-length: 0\r\n\r\n").await;
+    assert_eq!(check(&[200..=399]).run(answer, PATIENCE).await, Ok(()));
+    let text = complaint(&check(&[200..=200, 204..=299]), answer, PATIENCE).await;
+    assert!(text.contains("GET /healthz?deep=1 was answered with 301"), "{text}");
+    let broken = says(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 4\r\n\r\noops").await;
+    let text = complaint(&http(page()), broken, PATIENCE).await;
+    assert!(text.contains("500 Internal Server Error"), "{text}");
+    assert_eq!(check(&[200..=200, 500..=500]).run(broken, PATIENCE).await, Ok(()));
+    // What comes before the answer is none (RFC 9110, 15.2).
+    let early =
+        says(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
+    assert_eq!(http(page()).run(early.await, PATIENCE).await, Ok(()));
+    let old = says(b"HTTP/1.0 200 OK\r\n\r\nall of it until the end").await;
+    assert_eq!(http(page()).run(old, PATIENCE).await, Ok(()));
+}
+
+#[tokio::test]
+async fn what_is_no_answer() {
+    for probe in [http(page()), http2(), grpc()] {
+        let closes = server(|_| async { Ok(()) }).await;
+        let text = complaint(&probe, closes, PATIENCE).await;
+        assert!(!text.contains("no answer within"), "{probe:?}: {text}");
+        let garbage = server(|mut stream| async move {
+            stream.write_all(&[0xa5; 4_096]).await?;
+            stream.read_u8().await.map(drop)
+        });
+        let text = complaint(&probe, garbage.await, PATIENCE).await;
+        assert!(!text.contains("no answer within"), "{probe:?}: {text}");
+        let text = complaint(&probe, "127.0.0.1:1".parse().expect("an address"), PATIENCE).await;
+        assert!(text.contains("refused"), "{text}");
+    }
+    let cut = says(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nthis").await;
+    complaint(&http(page()), cut, PATIENCE).await;
+    let text = complaint(&grpc(), says(b"HTTP/1.1 200 OK\r\n\r\n").await, PATIENCE).await;
+    assert!(text.contains("HTTP/2"), "{text}");
+}
+
+/// Whoever takes its time is given up when the time is over, whatever it does meanwhile.
+#[tokio::test]
+async fn what_takes_too_long() {
+    let silent = server(|mut stream| async move {
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await.map(drop)
+    })
+    .await;
+    let drips = server(|mut stream| async move {
+        stream.write_all(b"HTTP/1.1 200 OK\r\n").await?;
+        for _ in 0..10_000 {
+            stream.write_all(b"x: y\r\n").await?;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    })
+    .await;
+    for (probe, address) in
+        [(http(page()), silent), (http2(), silent), (grpc(), silent), (http(page()), drips)]
+    {
+        let begin = Instant::now();
+        let text = complaint(&probe, address, SHORT).await;
+        assert_eq!(text, "no answer within 300ms", "{probe:?}");
+        assert!(begin.elapsed() < PATIENCE);
+    }
+    assert_eq!(Probe::Tcp.run(silent, PATIENCE).await, Ok(()));
+}
+
+/// A head or a body without an end is read no further than to a bound; then the connection is reset, so the
+/// server can send no more than what is on its way.
+#[tokio::test]
+async fn what_has_no_end() {
+    static SENT: AtomicU64 = AtomicU64::new(0);
+    static BLOCK: [u8; 65_536] = [b'x'; 65_536];
+    let endless = |begin: &'static [u8]| {
+        server(move |mut stream| async move {
+            head(&mut stream).await?;
+            stream.write_all(begin).await?;
+            // A gigabyte.
+            for _ in 0..16_384 {
+                stream.write_all(&BLOCK).await?;
+                SENT.fetch_add(65_536, Ordering::Relaxed);
+            }
+            Ok(())
+        })
+    };
+    let body = endless(b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n").await;
+    assert_eq!(http(page()).run(body, PATIENCE).await, Ok(()));
+    let line = endless(b"HTTP/1.1 200 OK\r\nx: ").await;
+    let text = complaint(&http(page()), line, PATIENCE).await;
+    assert!(text.contains("too large"), "{text}");
+    // What two sockets hold: no more than a few megabytes each.
+    assert!(SENT.load(Ordering::Relaxed) < 64 << 20, "{}", SENT.load(Ordering::Relaxed));
+}

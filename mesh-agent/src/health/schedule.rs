@@ -1,0 +1,337 @@
+//! When which endpoint is checked.
+//!
+//! One task keeps a queue of due checks; checks run as tasks of their own, a bounded number at a
+//! time, in all and for each service, so that one whose endpoints all hang does not hold up the
+//! others. The first checks of endpoints that come together are soon, each at a moment of its own; the
+//! second ones are spread over an interval, and from then on each follows the one before after an interval,
+//! give or take a tenth. So the checks of many endpoints come evenly, however they began.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_common::State;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::time::{DelayQueue, delay_queue};
+
+use super::probe::{Failure, Probe};
+use super::state::Checked;
+use super::{Finding, Order, Plan, Verdict};
+use crate::model::{HealthPolicy, Pace, ServiceName};
+
+/// One service may have this share of all checks that run: one in so many.
+const SHARE: usize = 4;
+
+/// Trouble is over when there was none for so long.
+const TROUBLE: Duration = Duration::from_secs(5);
+
+/// The first checks of endpoints that come together are spread over this, and over more when they are many:
+/// over so much for each.
+const FIRST_SPREAD: Duration = Duration::from_millis(200);
+const FIRST_SPREAD_EACH: Duration = Duration::from_micros(100);
+
+/// What part of an interval passes before the second check of an endpoint.
+const SECOND: Range<f64> = 0.2..1.0;
+
+/// What passes between later ones, in intervals.
+const LATER: Range<f64> = 0.9..1.1;
+
+/// A check that is due.
+#[derive(Clone, Debug)]
+struct Due {
+    service: ServiceName,
+    address: SocketAddr,
+}
+
+/// The result of a check.
+struct Outcome {
+    due: Due,
+    /// Which life of the endpoint was checked: it may have been removed and come back.
+    life: u64,
+    started: Instant,
+    result: Result<(), Failure>,
+}
+
+struct Service {
+    policy: HealthPolicy,
+    probe: Probe,
+    is_used: bool,
+    permits: Arc<Semaphore>,
+    targets: HashMap<SocketAddr, Target>,
+}
+
+struct Target {
+    checked: Checked,
+    /// The failure, if any, that was told last; nothing before its first result.
+    said: Option<Option<String>>,
+    life: u64,
+    turn: Turn,
+}
+
+/// Where an endpoint is between two checks.
+enum Turn {
+    /// Its place in the queue.
+    Queued(delay_queue::Key),
+    /// It is being checked, or waits for a place among those that are.
+    Running(AbortHandle),
+}
+
+/// The checks of all services.
+pub(super) struct Schedule {
+    /// What times are told from.
+    began: Instant,
+    services: HashMap<ServiceName, Service>,
+    queue: DelayQueue<Due>,
+    probes: JoinSet<Outcome>,
+    permits: Arc<Semaphore>,
+    permits_of_one: usize,
+    /// When a check could not be made last.
+    trouble: Option<Instant>,
+    findings: mpsc::UnboundedSender<Finding>,
+}
+
+// === impl Turn ===
+
+impl Turn {
+    /// The endpoint goes: no check of it is to wait for anything.
+    fn end(&self, queue: &mut DelayQueue<Due>) {
+        match self {
+            Self::Queued(key) => drop(queue.remove(key)),
+            Self::Running(task) => task.abort(),
+        }
+    }
+}
+
+// === impl Service ===
+
+impl Service {
+    /// Has all that wait be checked within `spread`.
+    fn hasten(&self, queue: &mut DelayQueue<Due>, spread: Duration) {
+        for target in self.targets.values() {
+            if let Turn::Queued(key) = &target.turn {
+                queue.reset(key, spread.mul_f64(fastrand::f64()));
+            }
+        }
+    }
+}
+
+// === impl Target ===
+
+impl Target {
+    /// Takes a result. Gives what is said of it when that is new.
+    fn take(
+        &mut self,
+        result: Result<(), String>,
+        now: Duration,
+        policy: &HealthPolicy,
+    ) -> Option<(State, String)> {
+        let changed = self.checked.observe(result.is_ok(), now, policy);
+        let (state, error) = (self.checked.state(), result.err());
+        let kind = policy.check.name();
+        let text = match (state, &error) {
+            (State::Healthy, None) => format!("{kind} checks pass"),
+            (State::Unhealthy, Some(error)) if changed.is_some() && policy.fall > 1 => {
+                format!("{} {kind} checks failed: {error}", policy.fall)
+            }
+            (State::Unhealthy, Some(error)) => format!("{kind} checks fail: {error}"),
+            // It is on its way to another state, perhaps.
+            _ => return None,
+        };
+        if changed.is_none() && self.said.as_ref() == Some(&error) {
+            return None;
+        }
+        self.said = Some(error);
+        Some((state, text))
+    }
+}
+
+// === impl Schedule ===
+
+impl Schedule {
+    pub(super) fn new(concurrency: usize, findings: mpsc::UnboundedSender<Finding>) -> Self {
+        Self {
+            began: Instant::now(),
+            services: HashMap::new(),
+            queue: DelayQueue::new(),
+            probes: JoinSet::new(),
+            permits: Arc::new(Semaphore::new(concurrency.max(Probe::HEAVIEST))),
+            permits_of_one: (concurrency / SHARE).max(Probe::HEAVIEST),
+            trouble: None,
+            findings,
+        }
+    }
+
+    pub(super) async fn run(
+        mut self,
+        mut orders: mpsc::UnboundedReceiver<(ServiceName, Order)>,
+        cancel: CancellationToken,
+    ) {
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                order = orders.recv() => match order {
+                    Some((service, Order::Follow(Some(plan)))) => self.follow(&service, plan),
+                    Some((service, Order::Follow(None))) => self.forget(&service),
+                    Some((service, Order::Used(is_used))) => self.set_used(&service, is_used),
+                    None => return,
+                },
+                Some(due) = std::future::poll_fn(|cx| self.queue.poll_expired(cx)) => {
+                    self.start(due.into_inner());
+                }
+                Some(outcome) = self.probes.join_next() => match outcome {
+                    Ok(outcome) => self.take(outcome),
+                    Err(error) if error.is_cancelled() => {}
+                    // A check that panicked would never be due again: end, and be noticed.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                },
+                // Some checks may go well while others cannot be made: it is over when none failed
+                // for a while.
+                () = until(self.trouble.map(|last| last + TROUBLE)) => {
+                    self.trouble = None;
+                    report(&self.findings, Finding::Trouble(None));
+                }
+            }
+        }
+    }
+
+    fn follow(&mut self, name: &ServiceName, plan: Plan) {
+        let Plan { policy, targets } = plan;
+        let Self { services, queue, permits_of_one, .. } = self;
+        let service = services.entry(name.clone()).or_insert_with(|| Service {
+            policy: policy.clone(),
+            probe: Probe::new(&policy.check),
+            is_used: false,
+            permits: Arc::new(Semaphore::new(*permits_of_one)),
+            targets: HashMap::new(),
+        });
+        service.targets.retain(|address, target| {
+            let stays = targets.get(address).is_some_and(|life| life.number == target.life);
+            if !stays {
+                target.turn.end(queue);
+            }
+            stays
+        });
+        let new = targets.keys().filter(|address| !service.targets.contains_key(address)).count();
+        let spread = first_spread(new).min(policy.interval);
+        if service.policy != policy {
+            // What was planned by the old interval may be far away.
+            service.hasten(queue, first_spread(service.targets.len()).min(policy.interval));
+            if service.policy.check != policy.check {
+                service.probe = Probe::new(&policy.check);
+            }
+        }
+        for (address, life) in targets {
+            service.targets.entry(address).or_insert_with(|| {
+                let due = Due { service: name.clone(), address };
+                let turn = Turn::Queued(queue.insert(due, spread.mul_f64(fastrand::f64())));
+                let checked = Checked::new(life.state);
+                Target { checked, said: None, life: life.number, turn }
+            });
+        }
+        service.policy = policy;
+    }
+
+    fn forget(&mut self, service: &ServiceName) {
+        let gone = self.services.remove(service);
+        for target in gone.into_iter().flat_map(|service| service.targets.into_values()) {
+            target.turn.end(&mut self.queue);
+        }
+    }
+
+    fn set_used(&mut self, name: &ServiceName, is_used: bool) {
+        let Some(service) = self.services.get_mut(name) else { return };
+        let begins = is_used && !service.is_used;
+        service.is_used = is_used;
+        if begins && service.policy.pace != Pace::Always {
+            // What is known of them may be old.
+            let spread = first_spread(service.targets.len()).min(service.policy.interval);
+            service.hasten(&mut self.queue, spread);
+        }
+    }
+
+    fn start(&mut self, due: Due) {
+        let Some(service) = self.services.get_mut(&due.service) else { return };
+        let Some(target) = service.targets.get_mut(&due.address) else { return };
+        let life = target.life;
+        let (own, all) = (Arc::clone(&service.permits), Arc::clone(&self.permits));
+        let (probe, timeout) = (service.probe.clone(), service.policy.timeout);
+        let mut address = due.address;
+        address.set_port(service.policy.port.unwrap_or(address.port()));
+        target.turn = Turn::Running(self.probes.spawn(async move {
+            let weight = probe.weight();
+            let _permits =
+                (own.acquire_many_owned(weight).await, all.acquire_many_owned(weight).await);
+            let started = Instant::now();
+            let result = probe.run(address, timeout).await;
+            Outcome { due, life, started, result }
+        }));
+    }
+
+    fn take(&mut self, outcome: Outcome) {
+        let Outcome { due, life, started, result } = outcome;
+        let Self { services, queue, began, .. } = self;
+        let Some(service) = services.get_mut(&due.service) else { return };
+        let Service { policy, is_used, targets, .. } = service;
+        let Some(target) = targets.get_mut(&due.address).filter(|target| target.life == life)
+        else {
+            return;
+        };
+        let range = if target.said.is_none() { SECOND } else { LATER };
+        let told = match result {
+            Ok(()) => Ok(target.take(Ok(()), started - *began, policy)),
+            Err(Failure::Endpoint(error)) => Ok(target.take(Err(error), started - *began, policy)),
+            Err(Failure::Local(error)) => Err(error),
+        };
+        let factor = range.start + (range.end - range.start) * fastrand::f64();
+        let next = started + pause(policy, *is_used, target.checked).mul_f64(factor);
+        target.turn = Turn::Queued(queue.insert_at(due.clone(), next));
+        match told {
+            Ok(None) => {}
+            Ok(Some((state, reason))) => {
+                let Due { service, address } = due;
+                let verdict = Verdict { service, address, life, state, reason };
+                report(&self.findings, Finding::Verdict(verdict));
+            }
+            Err(error) => {
+                if self.trouble.replace(Instant::now()).is_none() {
+                    report(&self.findings, Finding::Trouble(Some(error)));
+                }
+            }
+        }
+    }
+}
+
+/// How long after a check the next one of this endpoint comes, before jitter.
+fn pause(policy: &HealthPolicy, is_used: bool, checked: Checked) -> Duration {
+    match policy.pace {
+        // What is not clear yet is to become so.
+        Pace::WhenUsed { background } if !is_used && checked.is_settled() => {
+            background.max(policy.interval)
+        }
+        _ => policy.interval,
+    }
+}
+
+/// Over how long the first checks of so many endpoints are spread.
+fn first_spread(many: usize) -> Duration {
+    let each = FIRST_SPREAD_EACH.saturating_mul(u32::try_from(many).unwrap_or(u32::MAX));
+    FIRST_SPREAD.max(each)
+}
+
+/// Waits until then, or for ever.
+async fn until(at: Option<Instant>) {
+    match at {
+        None => std::future::pending().await,
+        Some(at) => tokio::time::sleep_until(at).await,
+    }
+}
+
+fn report(findings: &mpsc::UnboundedSender<Finding>, finding: Finding) {
+    // The receiver only goes away when the agent stops.
+    let _ = findings.send(finding);
+}
