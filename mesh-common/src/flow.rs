@@ -11,6 +11,7 @@
 //! | connect program | the socket is given a backend | [`claim`] and [`publish`], after [`release`] of an earlier one |
 //! | connect program | the socket goes elsewhere, or is refused | [`release`] |
 //! | `tcp_retransmit_skb` | a try's SYN is sent again | [`settle`]: the token is used up |
+//! | `tcp_retransmit_skb` | a SYN is sent again the second time | [`tell`]: the backend is blamed now |
 //! | `inet_sk_error_report` | refused, timed out, reset, disconnected | [`release`] |
 //! | `inet_sk_error_report` | a datagram was not taken | [`tell`]: the socket goes on |
 //! | `tcp_destroy_sock` | the socket ends, whatever it was | [`release`] |
@@ -42,7 +43,7 @@ pub struct Held(pub u64);
 impl Held {
     const USED: u64 = 1 << 24;
     const TOKEN: u64 = 1 << 25;
-    /// A failure was counted, and the socket goes on.
+    /// The backend was blamed for a failure, and the socket goes on.
     const TOLD: u64 = 1 << 26;
     const COOKIE_SHIFT: u32 = 27;
     /// A record that is being filled in. No program is interrupted in this for good, so no record
@@ -99,7 +100,7 @@ impl Held {
         self.0 & Self::TOKEN != 0
     }
 
-    /// Whether a failure was counted already.
+    /// Whether the backend was blamed for a failure already.
     #[inline(always)]
     #[must_use]
     pub const fn is_told(self) -> bool {
@@ -476,7 +477,7 @@ pub fn settle(held: &Word, cookie: u64) -> bool {
     now.is_of(cookie) && now.has_token() && held.replace(now.0, now.0 & !Held::TOKEN)
 }
 
-/// Notes that a failure of a socket that goes on was counted, and uses up its token: whoever gets
+/// Notes that the backend is blamed for a failure of a socket that goes on, and uses up its token: whoever gets
 /// `true` accounts for the failure, once. `seen` is the word as it was before anything else of the record
 /// was read: the socket may have connected again since.
 #[inline(always)]

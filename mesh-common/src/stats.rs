@@ -198,9 +198,36 @@ impl BackendStats {
         now: u64,
         may_go: impl Fn(Ejection, bool) -> bool,
     ) -> Option<Change> {
+        self.count(failure);
+        self.blame(token, policy, client, now, may_go)
+    }
+
+    /// A connection of this backend has failed that it was blamed for before.
+    #[inline(always)]
+    pub fn fail_blamed(&self, failure: Failure) {
+        self.closed.increment();
+        self.count(failure);
+    }
+
+    #[inline(always)]
+    fn count(&self, failure: Failure) {
         if let Some(failed) = self.failed.get(failure as usize) {
             failed.increment();
         }
+    }
+
+    /// What a failure means for the backend, whether or not it is one yet: of a connect whose SYN was sent
+    /// twice again, nobody waits for the end. The caller has noted that ([`crate::flow::tell`]). For the
+    /// rest see [`BackendStats::fail`].
+    #[inline(always)]
+    pub fn blame(
+        &self,
+        token: Token,
+        policy: Policy,
+        client: Client,
+        now: u64,
+        may_go: impl Fn(Ejection, bool) -> bool,
+    ) -> Option<Change> {
         let (mut spared, mut known) = (false, Ejection::NONE);
         let changed = change(&self.ejection, |ejection| {
             (spared, known) = (false, ejection.known_to(client, now));

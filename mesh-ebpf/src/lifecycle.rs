@@ -63,16 +63,24 @@ pub fn mesh_destroy_too(ctx: BtfTracePointContext) -> i32 {
     destroy(&ctx)
 }
 
-/// A TCP socket sends something again. The SYN of a connect that tries a backend says that the
-/// backend is silent.
+/// How often the SYN of a connect is sent again until its backend is blamed: once may be chance.
+const SILENT: u32 = 2;
+
+/// A TCP socket sends something again. The SYN of a connect that tries a backend says at once that the
+/// backend is silent, that of others the second time.
 #[btf_tracepoint(function = "tcp_retransmit_skb")]
 pub fn mesh_retransmit(ctx: BtfTracePointContext) -> i32 {
     let sock = Sock::new(ctx.arg(0));
     if let Some((cookie, flow)) = ours(sock)
-        && Held(records::held(flow).load()).has_token()
-        && sock.tcp().is_some_and(|tcp| tcp.bytes_acked() == 0)
+        && let Some(tcp) = sock.tcp()
+        && tcp.bytes_acked() == 0
     {
-        silent(cookie, flow);
+        let held = Held(records::held(flow).load());
+        if held.has_token() {
+            silent(cookie, flow);
+        } else if !held.is_told() && tcp.retransmitted() >= SILENT {
+            unanswered(cookie, flow);
+        }
     }
     0
 }
@@ -268,11 +276,36 @@ fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
     if given.role.is_measured() {
         measure(held.backend(), FAILED);
     }
+    // It was blamed while nothing was answered.
+    if held.is_told() {
+        stats.fail_blamed(failure);
+        return tell(held, &given, failure, Policy::OFF, None);
+    }
     let (policy, table) = rules(&given);
     let client = Client::of_cgroup(given.client);
     let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
     let change = stats.fail(failure, token, policy, client, Maps.now(), may_go);
     tell(held, &given, failure, policy, change);
+}
+
+/// The SYN of a connect was sent twice again: nobody has to wait until its application gives up. How it
+/// ends is counted when it does.
+#[inline(always)]
+fn unanswered(cookie: u64, flow: *mut Flow) {
+    let held = Held(records::held(flow).load());
+    let given = records::given(flow);
+    if !flow::tell(records::held(flow), held, cookie) {
+        return;
+    }
+    let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|s| s.is_life(given.generation))
+    else {
+        return;
+    };
+    let (policy, table) = rules(&given);
+    let client = Client::of_cgroup(given.client);
+    let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
+    let change = stats.blame(Token::NONE, policy, client, Maps.now(), may_go);
+    tell_out(held, &given, Failure::Timeout as u8, policy, change);
 }
 
 /// The SYN of a try was not answered for a second.
@@ -300,6 +333,12 @@ fn tell(held: Held, given: &Given, failure: Failure, policy: Policy, change: Opt
     let detail = failure as u8;
     let after = change.map_or(Ejection::NONE, |(_, after)| after);
     events::failed(held, given, detail, after);
+    tell_out(held, given, detail, policy, change);
+}
+
+/// Tells the agent what a failure led to.
+#[inline(always)]
+fn tell_out(held: Held, given: &Given, detail: u8, policy: Policy, change: Option<Change>) {
     let Some((before, after)) = change else { return };
     if !after.is_in() {
         tell_change(held, given, detail, after);

@@ -117,7 +117,13 @@ impl TcpSock {
     /// Whether it has sent anything more than once.
     #[inline(always)]
     pub fn has_retransmitted(self) -> bool {
-        read::<u32>(self.0, Field::Retransmitted) != 0
+        self.retransmitted() != 0
+    }
+
+    /// How many segments it has sent again.
+    #[inline(always)]
+    pub fn retransmitted(self) -> u32 {
+        read(self.0, Field::Retransmitted)
     }
 
     /// Whether the peer answered the SYN of the connection that was just given up. This is what

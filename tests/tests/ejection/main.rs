@@ -10,3 +10,4 @@ mod healthy;
 mod lan;
 mod rules;
 mod scene;
+mod silence;

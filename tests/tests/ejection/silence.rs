@@ -1,0 +1,93 @@
+//! A backend that answers nothing: it is out long before the application gives up.
+
+use std::process::{Child, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::check;
+
+use crate::scene::{Scene, VIP, nft};
+
+/// Nobody is tried again while a test runs.
+const ONCE: &str = "{base: 60s}";
+
+/// The second retransmission of a SYN: after 2 s, or after 3 s before Linux 6.5
+/// (`tcp_syn_linear_timeouts`).
+const RETRANSMITTED: Duration = Duration::from_secs(3);
+
+/// What a busy machine may be late.
+const LATE: Duration = Duration::from_millis(700);
+
+/// For how long clients come, one every [`PAUSE`].
+const LONG: Duration = Duration::from_secs(6);
+const PAUSE: Duration = Duration::from_millis(50);
+
+const DROP: &str = "add table inet t; \
+                    add chain inet t in { type filter hook input priority 0; }; \
+                    add rule inet t in ip daddr 10.0.0.2 tcp dport 8080 drop";
+
+/// Clients that wait for as long as the kernel does. Gives when those began that were still waiting in the
+/// end, and how many there were in all.
+fn waiting(scene: &Scene) -> Result<(Vec<Duration>, usize)> {
+    let begin = Instant::now();
+    let mut clients: Vec<(Duration, Child)> = Vec::new();
+    while begin.elapsed() < LONG {
+        let mut client = check::mesh_client(&scene.node)?;
+        client.args(["ask", "--way", "blocking", VIP]).stdout(Stdio::null());
+        clients.push((begin.elapsed(), client.spawn()?));
+        sleep(PAUSE);
+    }
+    // The last ones are given the time that they need to be answered.
+    sleep(LATE);
+    let (mut left, all) = (Vec::new(), clients.len());
+    for (began, client) in &mut clients {
+        if client.try_wait()?.is_none() {
+            client.kill()?;
+            left.push(*began);
+        }
+        client.wait()?;
+    }
+    Ok((left, all))
+}
+
+fn silent(ejection: &str, stopped: bool) -> Result<(Vec<Duration>, Duration)> {
+    let mut scene = Scene::local(&["a", "b", "c"], ejection)?;
+    nft(&scene.node.namespace(), DROP)?;
+    if stopped {
+        scene.node.agent.stays = true;
+        scene.node.agent.kill()?;
+    }
+    let (left, all) = waiting(&scene)?;
+    let first = *left.first().with_context(|| format!("none of {all} met b"))?;
+    ensure!(all > 50, "only {all} clients");
+    Ok((left, first))
+}
+
+fn ensure_left_in_time(stopped: bool) -> Result<()> {
+    let (left, first) = silent(ONCE, stopped)?;
+    let last = *left.last().context("the first")?;
+    ensure!(last < first + RETRANSMITTED + LATE, "met b: {left:?}");
+    ensure!(left.len() > 5, "{left:?}");
+    println!("the last one met it {:?} after the first", last - first);
+    Ok(())
+}
+
+#[test]
+fn left_within_two_retransmissions() -> Result<()> {
+    ensure_left_in_time(false)
+}
+
+#[test]
+fn left_within_two_retransmissions_and_no_agent_runs() -> Result<()> {
+    ensure_left_in_time(true)
+}
+
+/// The control: without ejection clients meet it to the end.
+#[test]
+fn met_to_the_end_without_ejection() -> Result<()> {
+    let (left, first) = silent("off", false)?;
+    let last = *left.last().context("the first")?;
+    ensure!(last > first + RETRANSMITTED + LATE, "met b: {left:?}");
+    Ok(())
+}
