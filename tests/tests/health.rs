@@ -1,8 +1,12 @@
 //! Health checks: a backend that stops gets no traffic, and gets it again when it is back.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
+use mesh_tests::process::until;
 use mesh_tests::server::Kind;
 use mesh_tests::{Node, Service, check};
+use serde_json::Value;
 
 const VIP: &str = "10.96.0.10:80";
 const B: &str = "10.0.0.2:8080";
@@ -51,4 +55,61 @@ fn a_new_endpoint_is_checked() -> Result<()> {
     until_state(&node, "10.0.0.9:8080", "unhealthy")?;
     until_state(&node, "10.0.0.1:8080", "healthy")?;
     check::balanced(&mut node, &["a"], |node| check::who(node, VIP))
+}
+
+/// Connects until one fails, which is told of b, and the agent agrees.
+fn until_ejected(node: &Node) -> Result<()> {
+    for _ in 0..200 {
+        if check::ask(node, "blocking", VIP)?.error.is_some() {
+            return until_state(node, B, "ejected");
+        }
+    }
+    anyhow::bail!("no connect met b, which is dead")
+}
+
+fn ejected_node(keys: &[&str]) -> Result<Node> {
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080);
+    let app = keys.iter().fold(app, |app, key| app.key(key));
+    let app = app.endpoint("10.0.0.1").endpoint("10.0.0.2").endpoint("10.0.0.3");
+    let node = Node::builder().backend("a", "10.0.0.1:8080").backend("b", B);
+    let mut node = node.backend("c", "10.0.0.3:8080").service(app).start()?;
+    node.kill_server("b")?;
+    until_ejected(&node)?;
+    Ok(node)
+}
+
+/// Nobody connects any more, so nobody would find out that it is back: the agent tries it, and goes on trying
+/// while it is not.
+#[test]
+fn back_without_any_connect() -> Result<()> {
+    let mut node = ejected_node(&["ejection: {base: 100ms}"])?;
+    // Its ejection is over, and it is out once more: a try has failed.
+    for words in ["the next connect tries it", "out for "] {
+        until(&format!("`{words}`"), Duration::from_secs(40), || {
+            let backends = node.agent.backends("app")?;
+            let b = backends.iter().find(|one| one.address == B).context("b")?;
+            ensure!(b.state == "ejected", "{b:?}");
+            Ok(b.reason.contains(words).then_some(()))
+        })?;
+    }
+    node.start_server(Kind::Plain, "b", B)?;
+    until_state(&node, B, "unknown")?;
+    let events: Vec<Value> = node.agent.json(&["events", "--service", "app"])?;
+    let recovered = |one: &Value| {
+        one["kind"] == "recovered"
+            && one["detail"].as_str().is_some_and(|text| text.contains("agent's own"))
+    };
+    ensure!(events.iter().any(recovered), "{events:?}");
+    check::balanced(&mut node, &["a", "b", "c"], |node| check::who(node, VIP))
+}
+
+/// When its checks pass again after they failed, it is not out any longer for connects that failed before.
+#[test]
+fn back_when_its_checks_pass() -> Result<()> {
+    let health = "health: {tcp: {}, probe: always, interval: 200ms, fall: 5}";
+    let mut node = ejected_node(&["ejection: {base: 10m, max: 1h}", health])?;
+    until_state(&node, B, "unhealthy")?;
+    node.start_server(Kind::Plain, "b", B)?;
+    until_state(&node, B, "healthy")?;
+    check::balanced(&mut node, &["a", "b", "c"], |node| check::who(node, VIP))
 }

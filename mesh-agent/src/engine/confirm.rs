@@ -10,7 +10,7 @@ use mesh_common::ejection::{Phase, ticks};
 use mesh_common::event::Kind;
 use mesh_common::stats::change;
 use mesh_common::translate::share_allows;
-use mesh_common::{Client, FrontendKey, Protocol, Service, Table, Tables as _};
+use mesh_common::{Client, FrontendKey, Protocol, Service, Table, Tables as _, Token};
 use tokio::sync::mpsc;
 
 use super::observed::dialled;
@@ -18,6 +18,7 @@ use super::{Engine, journal};
 use crate::api::types::Event;
 use crate::dataplane::clock;
 use crate::health::probe::{Failure, Probe};
+use crate::model::ServiceName;
 use crate::observe::events::Observed;
 
 /// How long a backend has to answer.
@@ -27,19 +28,33 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// is renewed.
 const MOST: usize = 64;
 
-/// Which backend of which frontend.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Suspicion {
-    backend: u32,
-    generation: u32,
-    address: SocketAddr,
-    frontend: FrontendKey,
+/// Which backend is asked, and why.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Question {
+    pub(super) backend: u32,
+    pub(super) generation: u32,
+    pub(super) address: SocketAddr,
+    pub(super) purpose: Purpose,
+}
+
+/// Why it is.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Purpose {
+    /// The kernel suspects it for a client of this frontend.
+    Confirm(FrontendKey),
+    /// It is out, and no connect tries it.
+    Try {
+        /// Whose backend it is.
+        service: ServiceName,
+        /// The token of the try.
+        token: Token,
+    },
 }
 
 /// What a probe of the agent's found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Opinion {
-    suspicion: Suspicion,
+    question: Question,
     /// Why it failed; nothing when it did not, or could not be made.
     failure: Option<String>,
 }
@@ -47,7 +62,7 @@ pub(super) struct Opinion {
 /// The probes.
 #[derive(Debug)]
 pub(super) struct Opinions {
-    under_way: HashSet<Suspicion>,
+    under_way: HashSet<Question>,
     sender: mpsc::UnboundedSender<Opinion>,
     /// Where they come in.
     pub(super) receiver: mpsc::UnboundedReceiver<Opinion>,
@@ -59,18 +74,24 @@ impl Opinions {
         Self { under_way: HashSet::new(), sender, receiver }
     }
 
-    fn ask(&mut self, suspicion: Suspicion) {
-        if self.under_way.len() >= MOST || !self.under_way.insert(suspicion) {
+    /// Whether one more can be asked.
+    pub(super) fn has_room(&self) -> bool {
+        self.under_way.len() < MOST
+    }
+
+    /// Asks, unless that is under way, or too much is.
+    pub(super) fn ask(&mut self, question: Question) {
+        if !self.has_room() || !self.under_way.insert(question.clone()) {
             return;
         }
         let sender = self.sender.clone();
         tokio::spawn(async move {
-            let failure = match Probe::Tcp.run(suspicion.address, PATIENCE).await {
+            let failure = match Probe::Tcp.run(question.address, PATIENCE).await {
                 Err(Failure::Endpoint(failure)) => Some(failure),
                 Ok(()) | Err(Failure::Local(_)) => None,
             };
             // Nobody listens once the agent stops.
-            let _ = sender.send(Opinion { suspicion, failure });
+            let _ = sender.send(Opinion { question, failure });
         });
     }
 }
@@ -84,21 +105,41 @@ impl Engine {
             && event.frontend.protocol == Protocol::Tcp as u8
             && let Some(address) = self.backend_at(observed)
         {
-            self.opinions.ask(Suspicion {
+            self.opinions.ask(Question {
                 backend: event.backend,
                 generation: event.generation,
                 address,
-                frontend: event.frontend,
+                purpose: Purpose::Confirm(event.frontend),
             });
         }
     }
 
-    /// Takes the answer: ejects for all what failed for the agent too, as far as the share allows.
+    /// Takes the answer.
     pub(super) fn take_opinion(&mut self, opinion: Opinion) {
-        let Opinion { suspicion, failure } = opinion;
-        self.opinions.under_way.remove(&suspicion);
-        let Some(failure) = failure else { return };
-        let Suspicion { backend, generation, address, frontend } = suspicion;
+        self.opinions.under_way.remove(&opinion.question);
+        let Opinion { question: Question { backend, generation, address, purpose }, failure } =
+            opinion;
+        match purpose {
+            Purpose::Confirm(frontend) => {
+                if let Some(failure) = failure {
+                    self.confirmed(backend, generation, address, frontend, failure);
+                }
+            }
+            Purpose::Try { service, token } => {
+                self.tried(&service, (backend, generation), address, token, failure);
+            }
+        }
+    }
+
+    /// Ejects for all what failed for the agent too, as far as the share allows.
+    fn confirmed(
+        &mut self,
+        backend: u32,
+        generation: u32,
+        address: SocketAddr,
+        frontend: FrontendKey,
+        failure: String,
+    ) {
         let Some(service) = self.reconciler.owner(&frontend).cloned() else { return };
         // The kernel's, not the catalog's: what happened while no agent ran is read before the sources are.
         let policy = self.reconciler.rules(&service).policy;

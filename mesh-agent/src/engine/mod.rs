@@ -12,6 +12,7 @@ mod pause;
 mod proof;
 mod readings;
 mod removed;
+mod revive;
 mod spread;
 mod stale;
 mod usage;
@@ -24,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
-use mesh_common::Protocol;
+use mesh_common::{Protocol, State};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -262,7 +263,7 @@ impl Engine {
                 // `start_grace` below is what it was for.
                 () = self.grace_pause.over() => {}
                 Some(batch) = inputs.observed.recv() => self.take_observed(batch),
-                () = self.usage.due() => self.look_at_usage(),
+                () = self.usage.due(), if !looks => self.look_at_usage(),
             }
             if !looks {
                 self.start_grace();
@@ -387,7 +388,7 @@ impl Engine {
     }
 
     fn take_findings(&mut self, findings: impl Iterator<Item = Finding>) {
-        let mut changed = BTreeSet::new();
+        let (mut changed, mut well) = (BTreeSet::new(), BTreeMap::<_, BTreeSet<_>>::new());
         for finding in findings {
             let Verdict { service, address, life, state, reason } = match finding {
                 Finding::Verdict(verdict) => verdict,
@@ -403,10 +404,16 @@ impl Engine {
             if known.turn(state, reason.clone()) {
                 tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
                 self.journal.push(observed::checked(&service, address, state, &reason));
+                if state == State::Healthy {
+                    well.entry(service.clone()).or_default().insert(address);
+                }
                 changed.insert(service);
             }
         }
         self.update(changed);
+        for (service, addresses) in well {
+            self.readmit(&service, &addresses);
+        }
     }
 
     fn all_ready(&self) -> bool {

@@ -1,13 +1,17 @@
-//! Which services this node uses, as the kernel's counters say: the endpoints of others are checked now and
-//! then only ([`Pace::WhenUsed`]).
+//! What the kernel's counters say, looked at now and then: which services this node uses, since the endpoints
+//! of others are checked rarely ([`Pace::WhenUsed`]), and which backends are out that nobody tries.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
+use mesh_common::ejection::ticks;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
-use super::Engine;
 use super::wanted::Health;
+use super::{Engine, revive};
+use crate::canary;
+use crate::compile::BackendKey;
+use crate::dataplane::clock;
 use crate::dataplane::maps::Maps as _;
 use crate::model::{Pace, ServiceName};
 
@@ -39,6 +43,22 @@ struct Use {
     last: Option<Instant>,
     /// What the checks were told.
     is_used: bool,
+}
+
+/// What the counters of a service say.
+#[derive(Clone, Copy, Debug)]
+struct Counted {
+    connects: u64,
+    is_open: bool,
+}
+
+// === impl Counted ===
+
+impl Counted {
+    fn and(self, other: Self) -> Self {
+        let connects = self.connects.wrapping_add(other.connects);
+        Self { connects, is_open: self.is_open || other.is_open }
+    }
 }
 
 // === impl Use ===
@@ -86,40 +106,58 @@ impl Engine {
         }
     }
 
-    /// All whose checks depend on it.
+    /// All that the kernel holds.
     fn begin_round(&mut self) {
-        let depends = |health: &Health| {
-            health.plan.as_ref().is_some_and(|plan| plan.policy.pace != Pace::Always)
-        };
-        let concerned = self.health.iter().filter(|(_, health)| depends(health));
-        let round: Vec<ServiceName> = concerned.map(|(name, _)| name.clone()).collect();
+        let held = self.reconciler.services().filter(|name| !canary::is(name));
+        let round: Vec<ServiceName> = held.cloned().collect();
         self.usage.part = round.len().div_ceil(PARTS as usize);
-        self.usage.uses.retain(|name, _| self.health.get(name).is_some_and(depends));
         self.usage.round = round;
+        let health = &self.health;
+        let ended = |name: &ServiceName| !health.get(name).is_some_and(depends);
+        for (name, known) in self.usage.uses.extract_if(|name, _| ended(name)) {
+            if known.is_used {
+                self.monitor.set_used(name, false);
+            }
+        }
     }
 
     fn look_at(&mut self, name: ServiceName) {
-        let counted = |name: &ServiceName| {
-            let mut counted = (self.reconciler.refusals(name), false);
-            for (_, id) in self.reconciler.backends(name) {
-                let counts = self.reconciler.maps().counts(id);
-                counted.0 = counted.0.wrapping_add(counts.opened);
-                counted.1 |= counts.active > 0;
-            }
-            counted
-        };
+        let (own, idle) = self.counted(&name);
+        for (key, id) in idle {
+            self.try_in_place(&name, key, id);
+        }
+        if !self.health.get(&name).is_some_and(depends) {
+            return;
+        }
         // Those that fall back to it look at its endpoints.
-        let dependents = self.spread.dependents(&name);
-        let (connects, is_open) = dependents
-            .chain([&name])
-            .map(counted)
-            .fold((0u64, false), |sum, one| (sum.0.wrapping_add(one.0), sum.1 | one.1));
-        let now = Instant::now();
+        let others = self.spread.dependents(&name).map(|other| self.counted(other).0);
+        let Counted { connects, is_open } = others.fold(own, Counted::and);
         let known = self.usage.uses.entry(name.clone()).or_insert_with(|| Use::new(connects));
-        if known.look(connects, is_open, now) {
+        if known.look(connects, is_open, Instant::now()) {
             self.monitor.set_used(name, known.is_used);
         }
     }
+
+    /// The counters of a service, and which of its backends are out and wait for a try.
+    fn counted(&self, name: &ServiceName) -> (Counted, Vec<(BackendKey, u32)>) {
+        let now = ticks(clock::monotonic());
+        let mut counted = Counted { connects: self.reconciler.refusals(name), is_open: false };
+        let mut idle = Vec::new();
+        for (key, id) in self.reconciler.backends(name) {
+            let counts = self.reconciler.maps().counts(id);
+            let one = Counted { connects: counts.opened, is_open: counts.active > 0 };
+            counted = counted.and(one);
+            if revive::is_idle(counts.ejection, now) {
+                idle.push((key, id));
+            }
+        }
+        (counted, idle)
+    }
+}
+
+/// Whether it matters to the checks whether a service is used.
+fn depends(health: &Health) -> bool {
+    health.plan.as_ref().is_some_and(|plan| plan.policy.pace != Pace::Always)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 //! second ones are spread over an interval, and from then on each follows the one before after an interval,
 //! give or take a tenth. So the checks of many endpoints come evenly, however they began.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
@@ -60,7 +60,6 @@ struct Outcome {
 struct Service {
     policy: HealthPolicy,
     probe: Probe,
-    is_used: bool,
     permits: Arc<Semaphore>,
     targets: HashMap<SocketAddr, Target>,
 }
@@ -86,6 +85,8 @@ pub(super) struct Schedule {
     /// What times are told from.
     began: Instant,
     services: HashMap<ServiceName, Service>,
+    /// Those that somebody uses, whether or not they are checked.
+    used: HashSet<ServiceName>,
     queue: DelayQueue<Due>,
     probes: JoinSet<Outcome>,
     permits: Arc<Semaphore>,
@@ -157,6 +158,7 @@ impl Schedule {
         Self {
             began: Instant::now(),
             services: HashMap::new(),
+            used: HashSet::new(),
             queue: DelayQueue::new(),
             probes: JoinSet::new(),
             permits: Arc::new(Semaphore::new(concurrency.max(Probe::HEAVIEST))),
@@ -205,7 +207,6 @@ impl Schedule {
         let service = services.entry(name.clone()).or_insert_with(|| Service {
             policy: policy.clone(),
             probe: Probe::new(&policy.check),
-            is_used: false,
             permits: Arc::new(Semaphore::new(*permits_of_one)),
             targets: HashMap::new(),
         });
@@ -244,9 +245,12 @@ impl Schedule {
     }
 
     fn set_used(&mut self, name: &ServiceName, is_used: bool) {
+        if !is_used {
+            self.used.remove(name);
+            return;
+        }
+        let begins = self.used.insert(name.clone());
         let Some(service) = self.services.get_mut(name) else { return };
-        let begins = is_used && !service.is_used;
-        service.is_used = is_used;
         if begins && service.policy.pace != Pace::Always {
             // What is known of them may be old.
             let spread = first_spread(service.targets.len()).min(service.policy.interval);
@@ -274,9 +278,9 @@ impl Schedule {
 
     fn take(&mut self, outcome: Outcome) {
         let Outcome { due, life, started, result } = outcome;
-        let Self { services, queue, began, .. } = self;
+        let Self { services, used, queue, began, .. } = self;
         let Some(service) = services.get_mut(&due.service) else { return };
-        let Service { policy, is_used, targets, .. } = service;
+        let Service { policy, targets, .. } = service;
         let Some(target) = targets.get_mut(&due.address).filter(|target| target.life == life)
         else {
             return;
@@ -288,7 +292,8 @@ impl Schedule {
             Err(Failure::Local(error)) => Err(error),
         };
         let factor = range.start + (range.end - range.start) * fastrand::f64();
-        let next = started + pause(policy, *is_used, target.checked).mul_f64(factor);
+        let next =
+            started + pause(policy, used.contains(&due.service), target.checked).mul_f64(factor);
         target.turn = Turn::Queued(queue.insert_at(due.clone(), next));
         match told {
             Ok(None) => {}
