@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use mesh_agent::config::{Config, ConfigError, Exclude, Source};
-use mesh_agent::model::{HealthCheck, HealthPolicy, Pace};
+use mesh_agent::model::{Ending, HealthCheck, HealthPolicy, Pace};
 use mesh_common::Limits;
 
 fn refused(text: &str) -> Vec<String> {
@@ -35,7 +35,7 @@ virtual-ips: [10.96.0.0/16, "fd00:96::/64", 10.97.0.1]
 limits: {frontends: 1000, backends: 3000, connections: 200000, affinities: 5000}
 metrics: {listen: "[::1]:9000"}
 canary: false
-health: {tcp: {}, interval: 5s, rise: 1}
+health: {tcp: {}, interval: 5s, rise: 1, end-connections: silent, end-after: 1m}
 sources:
 - files: {directory: /a}
 - files: {directory: /b}
@@ -66,6 +66,7 @@ sources:
             timeout: HealthPolicy::TIMEOUT,
             rise: 1,
             fall: HealthPolicy::FALL,
+            ending: Ending::Silent(Duration::from_secs(60)),
         }),
         metrics: Some("[::1]:9000".parse().expect("an address")),
         sources: directories.map(|d| Source::Files { directory: d.into() }).into(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mesh_agent::config::{MAX_ADDRESSES, MAX_BACKENDS, MAX_PORTS, parse_services};
 use mesh_agent::model::{
-    EjectionPolicy, Fallback, Health, HealthCheck, HealthPolicy, Locality, Pace, Service,
+    EjectionPolicy, Ending, Fallback, Health, HealthCheck, HealthPolicy, Locality, Pace, Service,
     ServiceName, Tls, Trust, WhenAllUnhealthy,
 };
 use mesh_common::affinity::By;
@@ -247,6 +247,10 @@ fn every_kind_of_check() {
     assert_eq!((&*call.service, call.tls.is_some()), ("orders", true));
     let off = b"services: [{name: a, address: 10.96.0.10, ports: [{port: 80}], endpoints: [], health: off}]";
     assert_eq!(parse_services(off).expect("a valid file")[0].health, Health::Off);
+    assert_eq!(health("{tcp: {}}").ending, Ending::Never);
+    assert_eq!(health("{tcp: {}, end-connections: silent}").ending, Ending::Silent(Ending::AFTER));
+    let all = health("{tcp: {}, end-connections: all, end-after: 1m}").ending;
+    assert_eq!(all, Ending::All(Duration::from_secs(60)));
     // A default that is longer than the interval gives way.
     let quick = health("{tcp: {}, interval: 100ms}");
     assert_eq!((quick.timeout, quick.interval), (quick.interval, Duration::from_millis(100)));

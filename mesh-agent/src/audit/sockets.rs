@@ -64,6 +64,10 @@ pub struct Socket {
     pub family: u8,
     /// Its addresses and ports.
     pub id: SocketId,
+    /// How often in a row what comes first of what was sent was sent again without being acknowledged.
+    pub retransmits: u8,
+    /// How many bytes (and SYN or FIN) were sent or wait to be, and are not acknowledged.
+    pub unacknowledged: u32,
 }
 
 /// How a dump has ended.
@@ -218,6 +222,11 @@ fn parse(datagram: &[u8], protocol: u8, each: &mut impl FnMut(Socket)) -> io::Re
                         inode: header.inode,
                         family: header.family,
                         id: header.socket_id,
+                        retransmits: match header.timer {
+                            Some(Timer::Retransmit(_, times)) => times,
+                            _ => 0,
+                        },
+                        unacknowledged: header.send_queue,
                     });
                 }
             }

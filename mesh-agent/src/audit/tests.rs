@@ -17,7 +17,16 @@ fn in_namespace(cookie: u64, netns: u64) -> Record {
 
 fn socket(cookie: u64) -> Socket {
     let id = netlink_packet_sock_diag::inet::SocketId::new_v4();
-    Socket { cookie, protocol: 6, state: 1, inode: 5, family: 2, id }
+    Socket {
+        cookie,
+        protocol: 6,
+        state: 1,
+        inode: 5,
+        family: 2,
+        id,
+        retransmits: 0,
+        unacknowledged: 0,
+    }
 }
 
 /// All sockets of the namespace.

@@ -7,7 +7,7 @@ use humantime::format_duration;
 
 use super::checks;
 use super::values::{duration, port_number};
-use crate::model::{Health, HealthCheck, HealthPolicy, Pace};
+use crate::model::{Ending, Health, HealthCheck, HealthPolicy, Pace};
 use crate::yaml::{Fields, Keys, Node, Problems, Value, excerpt, fields, integer, text};
 
 /// How long the time between two checks of one endpoint may be.
@@ -16,6 +16,9 @@ const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration:
 /// How long a check may wait. While it does, it takes one of the places of its service, whose other
 /// endpoints wait.
 const TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
+
+/// How long an endpoint may be unhealthy before connections to it are ended.
+const END_AFTER: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3_600);
 
 /// How many results in a row may be asked for.
 const IN_A_ROW: RangeInclusive<u64> = 1..=1000;
@@ -34,6 +37,8 @@ const HEALTH: Keys = Keys {
         "timeout",
         "rise",
         "fall",
+        "end-connections",
+        "end-after",
     ],
     later: &["command"],
 };
@@ -63,6 +68,7 @@ pub(super) fn policy(node: &Node, problems: &mut Problems) -> Option<HealthPolic
     let check = check(&fields, problems.count() > before, problems);
     let port = fields.get("port").map(|node| port_number(node, "port", problems));
     let pace = pace(&fields, problems);
+    let ending = ending(&fields, problems);
     let mut time = |key, range| fields.get(key).map(|node| duration(node, key, range, problems));
     let interval = time("interval", INTERVAL).unwrap_or(Some(HealthPolicy::INTERVAL));
     let timeout = time("timeout", TIMEOUT);
@@ -98,6 +104,7 @@ pub(super) fn policy(node: &Node, problems: &mut Problems) -> Option<HealthPolic
         timeout,
         rise: rise?,
         fall: fall?,
+        ending: ending?,
     })
 }
 
@@ -146,6 +153,32 @@ fn pace(fields: &Fields<'_>, problems: &mut Problems) -> Option<Pace> {
             );
             None
         }
+        (Some((other, at)), _) => {
+            problems.add(at, format!("expected {EXPECTED}; found {}", excerpt(other)));
+            None
+        }
+    }
+}
+
+fn ending(fields: &Fields<'_>, problems: &mut Problems) -> Option<Ending> {
+    const EXPECTED: &str = "never, silent or all";
+    let which = match fields.get("end-connections") {
+        Some(node) => Some((text(node, EXPECTED, problems)?, node.at)),
+        None => None,
+    };
+    let after =
+        fields.get("end-after").map(|node| duration(node, "end-after", END_AFTER, problems));
+    match (which, after) {
+        (None | Some(("never", _)), None) => Some(Ending::Never),
+        (None | Some(("never", _)), Some(_)) => {
+            problems.add(
+                fields.key_at("end-after"),
+                "`end-after` says nothing without `end-connections: silent` or `all`",
+            );
+            None
+        }
+        (Some(("silent", _)), after) => Some(Ending::Silent(after.unwrap_or(Some(Ending::AFTER))?)),
+        (Some(("all", _)), after) => Some(Ending::All(after.unwrap_or(Some(Ending::AFTER))?)),
         (Some((other, at)), _) => {
             problems.add(at, format!("expected {EXPECTED}; found {}", excerpt(other)));
             None

@@ -126,7 +126,7 @@ impl Engine {
                 }
             }
             Purpose::Try { service, token } => {
-                self.tried(&service, (backend, generation), address, token, failure);
+                self.tried(&service, (backend, generation), address, token, failure.is_some());
             }
         }
     }

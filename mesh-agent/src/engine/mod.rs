@@ -3,7 +3,9 @@
 //! everybody else asks it.
 
 mod confirm;
+mod dead;
 mod drains;
+mod ending;
 pub mod journal;
 mod observed;
 mod open;
@@ -41,9 +43,10 @@ use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::dataplane::units::Keys;
 use crate::discovery::{Event, SourceState};
 use crate::health::{Finding, Monitor, Verdict};
-use crate::model::ServiceName;
+use crate::model::{Ending, ServiceName};
 use crate::observe::events::Batch;
 use confirm::Opinions;
+use dead::Dead;
 use drains::Drains;
 use journal::Journal;
 use pause::Pause;
@@ -109,6 +112,8 @@ pub struct Engine {
     spread: Spread,
     /// Which services this node uses.
     usage: Usage,
+    /// Unhealthy endpoints whose connections will be ended.
+    dead: Dead,
     /// Endpoints that were removed, whose connections will be ended.
     removed: Removed,
     /// What a former agent left, and nobody has defined yet.
@@ -221,6 +226,7 @@ impl Engine {
             removed: Removed::new(),
             spread: Spread::default(),
             usage: Usage::new(),
+            dead: Dead::new(),
             config: Arc::clone(config),
         };
         (handle, heard, engine.run(inputs, receiver, felt, cancel))
@@ -258,6 +264,7 @@ impl Engine {
                 }
                 Some(opinion) = self.opinions.receiver.recv() => self.take_opinion(opinion),
                 next = self.removed.next() => self.take_next(next),
+                next = self.dead.next() => self.take_dead(next),
                 names = self.spread.due() => self.update(names),
                 Some(question) = questions.recv() => question(&mut self),
                 // `start_grace` below is what it was for.
@@ -397,10 +404,13 @@ impl Engine {
                     continue;
                 }
             };
-            let known =
-                self.health.get_mut(&service).and_then(|health| health.endpoints.get_mut(&address));
+            let Some(health) = self.health.get_mut(&service) else { continue };
+            let known = health.endpoints.get_mut(&address);
             // A verdict may come in after its endpoint went, or even came back.
             let Some(known) = known.filter(|known| known.life == life) else { continue };
+            let policy = health.plan.as_ref().map(|plan| &plan.policy);
+            let ending = policy.map_or(Ending::Never, |policy| policy.ending);
+            self.dead.follow(&service, address, state, ending);
             if known.turn(state, reason.clone()) {
                 tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
                 self.journal.push(observed::checked(&service, address, state, &reason));

@@ -3,19 +3,16 @@
 //! What a datagram socket sends without being connected goes to another one by itself.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
-use std::sync::mpsc as sync;
 use std::time::{Duration, SystemTime};
 
-use mesh_common::{Held, Protocol};
+use mesh_common::Protocol;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::ending::{self, Ended};
 use super::{Engine, journal};
 use crate::api::types::Event;
-use crate::audit::sockets::{self, Socket};
 use crate::audit::task::Auditor;
-use crate::audit::{self, Found, Record};
 use crate::compile::{self, BackendKey};
 use crate::dataplane::reconcile::LetGo;
 use crate::model::{Service, ServiceName, ServicePort};
@@ -25,9 +22,6 @@ const SOON: Duration = Duration::from_millis(100);
 
 /// When it is looked again for what was not seen the first time.
 const AGAIN: Duration = Duration::from_secs(2);
-
-/// `TCP_ESTABLISHED`, which is also the state of a connected datagram socket.
-const CONNECTED: u8 = 1;
 
 /// A removed endpoint.
 #[derive(Clone, Debug)]
@@ -136,85 +130,12 @@ fn due(gone: &Gone, timeouts: &HashMap<ServiceName, Duration>) -> Option<Instant
 
 /// Ends the connections of all these, and tells how many there were.
 async fn end(auditor: Auditor, gone: Vec<LetGo>, tell: mpsc::UnboundedSender<Next>) {
-    // Nobody listens once the agent stops.
-    let fail = |error: &dyn std::fmt::Display| drop(tell.send(Next::Failed(error.to_string())));
-    let gone: HashMap<(u32, u32), LetGo> =
-        gone.into_iter().map(|gone| ((gone.id, gone.generation), gone)).collect();
-    let concerned = {
-        let gone: HashSet<(u32, u32)> = gone.keys().copied().collect();
-        let auditor = auditor.clone();
-        // A look at each record, of which there may be many.
-        tokio::task::spawn_blocking(move || {
-            let mut records = auditor.records();
-            records.retain(|record| gone.contains(&backend(record)) && is_held_there(record));
-            records
-        })
-    };
-    let records = match concerned.await {
-        Ok(records) if records.is_empty() => return,
-        Ok(records) => records,
-        Err(error) => return fail(&error),
-    };
-    let by_cookie: HashMap<u64, (Record, SocketAddr)> = records
-        .iter()
-        .filter_map(|record| {
-            let address = gone.get(&backend(record))?.key.address;
-            Some((record.cookie, (*record, address)))
-        })
-        .collect();
-    let (count, counted) = sync::channel();
-    let inside = move |found: &Found| {
-        for socket in found.sockets.values() {
-            let Some((record, address)) = by_cookie.get(&socket.cookie) else { continue };
-            // It may have gone elsewhere since; the kernel compares what is listed, and the cookie.
-            if leads_to(socket, *address) && auditor.still(record) {
-                // Whoever counts is there until this returns.
-                let _ = count.send((backend(record), sockets::destroy(socket)));
-            }
-        }
-    };
-    let found = match audit::visit(&records, inside).await {
-        Ok(found) => found,
-        Err(error) => return fail(&error),
-    };
-    let mut ended = HashMap::<(u32, u32), usize>::new();
-    for (which, destroyed) in counted.try_iter() {
-        match destroyed {
-            Ok(destroyed) => *ended.entry(which).or_default() += usize::from(destroyed),
-            Err(error) => fail(&format!(
-                "{error} (a kernel without CONFIG_INET_DIAG_DESTROY cannot do it at all)"
-            )),
-        }
+    let Ended { counts, problems } = ending::end(auditor, gone, |_, _| true).await;
+    let failed = problems.into_iter().map(Next::Failed);
+    for next in failed.chain(counts.into_iter().map(|(what, count)| Next::Ended(what, count))) {
+        // Nobody listens once the agent stops.
+        let _ = tell.send(next);
     }
-    for problem in found.values().flat_map(|found| found.incomplete.values()) {
-        fail(problem);
-    }
-    let unreached = records.iter().filter(|record| !found.contains_key(&record.netns())).count();
-    if unreached > 0 {
-        fail(&format!("{unreached} of them are in network namespaces out of reach"));
-    }
-    for (which, count) in ended {
-        if let Some(what) = gone.get(&which).filter(|_| count > 0) {
-            let _ = tell.send(Next::Ended(what.clone(), count));
-        }
-    }
-}
-
-/// The backend of a record, and its generation.
-fn backend(record: &Record) -> (u32, u32) {
-    (Held(record.word).backend(), record.given.generation)
-}
-
-/// Whether its socket cannot go elsewhere.
-const fn is_held_there(record: &Record) -> bool {
-    !record.is_datagram() || record.given.role.is_connected()
-}
-
-/// Whether a socket is connected to this address; a datagram socket also when it was connected.
-fn leads_to(socket: &Socket, address: SocketAddr) -> bool {
-    let peer =
-        SocketAddr::new(socket.id.destination_address.to_canonical(), socket.id.destination_port);
-    peer == address && (socket.protocol != Protocol::Udp as u8 || socket.state == CONNECTED)
 }
 
 impl Engine {

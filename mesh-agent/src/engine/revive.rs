@@ -115,15 +115,15 @@ impl Engine {
         (id, generation): (u32, u32),
         address: SocketAddr,
         token: Token,
-        failure: Option<String>,
+        failed: bool,
     ) {
         let policy = self.reconciler.rules(service).policy;
         let stats = self.reconciler.maps().stats(id).filter(|stats| stats.is_life(generation));
         let Some(stats) = stats else { return };
         let now = ticks(clock::monotonic());
-        let changed = change(&stats.ejection, |known| match &failure {
-            None => known.succeed(policy, Client::NOBODY, token, now),
-            Some(_) => known.fail(policy, Client::NOBODY, token, now),
+        let changed = change(&stats.ejection, |known| match failed {
+            false => known.succeed(policy, Client::NOBODY, token, now),
+            true => known.fail(policy, Client::NOBODY, token, now),
         });
         if changed.is_some_and(|(before, after)| !before.is_in() && after.is_in()) {
             self.tell_recovered(service, address, "the agent's own connect succeeded");

@@ -98,7 +98,7 @@ impl Checked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{HealthCheck, Pace};
+    use crate::model::{Ending, HealthCheck, Pace};
 
     fn policy(rise: u32, fall: u32) -> HealthPolicy {
         HealthPolicy {
@@ -109,6 +109,7 @@ mod tests {
             timeout: HealthPolicy::TIMEOUT,
             rise,
             fall,
+            ending: Ending::Never,
         }
     }
 

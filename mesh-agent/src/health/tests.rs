@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::model::{HealthCheck, Pace};
+use crate::model::{Ending, HealthCheck, Pace};
 use tokio::net::TcpListener;
 
 fn policy() -> HealthPolicy {
@@ -15,6 +15,7 @@ fn policy() -> HealthPolicy {
         timeout: Duration::from_millis(500),
         rise: 2,
         fall: 2,
+        ending: Ending::Never,
     }
 }
 

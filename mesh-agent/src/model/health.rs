@@ -51,6 +51,25 @@ pub struct HealthPolicy {
     pub rise: u32,
     /// Consecutive failures after which an endpoint is unhealthy: 1 to 1,000.
     pub fall: u32,
+    /// Which connections are ended that an endpoint has while it is unhealthy.
+    pub ending: Ending,
+}
+
+/// Which connections of an unhealthy endpoint are ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Ending {
+    /// None: they go on, or wait, as they may.
+    #[default]
+    Never,
+    /// Those that wait, for so long, for something that they sent to be acknowledged.
+    Silent(Duration),
+    /// All that are there after it was unhealthy for so long.
+    All(Duration),
+}
+
+impl Ending {
+    /// How long it is waited for, unless a file says otherwise.
+    pub const AFTER: Duration = Duration::from_secs(10);
 }
 
 impl HealthPolicy {

@@ -4,7 +4,9 @@
 mod health;
 mod service;
 
-pub use health::{GrpcCheck, Health, HealthCheck, HealthPolicy, HttpCheck, Pace, Tls, Trust};
+pub use health::{
+    Ending, GrpcCheck, Health, HealthCheck, HealthPolicy, HttpCheck, Pace, Tls, Trust,
+};
 pub use service::{
     Affinity, EjectionPolicy, Endpoint, Fallback, Locality, Service, ServiceName, ServicePort,
     WhenAllUnhealthy,

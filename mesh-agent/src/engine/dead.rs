@@ -1,0 +1,280 @@
+//! Connections of endpoints whose checks fail: those of a service that says so are ended, so that its clients
+//! connect again, elsewhere, instead of waiting for an answer that does not come.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use mesh_common::{Protocol, State};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::ending::{self, Ended, Life};
+use super::{Engine, journal};
+use crate::api::types::Event;
+use crate::audit::sockets::Socket;
+use crate::dataplane::maps::Maps as _;
+use crate::dataplane::reconcile::LetGo;
+use crate::model::{Ending, ServiceName};
+
+/// How often connections of unhealthy endpoints are looked at, if they do not last much longer.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// One look in so many parts of the time that is waited for.
+const PARTS: u32 = 4;
+
+/// What was not seen for so long is forgotten: longer than any two looks are apart.
+const FORGET: Duration = Duration::from_secs(1_200);
+
+/// What is to be done now, or was done.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// It is time to look.
+    Due,
+    /// A look is over.
+    Looked(Ended),
+}
+
+/// Unhealthy endpoints whose connections will be ended.
+#[derive(Debug)]
+pub(super) struct Dead {
+    endpoints: BTreeMap<(ServiceName, SocketAddr), Watch>,
+    /// Connections that waited for an acknowledgement at the last look, by cookie.
+    waiting: Arc<Mutex<HashMap<u64, Waiting>>>,
+    is_looking: bool,
+    sender: mpsc::UnboundedSender<Next>,
+    receiver: mpsc::UnboundedReceiver<Next>,
+}
+
+/// An endpoint that is watched.
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    ending: Ending,
+    /// Since when it is unhealthy, as far as this agent knows.
+    since: Instant,
+    /// When its connections are looked at.
+    next: Instant,
+}
+
+/// A connection that waits for what it has sent to be acknowledged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Waiting {
+    since: Instant,
+    retransmits: u8,
+    unacknowledged: u32,
+    /// When it was seen last.
+    seen: Instant,
+}
+
+// === impl Waiting ===
+
+impl Waiting {
+    /// What is known of a connection, after another look; nothing if it does not wait.
+    ///
+    /// What is acknowledged ends the retransmissions, and is not in the queue any more: while neither
+    /// becomes less, nothing was. (That both grow again between two looks as far as they were is possible
+    /// where packets are lost, and needs an endpoint whose checks fail as well.)
+    fn look(known: Option<Self>, socket: &Socket, now: Instant) -> Option<Self> {
+        let (retransmits, unacknowledged) = (socket.retransmits, socket.unacknowledged);
+        if retransmits == 0 || unacknowledged == 0 {
+            return None;
+        }
+        let goes_on = |known: &Self| {
+            retransmits >= known.retransmits && unacknowledged >= known.unacknowledged
+        };
+        let since = known.filter(goes_on).map_or(now, |known| known.since);
+        Some(Self { since, retransmits, unacknowledged, seen: now })
+    }
+}
+
+// === impl Dead ===
+
+impl Dead {
+    pub(super) fn new() -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let (endpoints, waiting) = (BTreeMap::new(), Arc::default());
+        Self { endpoints, waiting, is_looking: false, sender, receiver }
+    }
+
+    /// Follows what the checks say of an endpoint.
+    pub(super) fn follow(
+        &mut self,
+        service: &ServiceName,
+        address: SocketAddr,
+        state: State,
+        ending: Ending,
+    ) {
+        let endpoint = (service.clone(), address);
+        if state != State::Unhealthy || ending == Ending::Never {
+            self.endpoints.remove(&endpoint);
+            return;
+        }
+        let since = Instant::now();
+        // Who waits is looked for from the beginning.
+        let next = match ending {
+            Ending::All(after) => since + after,
+            Ending::Silent(_) | Ending::Never => since,
+        };
+        self.endpoints.entry(endpoint).or_insert(Watch { ending, since, next });
+    }
+
+    /// Waits until there is something to do.
+    pub(super) async fn next(&mut self) -> Next {
+        let first = self.endpoints.values().map(|watch| watch.next).min();
+        let due = async {
+            match first.filter(|_| !self.is_looking) {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(next) = self.receiver.recv() => next,
+            () = due => Next::Due,
+        }
+    }
+}
+
+impl Engine {
+    /// Looks at connections of endpoints that are due, or tells what was ended.
+    pub(super) fn take_dead(&mut self, next: Next) {
+        match next {
+            Next::Due => self.look_at_dead(),
+            Next::Looked(Ended { counts, problems }) => {
+                self.dead.is_looking = false;
+                for (LetGo { service, key, .. }, count) in counts {
+                    let detail = format!("{count} connections to an unhealthy endpoint were ended");
+                    tracing::info!(%service, endpoint = %key.address, "{detail}");
+                    self.journal.push(Event {
+                        service: Some(service.to_string()),
+                        backend: Some(key.address.to_string()),
+                        detail,
+                        ..journal::event("ended", SystemTime::now())
+                    });
+                }
+                if let Some(problem) = problems.first() {
+                    let text =
+                        format!("connections to unhealthy endpoints cannot be ended: {problem}");
+                    tracing::error!("{text}");
+                    self.fail(text);
+                }
+            }
+        }
+    }
+
+    fn look_at_dead(&mut self) {
+        let now = Instant::now();
+        // What is not checked any more, or was removed, is no business of this.
+        let health = &self.health;
+        self.dead.endpoints.retain(|(service, address), watch| {
+            let health = health.get(service);
+            let ending =
+                health.and_then(|health| health.plan.as_ref()).map(|plan| plan.policy.ending);
+            let known = health.and_then(|health| health.endpoints.get(address));
+            watch.ending = ending.unwrap_or_default();
+            watch.ending != Ending::Never
+                && known.is_some_and(|known| known.state == State::Unhealthy)
+        });
+        let mut due = Vec::new();
+        for (endpoint, watch) in &mut self.dead.endpoints {
+            if watch.next > now {
+                continue;
+            }
+            let (Ending::Silent(after) | Ending::All(after)) = watch.ending else { continue };
+            watch.next = now + (after / PARTS).max(LOOK);
+            due.push((endpoint.clone(), *watch));
+        }
+        let (mut lives, mut gone) = (HashMap::<Life, Ending>::new(), Vec::new());
+        for ((service, address), watch) in due {
+            if let Ending::All(after) = watch.ending
+                && now < watch.since + after
+            {
+                continue;
+            }
+            // Those who fall back to the service have its endpoints too.
+            for name in self.spread.dependents(&service).chain([&service]) {
+                for (key, id) in self.reconciler.backends(name) {
+                    if key.address != address || key.protocol != Protocol::Tcp {
+                        continue;
+                    }
+                    let Some(backend) = self.reconciler.maps().backend(id) else { continue };
+                    let generation = backend.generation;
+                    lives.insert((id, generation), watch.ending);
+                    gone.push(LetGo { service: name.clone(), key, id, generation });
+                }
+            }
+        }
+        if gone.is_empty() {
+            return;
+        }
+        self.dead.is_looking = true;
+        let (auditor, tell) = (self.auditor.clone(), self.dead.sender.clone());
+        let waiting = Arc::clone(&self.dead.waiting);
+        tokio::spawn(async move {
+            let known = Arc::clone(&waiting);
+            let choose = move |life: Life, socket: &Socket| match lives.get(&life) {
+                Some(Ending::All(_)) => true,
+                Some(Ending::Silent(after)) => waits(&known, socket, *after),
+                Some(Ending::Never) | None => false,
+            };
+            let ended = ending::end(auditor, gone, choose).await;
+            // Of connections that are gone nothing is remembered for longer than any is waited for.
+            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            waiting.retain(|_, one| one.seen + FORGET > now);
+            drop(waiting);
+            // Nobody listens once the agent stops.
+            let _ = tell.send(Next::Looked(ended));
+        });
+    }
+}
+
+/// Whether a connection has waited for so long; remembers since when.
+fn waits(known: &Mutex<HashMap<u64, Waiting>>, socket: &Socket, after: Duration) -> bool {
+    let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = Instant::now();
+    let Some(waiting) = Waiting::look(known.remove(&socket.cookie), socket, now) else {
+        return false;
+    };
+    known.insert(socket.cookie, waiting);
+    now - waiting.since >= after
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_sock_diag::inet::SocketId;
+
+    use super::*;
+
+    fn socket(retransmits: u8, unacknowledged: u32) -> Socket {
+        let (cookie, protocol, state, inode, family, id) = (1, 6, 1, 5, 2, SocketId::new_v4());
+        Socket { cookie, protocol, state, inode, family, id, retransmits, unacknowledged }
+    }
+
+    /// What is known after each look, a second apart: since which second it waits.
+    fn run(looks: &[(u8, u32)]) -> Vec<Option<u64>> {
+        let begin = Instant::now();
+        let mut known = None;
+        let looks = looks.iter().zip(0..);
+        let mut look = |(&(retransmits, unacknowledged), second): (&(u8, u32), u64)| {
+            let now = begin + Duration::from_secs(second);
+            known = Waiting::look(known, &socket(retransmits, unacknowledged), now);
+            known.map(|known| (known.since - begin).as_secs())
+        };
+        looks.map(&mut look).collect()
+    }
+
+    #[test]
+    fn waits_while_nothing_is_acknowledged() {
+        // What was never sent again may be on its way.
+        assert_eq!(
+            run(&[(0, 100), (1, 100), (2, 100), (2, 100)]),
+            [None, Some(1), Some(1), Some(1)]
+        );
+        // More is sent meanwhile.
+        assert_eq!(run(&[(1, 100), (2, 300)]), [Some(0), Some(0)]);
+        // Something was acknowledged: all of it, a part, or what had to be sent again.
+        assert_eq!(run(&[(3, 100), (0, 0), (1, 100)]), [Some(0), None, Some(2)]);
+        assert_eq!(run(&[(3, 100), (3, 50)]), [Some(0), Some(1)]);
+        assert_eq!(run(&[(3, 100), (1, 100)]), [Some(0), Some(1)]);
+    }
+}

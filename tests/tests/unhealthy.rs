@@ -1,0 +1,176 @@
+//! Connections of an endpoint whose checks fail, of a service that wants them ended: those that wait for what
+//! does not come, or all; of that endpoint, and of no other.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::process::{Echo, Process, run, until};
+use mesh_tests::{Node, Service, check};
+use serde_json::Value;
+
+/// Tells its name to whoever comes, and then sends back what it is sent.
+const SERVER: &str = r#"
+import socketserver, sys
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(sys.argv[1].encode())
+        while data := self.request.recv(100):
+            self.request.sendall(data)
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address, daemon_threads, request_queue_size = True, True, 64
+Server((sys.argv[2], 8080), Echo).serve_forever()
+"#;
+
+/// Connects; says where it is; `busy` sends something twice a second and waits for it to come back, `idle`
+/// waits; says with which error that ends.
+const CLIENT: &str = r#"
+import errno, socket, sys, time
+s = socket.create_connection(("10.96.0.10", 80))
+print("at", s.recv(1).decode(), flush=True)
+try:
+    while True:
+        if sys.argv[1] == "busy":
+            s.sendall(b"x")
+        if not s.recv(100):
+            print("closed", flush=True)
+            break
+        time.sleep(0.5)
+except OSError as error:
+    print("ended", errno.errorcode[error.errno], flush=True)
+time.sleep(1000)
+"#;
+
+/// Nobody hears from b any more, nor b from anybody.
+const UNPLUGGED: &str = "add table inet t; \
+                         add chain inet t in { type filter hook input priority 0; }; \
+                         add rule inet t in ip daddr 10.0.0.2 drop; \
+                         add rule inet t in ip saddr 10.0.0.2 drop";
+
+struct Scene {
+    node: Node,
+    _servers: Vec<Process>,
+}
+
+fn scene(ending: &str) -> Result<Scene> {
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).key("balance: round-robin");
+    let health = format!("health: {{tcp: {{}}, interval: 200ms, fall: 2{ending}}}");
+    let app = app.key(&health).endpoint("10.0.0.1").endpoint("10.0.0.2");
+    let mut node = Node::builder().service(app).start_without_agent()?;
+    let script = node.directory().join("server.py");
+    fs::write(&script, SERVER)?;
+    let mut servers = Vec::new();
+    for (name, ip) in [("a", "10.0.0.1"), ("b", "10.0.0.2")] {
+        node.add_address(ip.parse()?)?;
+        let mut command = node.outside("python3");
+        command.arg(&script).args([name, ip]);
+        servers.push(Process::spawn(name, command, Echo::On)?);
+    }
+    node.agent.start()?;
+    node.agent.until_backends("app", |all| all.iter().all(|one| one.state == "healthy"))?;
+    Ok(Scene { node, _servers: servers })
+}
+
+/// Two clients of this kind, at a and at b.
+fn clients(scene: &Scene, kind: &str) -> Result<[Process; 2]> {
+    let mut by_name: [Option<Process>; 2] = [None, None];
+    for _ in 0..100 {
+        let mut command = scene.node.command("python3");
+        command.args(["-c", CLIENT, kind]);
+        let mut client = Process::spawn(kind, command, Echo::Off)?;
+        let at = until("a connection", Duration::from_secs(20), || {
+            let log = client.log();
+            Ok(["at a", "at b"].iter().position(|name| log.has(&[name])))
+        })?;
+        match &mut by_name[at] {
+            place @ None => *place = Some(client),
+            Some(_) => drop(client.kill()?),
+        }
+        if let [Some(_), Some(_)] = &by_name {
+            break;
+        }
+    }
+    let [a, b] = by_name;
+    Ok([a.context("none is at a")?, b.context("none is at b")?])
+}
+
+fn unplug(node: &Node) -> Result<()> {
+    let mut nft = node.outside("nft");
+    nft.arg(UNPLUGGED);
+    let output = run(nft)?;
+    ensure!(output.status.success(), "{output:?}");
+    node.agent.until_backends("app", |all| {
+        all.iter().any(|one| one.address == "10.0.0.2:8080" && one.state == "unhealthy")
+    })
+}
+
+fn until_ended(client: &Process, limit: Duration) -> Result<Duration> {
+    let begin = Instant::now();
+    // What `SOCK_DESTROY` gives (`tcp_abort`).
+    until("the connection to be ended", limit, || {
+        Ok(client.log().has(&["ended ECONNABORTED"]).then_some(()))
+    })?;
+    Ok(begin.elapsed())
+}
+
+fn ensure_goes_on(clients: &[&Process]) -> Result<()> {
+    for client in clients {
+        let log = client.log();
+        ensure!(!log.has(&["ended"]) && !log.has(&["closed"]), "{}", log.tail());
+    }
+    Ok(())
+}
+
+#[test]
+fn those_that_wait_are_ended() -> Result<()> {
+    let mut scene = scene(", end-connections: silent, end-after: 2s")?;
+    let [busy_a, busy_b] = clients(&scene, "busy")?;
+    let [idle_a, idle_b] = clients(&scene, "idle")?;
+    unplug(&scene.node)?;
+    let took = until_ended(&busy_b, Duration::from_secs(20))?;
+    println!("ended {took:?} after its endpoint was unhealthy");
+    ensure_goes_on(&[&busy_a, &idle_a, &idle_b])?;
+    let told = |one: &Value| {
+        one["kind"] == "ended"
+            && one["backend"] == "10.0.0.2:8080"
+            && one["detail"].as_str().is_some_and(|text| text.starts_with("1 connections"))
+    };
+    until("it to be told", Duration::from_secs(20), || {
+        let events: Vec<Value> = scene.node.agent.json(&["events", "--service", "app"])?;
+        Ok(events.iter().any(told).then_some(()))
+    })?;
+    check::balanced(&mut scene.node, &["a"], first_byte)
+}
+
+#[test]
+fn all_are_ended() -> Result<()> {
+    let scene = scene(", end-connections: all, end-after: 1s")?;
+    let [busy_a, busy_b] = clients(&scene, "busy")?;
+    let [idle_a, idle_b] = clients(&scene, "idle")?;
+    unplug(&scene.node)?;
+    for client in [&busy_b, &idle_b] {
+        until_ended(client, Duration::from_secs(20))?;
+    }
+    ensure_goes_on(&[&busy_a, &idle_a])
+}
+
+/// The control: nothing is ended unless the service says so.
+#[test]
+fn none_is_ended_otherwise() -> Result<()> {
+    let scene = scene("")?;
+    let [busy_a, busy_b] = clients(&scene, "busy")?;
+    unplug(&scene.node)?;
+    // Longer than the others need.
+    std::thread::sleep(Duration::from_secs(6));
+    ensure_goes_on(&[&busy_a, &busy_b])
+}
+
+/// Who answers first.
+fn first_byte(node: &Node) -> Result<String> {
+    let mut command = node.command("python3");
+    command.args([
+        "-c",
+        "import socket; print(socket.create_connection((\"10.96.0.10\", 80), 5).recv(1).decode())",
+    ]);
+    Ok(mesh_tests::process::stdout(command)?.trim().to_owned())
+}
