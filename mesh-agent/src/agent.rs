@@ -149,7 +149,7 @@ pub async fn run(mut config: Config, options: Options) -> anyhow::Result<()> {
         },
         cancel.clone(),
     );
-    spawn(&mut tasks, "the health checks", checks);
+    spawn(&mut tasks, "the health checks", alone(checks)?);
     spawn(&mut tasks, "the engine", work);
     for (index, source) in config.sources.iter().enumerate() {
         let Source::Files { directory } = source;
@@ -442,6 +442,20 @@ fn spawn(tasks: &mut Tasks, name: &'static str, task: impl Future<Output = ()> +
         task.await;
         name
     });
+}
+
+/// Work that is done on a thread of its own: many short tasks that wake each other cost half of what they do
+/// among several threads, and nothing that the others are busy with holds them up.
+fn alone(
+    work: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<impl Future<Output = ()> + Send> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(async move {
+        let ended = tokio::task::spawn_blocking(move || runtime.block_on(work)).await;
+        if let Err(error) = ended {
+            std::panic::resume_unwind(error.into_panic());
+        }
+    })
 }
 
 fn ended_early(ended: Option<Result<&'static str, JoinError>>) -> anyhow::Error {

@@ -101,7 +101,7 @@ enum Task {
     /// Envoy comes from PyPI, into the target directory. What was measured is kept there too, as
     /// JSON.
     Bench {
-        /// What to measure, and its options: `connect`, `traffic`, `update` or `restart`, each `[--json]`.
+        /// What to measure, and its options: `connect`, `traffic`, `update`, `restart` or `checks`, each `[--json]`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         arguments: Vec<String>,
     },

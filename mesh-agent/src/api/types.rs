@@ -160,11 +160,29 @@ pub struct Status {
     pub memory: Memory,
     /// Counters of the data plane since the programs were loaded.
     pub counters: Counters,
+    /// Health checks since the agent was started.
+    #[serde(default)]
+    pub checks: Checks,
     /// What the last audit of records found; `null` before the first.
     #[serde(default)]
     pub audit: Option<Audit>,
     /// The last thing that went wrong, if anything did.
     pub last_error: Option<LastError>,
+}
+
+/// Health checks.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, Debug)]
+pub struct Checks {
+    /// Those that passed.
+    pub passed: u64,
+    /// Those that did not.
+    pub failed: u64,
+    /// Those that could not be made.
+    pub unmade: u64,
+    /// Those that began more than 100 ms after they were due.
+    pub late: u64,
+    /// The longest time that one began after it was due, in microseconds.
+    pub longest_delay_us: u64,
 }
 
 /// `GET /v1/audit`: the records of balanced sockets, compared with the sockets that exist.

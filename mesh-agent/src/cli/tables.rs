@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::output::{Style, age, brief, clean, coloured, lines, number, text};
 use crate::api::types::{
-    Answer, Audit, Backend, Connection, Explanation, Frontend, Memory, Service, Status,
+    Answer, Audit, Backend, Checks, Connection, Explanation, Frontend, Memory, Service, Status,
 };
 use crate::check::Check;
 
@@ -205,7 +205,14 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
     ] {
         counters.row([text(name), number(count)]);
     }
-    for part in [programs, sources, maps, counters] {
+    let mut checks = style.list(&["HEALTH CHECKS", "COUNT"]);
+    let Checks { passed, failed, unmade, late, .. } = status.checks;
+    for (name, count) in
+        [("passed", passed), ("failed", failed), ("could not be made", unmade), ("late", late)]
+    {
+        checks.row([text(name), number(count)]);
+    }
+    for part in [programs, sources, maps, counters, checks] {
         out.push('\n');
         out.push_str(&part.finish());
     }

@@ -343,6 +343,7 @@ impl Engine {
                 maps: self.reconciler.maps().bytes() + self.auditor.bytes(),
             },
             counters: self.counters(),
+            checks: self.monitor.tally().read(),
             audit: self.auditor.last().map(|audited| audit(&audited)),
             last_error: self.last_error.as_ref().map(|(time, error)| types::LastError {
                 time: timestamp(*time),

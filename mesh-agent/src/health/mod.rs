@@ -3,11 +3,13 @@
 pub mod probe;
 mod schedule;
 mod state;
+mod tally;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use mesh_common::State;
 use tokio::sync::mpsc;
@@ -15,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::model::{HealthPolicy, ServiceName};
 use schedule::Schedule;
+use tally::Tally;
 
 /// The most checks that run at a time; the others wait. Each takes one file descriptor, and those that read
 /// an answer count for several ([`probe::Probe::weight`]), so this is also what bounds their memory.
@@ -68,6 +71,7 @@ pub struct Life {
 #[derive(Debug)]
 pub struct Monitor {
     orders: mpsc::UnboundedSender<(ServiceName, Order)>,
+    tally: Arc<Tally>,
 }
 
 /// What is to become of the checks of a service.
@@ -88,7 +92,9 @@ impl Monitor {
         cancel: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (orders, receiver) = mpsc::unbounded_channel();
-        (Self { orders }, Schedule::new(concurrency, findings).run(receiver, cancel))
+        let tally = Arc::default();
+        let schedule = Schedule::new(concurrency, findings, Arc::clone(&tally));
+        (Self { orders, tally }, schedule.run(receiver, cancel))
     }
 
     /// From now on checks this for a service, or nothing. Endpoints that stay keep their state.
@@ -99,6 +105,12 @@ impl Monitor {
     /// Somebody on this node uses a service that is checked, or nobody does any more. Nobody does at first.
     pub fn set_used(&self, service: ServiceName, is_used: bool) {
         self.order(service, Order::Used(is_used));
+    }
+
+    /// What is counted of checks.
+    #[must_use]
+    pub fn tally(&self) -> &Tally {
+        &self.tally
     }
 
     fn order(&self, service: ServiceName, order: Order) {

@@ -21,6 +21,7 @@ use tokio_util::time::{DelayQueue, delay_queue};
 
 use super::probe::{Failure, Probe};
 use super::state::Checked;
+use super::tally::Tally;
 use super::{Finding, Order, Plan, Verdict};
 use crate::model::{HealthPolicy, Pace, ServiceName};
 
@@ -30,16 +31,21 @@ const SHARE: usize = 4;
 /// Trouble is over when there was none for so long.
 const TROUBLE: Duration = Duration::from_secs(5);
 
-/// The first checks of endpoints that come together are spread over this, and over more when they are many:
-/// over so much for each.
-const FIRST_SPREAD: Duration = Duration::from_millis(200);
-const FIRST_SPREAD_EACH: Duration = Duration::from_micros(100);
+/// Checks that would come together, since their endpoints do, are spread over this.
+const SPREAD: Duration = Duration::from_millis(200);
+
+/// Each of them comes so much later than the one before, when they are many.
+const APART: Duration = Duration::from_micros(100);
 
 /// What part of an interval passes before the second check of an endpoint.
 const SECOND: Range<f64> = 0.2..1.0;
 
 /// What passes between later ones, in intervals.
 const LATER: Range<f64> = 0.9..1.1;
+
+/// Checks that are due within one of these begin together: a processor that wakes up for each would be busy
+/// with nothing else.
+const SLOT: Duration = Duration::from_millis(10);
 
 /// A check that is due.
 #[derive(Clone, Debug)]
@@ -54,6 +60,8 @@ struct Outcome {
     /// Which life of the endpoint was checked: it may have been removed and come back.
     life: u64,
     started: Instant,
+    /// How long after it was due that was.
+    delay: Duration,
     result: Result<(), Failure>,
 }
 
@@ -88,12 +96,27 @@ pub(super) struct Schedule {
     /// Those that somebody uses, whether or not they are checked.
     used: HashSet<ServiceName>,
     queue: DelayQueue<Due>,
+    soon: Soon,
     probes: JoinSet<Outcome>,
     permits: Arc<Semaphore>,
     permits_of_one: usize,
     /// When a check could not be made last.
     trouble: Option<Instant>,
     findings: mpsc::UnboundedSender<Finding>,
+    tally: Arc<Tally>,
+}
+
+/// When the next of those may come that come as soon as they can.
+struct Soon(Instant);
+
+// === impl Soon ===
+
+impl Soon {
+    /// A moment for one more, within about `interval` if that is short.
+    fn next(&mut self, interval: Duration) -> Instant {
+        self.0 = self.0.max(Instant::now()) + APART;
+        self.0 + SPREAD.min(interval).mul_f64(fastrand::f64())
+    }
 }
 
 // === impl Turn ===
@@ -111,11 +134,11 @@ impl Turn {
 // === impl Service ===
 
 impl Service {
-    /// Has all that wait be checked within `spread`.
-    fn hasten(&self, queue: &mut DelayQueue<Due>, spread: Duration) {
+    /// Has all that wait be checked soon.
+    fn hasten(&self, queue: &mut DelayQueue<Due>, soon: &mut Soon) {
         for target in self.targets.values() {
             if let Turn::Queued(key) = &target.turn {
-                queue.reset(key, spread.mul_f64(fastrand::f64()));
+                queue.reset_at(key, soon.next(self.policy.interval));
             }
         }
     }
@@ -154,17 +177,24 @@ impl Target {
 // === impl Schedule ===
 
 impl Schedule {
-    pub(super) fn new(concurrency: usize, findings: mpsc::UnboundedSender<Finding>) -> Self {
+    pub(super) fn new(
+        concurrency: usize,
+        findings: mpsc::UnboundedSender<Finding>,
+        tally: Arc<Tally>,
+    ) -> Self {
+        let began = Instant::now();
         Self {
-            began: Instant::now(),
+            began,
             services: HashMap::new(),
             used: HashSet::new(),
             queue: DelayQueue::new(),
+            soon: Soon(began),
             probes: JoinSet::new(),
             permits: Arc::new(Semaphore::new(concurrency.max(Probe::HEAVIEST))),
             permits_of_one: (concurrency / SHARE).max(Probe::HEAVIEST),
             trouble: None,
             findings,
+            tally,
         }
     }
 
@@ -183,7 +213,8 @@ impl Schedule {
                     None => return,
                 },
                 Some(due) = std::future::poll_fn(|cx| self.queue.poll_expired(cx)) => {
-                    self.start(due.into_inner());
+                    let at = due.deadline();
+                    self.start(due.into_inner(), at);
                 }
                 Some(outcome) = self.probes.join_next() => match outcome {
                     Ok(outcome) => self.take(outcome),
@@ -203,7 +234,7 @@ impl Schedule {
 
     fn follow(&mut self, name: &ServiceName, plan: Plan) {
         let Plan { policy, targets } = plan;
-        let Self { services, queue, permits_of_one, .. } = self;
+        let Self { services, queue, soon, permits_of_one, .. } = self;
         let service = services.entry(name.clone()).or_insert_with(|| Service {
             policy: policy.clone(),
             probe: Probe::new(&policy.check),
@@ -217,11 +248,9 @@ impl Schedule {
             }
             stays
         });
-        let new = targets.keys().filter(|address| !service.targets.contains_key(address)).count();
-        let spread = first_spread(new).min(policy.interval);
         if service.policy != policy {
             // What was planned by the old interval may be far away.
-            service.hasten(queue, first_spread(service.targets.len()).min(policy.interval));
+            service.hasten(queue, soon);
             if service.policy.check != policy.check {
                 service.probe = Probe::new(&policy.check);
             }
@@ -229,7 +258,7 @@ impl Schedule {
         for (address, life) in targets {
             service.targets.entry(address).or_insert_with(|| {
                 let due = Due { service: name.clone(), address };
-                let turn = Turn::Queued(queue.insert(due, spread.mul_f64(fastrand::f64())));
+                let turn = Turn::Queued(queue.insert_at(due, soon.next(policy.interval)));
                 let checked = Checked::new(life.state);
                 Target { checked, said: None, life: life.number, turn }
             });
@@ -253,12 +282,11 @@ impl Schedule {
         let Some(service) = self.services.get_mut(name) else { return };
         if begins && service.policy.pace != Pace::Always {
             // What is known of them may be old.
-            let spread = first_spread(service.targets.len()).min(service.policy.interval);
-            service.hasten(&mut self.queue, spread);
+            service.hasten(&mut self.queue, &mut self.soon);
         }
     }
 
-    fn start(&mut self, due: Due) {
+    fn start(&mut self, due: Due, at: Instant) {
         let Some(service) = self.services.get_mut(&due.service) else { return };
         let Some(target) = service.targets.get_mut(&due.address) else { return };
         let life = target.life;
@@ -272,12 +300,13 @@ impl Schedule {
                 (own.acquire_many_owned(weight).await, all.acquire_many_owned(weight).await);
             let started = Instant::now();
             let result = probe.run(address, timeout).await;
-            Outcome { due, life, started, result }
+            Outcome { due, life, started, delay: started.saturating_duration_since(at), result }
         }));
     }
 
     fn take(&mut self, outcome: Outcome) {
-        let Outcome { due, life, started, result } = outcome;
+        let Outcome { due, life, started, delay, result } = outcome;
+        self.tally.note(&result, delay);
         let Self { services, used, queue, began, .. } = self;
         let Some(service) = services.get_mut(&due.service) else { return };
         let Service { policy, targets, .. } = service;
@@ -292,8 +321,8 @@ impl Schedule {
             Err(Failure::Local(error)) => Err(error),
         };
         let factor = range.start + (range.end - range.start) * fastrand::f64();
-        let next =
-            started + pause(policy, used.contains(&due.service), target.checked).mul_f64(factor);
+        let pause = pause(policy, used.contains(&due.service), target.checked);
+        let next = slot(*began, started + pause.mul_f64(factor));
         target.turn = Turn::Queued(queue.insert_at(due.clone(), next));
         match told {
             Ok(None) => {}
@@ -322,10 +351,10 @@ fn pause(policy: &HealthPolicy, is_used: bool, checked: Checked) -> Duration {
     }
 }
 
-/// Over how long the first checks of so many endpoints are spread.
-fn first_spread(many: usize) -> Duration {
-    let each = FIRST_SPREAD_EACH.saturating_mul(u32::try_from(many).unwrap_or(u32::MAX));
-    FIRST_SPREAD.max(each)
+/// The end of the slot in which a moment is: what is due within one begins together.
+fn slot(began: Instant, at: Instant) -> Instant {
+    let slots = (at - began).as_nanos().div_ceil(SLOT.as_nanos());
+    began + SLOT.saturating_mul(u32::try_from(slots).unwrap_or(u32::MAX))
 }
 
 /// Waits until then, or for ever.

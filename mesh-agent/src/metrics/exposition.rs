@@ -17,7 +17,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::{Snapshot, Traffic};
-use crate::api::types::{Counters, Status};
+use crate::api::types::{Checks, Counters, Status};
 
 /// As Prometheus asks for it.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -107,6 +107,7 @@ impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         agent(&self.status, &mut encoder)?;
         data_plane(&self.status.counters, &mut encoder)?;
+        checks(self.status.checks, &mut encoder)?;
         traffic(&self.backends, &mut encoder)
     }
 }
@@ -190,6 +191,15 @@ fn data_plane(counters: &Counters, encoder: &mut DescriptorEncoder<'_>) -> fmt::
     let refused = refused.iter().map(|one| ([("reason", one.reason.as_str())], one.count));
     Family::new("connects_refused", "Connects that were refused, by reason")
         .counters(encoder, refused)
+}
+
+fn checks(checks: Checks, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let Checks { passed, failed, unmade, late, .. } = checks;
+    let results = [("passed", passed), ("failed", failed), ("unmade", unmade)];
+    let results = results.into_iter().map(|(result, count)| ([("result", result)], count));
+    Family::new("checks", "Health checks, by result").counters(encoder, results)?;
+    Family::new("checks_late", "Health checks that began more than 100 ms after they were due")
+        .counter(encoder, late)
 }
 
 /// The labels of a backend.

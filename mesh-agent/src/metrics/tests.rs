@@ -9,7 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{READERS, Readings, Snapshot, Traffic, VISITORS, exposition, receive};
 use crate::api::server::ViewError;
-use crate::api::types::{Counters, Failures, Map, Memory, Program, Refused, Source, Status};
+use crate::api::types::{
+    Checks, Counters, Failures, Map, Memory, Program, Refused, Source, Status,
+};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fixed {
@@ -69,6 +71,7 @@ fn snapshot() -> Snapshot {
             zone: None,
             ready: true,
             reasons: Vec::new(),
+            checks: Checks { passed: 12, failed: 3, unmade: 1, late: 2, longest_delay_us: 0 },
             pid: 1,
             cgroup: String::new(),
             programs: vec![Program {
@@ -229,6 +232,9 @@ fn names_labels_and_kinds() {
         "# TYPE mesh_connects counter",
         "mesh_connects_total 42",
         r#"mesh_connects_refused_total{reason="no endpoint"} 2"#,
+        r#"mesh_checks_total{result="failed"} 3"#,
+        r#"mesh_checks_total{result="unmade"} 1"#,
+        "mesh_checks_late_total 2",
         r#"mesh_backend_connects_total{service="orders",port="80",protocol="tcp",backend="10.0.0.1:8080"} 40"#,
         r#"mesh_backend_connections{service="orders",port="80",protocol="tcp",backend="[fd00::1]:8080"} 1"#,
         r#"mesh_backend_failures_total{service="orders",port="80",protocol="tcp",backend="[fd00::1]:8080",reason="reset"} 1"#,

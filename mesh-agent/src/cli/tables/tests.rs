@@ -122,6 +122,7 @@ fn status_names_everything_that_is_wrong() {
             ready: false,
             reasons: vec!["the source files /etc/mesh/services.d was never read".into()],
             pid: 42,
+            checks: Checks { passed: 9, failed: 2, unmade: 1, late: 0, longest_delay_us: 900 },
             cgroup: "/sys/fs/cgroup/web.slice".into(),
             programs: vec![Program {
                 name: "mesh_connect4".into(),
@@ -183,6 +184,12 @@ spared by the share        0
 datagram records given up  0
 no room for affinity       0
 events lost                0
+
+HEALTH CHECKS      COUNT
+passed             9
+failed             2
+could not be made  1
+late               0
 ",
     );
 }

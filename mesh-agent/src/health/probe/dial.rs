@@ -2,19 +2,59 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
-use tokio::net::{TcpSocket, TcpStream};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpStream;
 
-/// Connects. The connection is reset when it is dropped: nothing that was sent is waited for then, and it
+/// A connection. It is reset when it is dropped: nothing that was sent is waited for then, and it
 /// does not stay in TIME_WAIT for a minute, of which 5,000 checks a second would have 300,000.
+pub(super) enum Connection {
+    /// Made at once, and known to nobody but the kernel.
+    Made(Socket),
+    /// Waited for.
+    Awaited(TcpStream),
+}
+
+/// Connects.
 ///
 /// The check dials the endpoint itself. The kernel programs do not touch that, also when the agent
 /// runs inside the balanced cgroup, unless the endpoint is some service's frontend: the catalog warns
 /// of those, because clients would not get any further there.
-pub(super) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    socket.set_zero_linger()?;
-    // What is asked is one small write.
-    socket.set_nodelay(true)?;
-    socket.connect(address).await
+pub(super) async fn connect(address: SocketAddr) -> io::Result<Connection> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    match socket.connect(&address.into()) {
+        Ok(()) => return Ok(Connection::Made(socket)),
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+        Err(error) => return Err(error),
+    }
+    // An endpoint of this node has answered by now, and is not worth being watched: that takes as long as
+    // all the rest.
+    if is_over(&socket)? {
+        return socket.take_error()?.map_or(Ok(Connection::Made(socket)), Err);
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    stream.writable().await?;
+    stream.take_error()?.map_or(Ok(Connection::Awaited(stream)), Err)
+}
+
+/// Whether a connect has succeeded or failed.
+fn is_over(socket: &Socket) -> io::Result<bool> {
+    let mut polled = [PollFd::new(socket, PollFlags::OUT)];
+    Ok(poll(&mut polled, Some(&Timespec::default()))? > 0)
+}
+
+impl Connection {
+    /// For what is said over it, in small writes.
+    pub(super) fn stream(self) -> io::Result<TcpStream> {
+        let stream = match self {
+            Self::Made(socket) => TcpStream::from_std(socket.into())?,
+            Self::Awaited(stream) => stream,
+        };
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
 }

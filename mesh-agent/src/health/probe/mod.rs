@@ -15,6 +15,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::net::TcpStream;
+
 use crate::model::{GrpcCheck, HealthCheck, HttpCheck};
 use crate::text;
 use tls::Connector;
@@ -84,17 +86,11 @@ impl Probe {
     /// Why it did not pass.
     pub async fn run(&self, address: SocketAddr, timeout: Duration) -> Result<(), Failure> {
         let check = async {
-            let stream = dial::connect(address).await?;
+            let connection = dial::connect(address).await?;
             match self {
                 Self::Tcp => Ok(()),
-                Self::Http(check, None) => http::ask(check, stream, address).await,
-                Self::Http(check, Some(tls)) => {
-                    http::ask(check, tls.secure(stream, address).await?, address).await
-                }
-                Self::Grpc(check, None) => grpc::ask(check, stream, address).await,
-                Self::Grpc(check, Some(tls)) => {
-                    grpc::ask(check, tls.secure(stream, address).await?, address).await
-                }
+                // The others' states are large, and most checks have none of them.
+                _ => Box::pin(self.ask(connection.stream()?, address)).await,
             }
         };
         match tokio::time::timeout(timeout, check).await {
@@ -103,6 +99,21 @@ impl Probe {
                 "no answer within {}",
                 humantime::format_duration(timeout)
             ))),
+        }
+    }
+
+    /// Asks over a connection, and judges the answer.
+    async fn ask(&self, stream: TcpStream, address: SocketAddr) -> Result<(), Failure> {
+        match self {
+            Self::Tcp => Ok(()),
+            Self::Http(check, None) => http::ask(check, stream, address).await,
+            Self::Http(check, Some(tls)) => {
+                http::ask(check, tls.secure(stream, address).await?, address).await
+            }
+            Self::Grpc(check, None) => grpc::ask(check, stream, address).await,
+            Self::Grpc(check, Some(tls)) => {
+                grpc::ask(check, tls.secure(stream, address).await?, address).await
+            }
         }
     }
 }

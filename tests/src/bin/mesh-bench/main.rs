@@ -3,6 +3,7 @@
 //! What is compared is measured in one run, in turns, so that whatever the machine does meanwhile
 //! happens to all of it; and only neighbours are compared ([`timeline`]).
 
+mod checks;
 mod connect;
 mod machine;
 mod output;
@@ -66,6 +67,13 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// What it costs to check 10,000 endpoints every 2 s, and how late checks begin.
+    Checks {
+        #[command(flatten)]
+        options: checks::Options,
+        #[command(flatten)]
+        output: Output,
+    },
     /// What `traffic` runs to answer.
     #[command(hide = true)]
     Backend,
@@ -88,6 +96,7 @@ fn main() -> ExitCode {
         Command::Client(arguments) => traffic::serve_client(&arguments),
         Command::Update { options, output } => update::run(&options, output),
         Command::Restart { options, output } => restart::run(&options, output),
+        Command::Checks { options, output } => checks::run(&options, output),
         Command::Prober => prober::serve(),
         Command::Worker(arguments) => connect::serve(&arguments),
     };
