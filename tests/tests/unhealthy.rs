@@ -52,10 +52,15 @@ struct Scene {
     _servers: Vec<Process>,
 }
 
+/// A service whose endpoints are well as long as they are there.
 fn scene(ending: &str) -> Result<Scene> {
+    scene_of(&format!("{{tcp: {{}}, interval: 200ms, fall: 2{ending}}}"), "healthy")
+}
+
+/// Two endpoints that come to this state.
+fn scene_of(health: &str, state: &str) -> Result<Scene> {
     let app = Service::new("app").address("10.96.0.10").port(80, 8080).key("balance: round-robin");
-    let health = format!("health: {{tcp: {{}}, interval: 200ms, fall: 2{ending}}}");
-    let app = app.key(&health).endpoint("10.0.0.1").endpoint("10.0.0.2");
+    let app = app.key(&format!("health: {health}")).endpoint("10.0.0.1").endpoint("10.0.0.2");
     let mut node = Node::builder().service(app).start_without_agent()?;
     let script = node.directory().join("server.py");
     fs::write(&script, SERVER)?;
@@ -67,7 +72,7 @@ fn scene(ending: &str) -> Result<Scene> {
         servers.push(Process::spawn(name, command, Echo::On)?);
     }
     node.agent.start()?;
-    node.agent.until_backends("app", |all| all.iter().all(|one| one.state == "healthy"))?;
+    node.agent.until_backends("app", |all| all.iter().all(|one| one.state == state))?;
     Ok(Scene { node, _servers: servers })
 }
 
@@ -152,6 +157,18 @@ fn all_are_ended() -> Result<()> {
         until_ended(client, Duration::from_secs(20))?;
     }
     ensure_goes_on(&[&busy_a, &idle_a])
+}
+
+/// When the checks of all fail, all are used, since it may be the checks: then nothing is ended.
+#[test]
+fn what_is_used_for_want_of_better_goes_on() -> Result<()> {
+    let health = "{http: {}, port: 1, interval: 200ms, fall: 2, probe: always, end-connections: all, \
+                  end-after: 1s}";
+    let scene = scene_of(health, "unhealthy")?;
+    let [busy_a, busy_b] = clients(&scene, "busy")?;
+    // Longer than the others need.
+    std::thread::sleep(Duration::from_secs(4));
+    ensure_goes_on(&[&busy_a, &busy_b])
 }
 
 /// The control: nothing is ended unless the service says so.

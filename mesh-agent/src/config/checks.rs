@@ -1,16 +1,20 @@
 //! The kinds of health checks, and what each can be told.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderMap, HeaderName, HeaderValue};
+use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 
 use super::values::path;
-use crate::model::{GrpcCheck, HealthCheck, HttpCheck, Tls, Trust};
+use crate::model::{Authorities, GrpcCheck, HealthCheck, HttpCheck, Tls, Trust};
 use crate::text as words;
 use crate::yaml::{
     Fields, Keys, Node, Problems, Value, boolean, excerpt, fields, is_nothing, items, text,
@@ -273,33 +277,52 @@ fn server_name(node: &Node, problems: &mut Problems) -> Option<ServerName<'stati
     parsed
 }
 
-/// The certificates of a file, as it is now.
+/// The certificates of a file, as it is now. Services that name the same one share them.
 fn authorities(node: &Node, problems: &mut Problems) -> Option<Trust> {
     let file = path(node, "a file of certificates (PEM)", problems)?;
-    let mut fail = |why: String| {
-        problems.add(node.at, format!("{}: {why}; expected certificates in PEM", file.display()));
-        None
-    };
-    match fs::metadata(&file) {
-        Ok(found) if !found.is_file() => return fail("it is no file".to_owned()),
-        Ok(found) if found.len() > MAX_CERTIFICATES => {
-            return fail(format!("it is larger than {} MiB", MAX_CERTIFICATES >> 20));
+    match listed(&file) {
+        Ok(authorities) => Some(Trust::Listed(authorities)),
+        Err(why) => {
+            let text = format!("{}: {why}; expected certificates in PEM", file.display());
+            problems.add(node.at, text);
+            None
         }
-        Ok(_) => {}
-        Err(error) => return fail(words::chain(&error)),
     }
-    let found =
-        CertificateDer::pem_file_iter(&file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    match found {
-        Ok(found) if found.is_empty() => fail("it has no certificate".to_owned()),
-        Ok(found) => {
-            // One that nobody could use would only be found out when nothing can be checked.
-            let mut roots = rustls::RootCertStore::empty();
-            if let Some(error) = found.iter().find_map(|one| roots.add(one.clone()).err()) {
-                return fail(error.to_string());
-            }
-            Some(Trust::Listed { file, authorities: found.into() })
-        }
-        Err(error) => fail(error.to_string()),
+}
+
+/// What tells a file from what it was before: device, inode, size, and when it was changed.
+type Stamp = (u64, u64, u64, (i64, i64));
+
+/// What is in use, by file.
+static LISTED: Mutex<BTreeMap<PathBuf, (Stamp, Weak<Authorities>)>> = Mutex::new(BTreeMap::new());
+
+fn listed(file: &Path) -> Result<Arc<Authorities>, String> {
+    let found = fs::metadata(file).map_err(|error| words::chain(&error))?;
+    if !found.is_file() {
+        return Err("it is no file".to_owned());
     }
+    if found.len() > MAX_CERTIFICATES {
+        return Err(format!("it is larger than {} MiB", MAX_CERTIFICATES >> 20));
+    }
+    let stamp = (found.dev(), found.ino(), found.len(), (found.mtime(), found.mtime_nsec()));
+    let mut all = LISTED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.retain(|_, (_, known)| known.strong_count() > 0);
+    if let Some(known) = all.get(file).filter(|known| known.0 == stamp).and_then(|k| k.1.upgrade())
+    {
+        return Ok(known);
+    }
+    let certificates = CertificateDer::pem_file_iter(file)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| error.to_string())?;
+    if certificates.is_empty() {
+        return Err("it has no certificate".to_owned());
+    }
+    let mut roots = RootCertStore::empty();
+    // One that nobody could use would only be found out when nothing can be checked.
+    for certificate in &certificates {
+        roots.add(certificate.clone()).map_err(|error| error.to_string())?;
+    }
+    let authorities = Arc::new(Authorities { certificates, roots: Arc::new(roots) });
+    all.insert(file.to_owned(), (stamp, Arc::downgrade(&authorities)));
+    Ok(authorities)
 }

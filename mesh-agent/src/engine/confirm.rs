@@ -10,7 +10,7 @@ use mesh_common::ejection::{Phase, ticks};
 use mesh_common::event::Kind;
 use mesh_common::stats::change;
 use mesh_common::translate::share_allows;
-use mesh_common::{Client, FrontendKey, Protocol, Service, Table, Tables as _, Token};
+use mesh_common::{Client, FrontendKey, Protocol, Service, Table, Tables as _};
 use tokio::sync::mpsc;
 
 use super::observed::dialled;
@@ -42,21 +42,16 @@ pub(super) struct Question {
 pub(super) enum Purpose {
     /// The kernel suspects it for a client of this frontend.
     Confirm(FrontendKey),
-    /// It is out, and no connect tries it.
-    Try {
-        /// Whose backend it is.
-        service: ServiceName,
-        /// The token of the try.
-        token: Token,
-    },
+    /// It is out of this service, and no connect tries it.
+    Try(ServiceName),
 }
 
 /// What a probe of the agent's found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Opinion {
     question: Question,
-    /// Why it failed; nothing when it did not, or could not be made.
-    failure: Option<String>,
+    /// Why it failed, if it did; nothing when it could not be made.
+    found: Option<Result<(), String>>,
 }
 
 /// The probes.
@@ -74,24 +69,24 @@ impl Opinions {
         Self { under_way: HashSet::new(), sender, receiver }
     }
 
-    /// Whether one more can be asked.
-    pub(super) fn has_room(&self) -> bool {
-        self.under_way.len() < MOST
-    }
-
-    /// Asks, unless that is under way, or too much is.
+    /// Asks, unless that is under way, or too much is. Tries leave room for second opinions.
     pub(super) fn ask(&mut self, question: Question) {
-        if !self.has_room() || !self.under_way.insert(question.clone()) {
+        let most = match question.purpose {
+            Purpose::Confirm(_) => MOST,
+            Purpose::Try(_) => MOST / 2,
+        };
+        if self.under_way.len() >= most || !self.under_way.insert(question.clone()) {
             return;
         }
         let sender = self.sender.clone();
         tokio::spawn(async move {
-            let failure = match Probe::Tcp.run(question.address, PATIENCE).await {
-                Err(Failure::Endpoint(failure)) => Some(failure),
-                Ok(()) | Err(Failure::Local(_)) => None,
+            let found = match Probe::Tcp.run(question.address, PATIENCE, async {}).await {
+                Ok(()) => Some(Ok(())),
+                Err(Failure::Endpoint(failure)) => Some(Err(failure)),
+                Err(Failure::Local(_)) => None,
             };
             // Nobody listens once the agent stops.
-            let _ = sender.send(Opinion { question, failure });
+            let _ = sender.send(Opinion { question, found });
         });
     }
 }
@@ -117,17 +112,16 @@ impl Engine {
     /// Takes the answer.
     pub(super) fn take_opinion(&mut self, opinion: Opinion) {
         self.opinions.under_way.remove(&opinion.question);
-        let Opinion { question: Question { backend, generation, address, purpose }, failure } =
+        let Opinion { question: Question { backend, generation, address, purpose }, found } =
             opinion;
-        match purpose {
-            Purpose::Confirm(frontend) => {
-                if let Some(failure) = failure {
-                    self.confirmed(backend, generation, address, frontend, failure);
-                }
+        match (purpose, found) {
+            (Purpose::Confirm(frontend), Some(Err(failure))) => {
+                self.confirmed(backend, generation, address, frontend, failure);
             }
-            Purpose::Try { service, token } => {
-                self.tried(&service, (backend, generation), address, token, failure.is_some());
+            (Purpose::Try(service), Some(found)) => {
+                self.tried(&service, (backend, generation), address, found.is_ok());
             }
+            (Purpose::Confirm(_), Some(Ok(()))) | (_, None) => {}
         }
     }
 

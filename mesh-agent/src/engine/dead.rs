@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use mesh_common::{Protocol, State};
 use tokio::sync::mpsc;
+use tokio::task::JoinError;
 use tokio::time::Instant;
 
 use super::ending::{self, Ended, Life};
@@ -50,6 +51,8 @@ pub(super) struct Dead {
 /// An endpoint that is watched.
 #[derive(Clone, Copy, Debug)]
 struct Watch {
+    /// Of which life of the endpoint.
+    life: u64,
     ending: Ending,
     /// Since when it is unhealthy, as far as this agent knows.
     since: Instant,
@@ -97,12 +100,12 @@ impl Dead {
         Self { endpoints, waiting, is_looking: false, sender, receiver }
     }
 
-    /// Follows what the checks say of an endpoint.
+    /// Follows what the checks say of an endpoint, and which connections its service wants ended.
     pub(super) fn follow(
         &mut self,
         service: &ServiceName,
         address: SocketAddr,
-        state: State,
+        (life, state): (u64, State),
         ending: Ending,
     ) {
         let endpoint = (service.clone(), address);
@@ -110,13 +113,18 @@ impl Dead {
             self.endpoints.remove(&endpoint);
             return;
         }
-        let since = Instant::now();
+        let now = Instant::now();
+        let known = self.endpoints.get(&endpoint).filter(|known| known.life == life);
+        if known.is_some_and(|known| known.ending == ending) {
+            return;
+        }
+        let since = known.map_or(now, |known| known.since);
         // Who waits is looked for from the beginning.
         let next = match ending {
             Ending::All(after) => since + after,
-            Ending::Silent(_) | Ending::Never => since,
+            Ending::Silent(_) | Ending::Never => now,
         };
-        self.endpoints.entry(endpoint).or_insert(Watch { ending, since, next });
+        self.endpoints.insert(endpoint, Watch { life, ending, since, next });
     }
 
     /// Waits until there is something to do.
@@ -162,44 +170,52 @@ impl Engine {
         }
     }
 
+    /// A definition may want other connections of endpoints ended that are unhealthy already.
+    pub(super) fn follow_dead(&mut self, service: &ServiceName) {
+        let Some(health) = self.health.get(service) else { return };
+        let ending = health.plan.as_ref().map(|plan| plan.policy.ending).unwrap_or_default();
+        if ending == Ending::Never {
+            return;
+        }
+        for (address, known) in &health.endpoints {
+            if known.state == State::Unhealthy {
+                self.dead.follow(service, *address, (known.life, known.state), ending);
+            }
+        }
+    }
+
     fn look_at_dead(&mut self) {
         let now = Instant::now();
         // What is not checked any more, or was removed, is no business of this.
         let health = &self.health;
         self.dead.endpoints.retain(|(service, address), watch| {
-            let health = health.get(service);
-            let ending =
-                health.and_then(|health| health.plan.as_ref()).map(|plan| plan.policy.ending);
-            let known = health.and_then(|health| health.endpoints.get(address));
-            watch.ending = ending.unwrap_or_default();
-            watch.ending != Ending::Never
-                && known.is_some_and(|known| known.state == State::Unhealthy)
+            let known = health.get(service).and_then(|health| health.endpoints.get(address));
+            known.is_some_and(|known| known.life == watch.life && known.state == State::Unhealthy)
         });
-        let mut due = Vec::new();
-        for (endpoint, watch) in &mut self.dead.endpoints {
-            if watch.next > now {
-                continue;
+        let mut due = BTreeMap::<ServiceName, HashMap<SocketAddr, Ending>>::new();
+        for ((service, address), watch) in &mut self.dead.endpoints {
+            if watch.next <= now {
+                watch.next = now + step(watch.ending);
+                due.entry(service.clone()).or_default().insert(*address, watch.ending);
             }
-            let (Ending::Silent(after) | Ending::All(after)) = watch.ending else { continue };
-            watch.next = now + (after / PARTS).max(LOOK);
-            due.push((endpoint.clone(), *watch));
         }
         let (mut lives, mut gone) = (HashMap::<Life, Ending>::new(), Vec::new());
-        for ((service, address), watch) in due {
-            if let Ending::All(after) = watch.ending
-                && now < watch.since + after
-            {
-                continue;
-            }
-            // Those who fall back to the service have its endpoints too.
-            for name in self.spread.dependents(&service).chain([&service]) {
-                for (key, id) in self.reconciler.backends(name) {
-                    if key.address != address || key.protocol != Protocol::Tcp {
+        for (service, addresses) in due {
+            for name in self.holders(&service) {
+                let own = name == service;
+                for (key, id) in self.reconciler.backends(&name) {
+                    let ending = addresses.get(&key.address);
+                    let Some(&ending) = ending.filter(|_| key.protocol == Protocol::Tcp) else {
+                        continue;
+                    };
+                    let Some(backend) = self.reconciler.maps().backend(id) else { continue };
+                    // While it is used for want of any better one, the checks are the likelier culprit.
+                    let is_used = backend.marks.is_listed() && matches!(ending, Ending::All(_));
+                    if is_used || !own && self.defines(&name, key.address) {
                         continue;
                     }
-                    let Some(backend) = self.reconciler.maps().backend(id) else { continue };
                     let generation = backend.generation;
-                    lives.insert((id, generation), watch.ending);
+                    lives.insert((id, generation), ending);
                     gone.push(LetGo { service: name.clone(), key, id, generation });
                 }
             }
@@ -214,27 +230,47 @@ impl Engine {
             let known = Arc::clone(&waiting);
             let choose = move |life: Life, socket: &Socket| match lives.get(&life) {
                 Some(Ending::All(_)) => true,
-                Some(Ending::Silent(after)) => waits(&known, socket, *after),
+                Some(ending @ Ending::Silent(after)) => {
+                    waits(&known, socket, *after, step(*ending))
+                }
                 Some(Ending::Never) | None => false,
             };
-            let ended = ending::end(auditor, gone, choose).await;
+            let ended = tokio::spawn(ending::end(auditor, gone, choose)).await;
             // Of connections that are gone nothing is remembered for longer than any is waited for.
             let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
             waiting.retain(|_, one| one.seen + FORGET > now);
             drop(waiting);
+            // A look that fails is followed by others all the same.
+            let failed = |error: JoinError| {
+                let problems = vec![error.to_string()];
+                Ended { problems, ..Ended::default() }
+            };
             // Nobody listens once the agent stops.
-            let _ = tell.send(Next::Looked(ended));
+            let _ = tell.send(Next::Looked(ended.unwrap_or_else(failed)));
         });
     }
 }
 
-/// Whether a connection has waited for so long; remembers since when.
-fn waits(known: &Mutex<HashMap<u64, Waiting>>, socket: &Socket, after: Duration) -> bool {
+/// How far looks at the connections of an endpoint are apart.
+fn step(ending: Ending) -> Duration {
+    match ending {
+        Ending::Silent(after) | Ending::All(after) => (after / PARTS).max(LOOK),
+        Ending::Never => LOOK,
+    }
+}
+
+/// Whether a connection has waited for so long; remembers since when. What was seen before other looks is
+/// of another time.
+fn waits(
+    known: &Mutex<HashMap<u64, Waiting>>,
+    socket: &Socket,
+    after: Duration,
+    step: Duration,
+) -> bool {
     let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
     let now = Instant::now();
-    let Some(waiting) = Waiting::look(known.remove(&socket.cookie), socket, now) else {
-        return false;
-    };
+    let before = known.remove(&socket.cookie).filter(|before| now - before.seen <= step * 3);
+    let Some(waiting) = Waiting::look(before, socket, now) else { return false };
     known.insert(socket.cookie, waiting);
     now - waiting.since >= after
 }

@@ -355,8 +355,7 @@ impl Engine {
         match trouble {
             Some(error) => {
                 let text = format!(
-                    "health checks cannot be made: {error}; endpoints keep the state they had, \
-                     look at the limits of this process (`ulimit -n`) and of the node"
+                    "health checks cannot be made: {error}; endpoints keep the state they had"
                 );
                 tracing::error!("{text}");
                 self.fail(text.clone());
@@ -410,11 +409,12 @@ impl Engine {
             let Some(known) = known.filter(|known| known.life == life) else { continue };
             let policy = health.plan.as_ref().map(|plan| &plan.policy);
             let ending = policy.map_or(Ending::Never, |policy| policy.ending);
-            self.dead.follow(&service, address, state, ending);
+            self.dead.follow(&service, address, (life, state), ending);
+            let was_unhealthy = known.state == State::Unhealthy;
             if known.turn(state, reason.clone()) {
                 tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
                 self.journal.push(observed::checked(&service, address, state, &reason));
-                if state == State::Healthy {
+                if was_unhealthy && state == State::Healthy {
                     well.entry(service.clone()).or_default().insert(address);
                 }
                 changed.insert(service);

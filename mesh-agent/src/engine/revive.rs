@@ -7,9 +7,10 @@ use std::time::{Duration, SystemTime};
 
 use mesh_common::ejection::{Phase, TICK_SHIFT, ticks};
 use mesh_common::stats::change;
-use mesh_common::{Client, Ejection, Protocol, Token};
+use mesh_common::{Client, Ejection, Protocol};
 
 use super::confirm::{Purpose, Question};
+use super::ending::Life;
 use super::{Engine, journal};
 use crate::api::types::Event;
 use crate::compile::BackendKey;
@@ -30,23 +31,36 @@ impl Engine {
     /// The checks of these endpoints of a service pass again: that connects failed there is over, for all
     /// who fall back to it too. How often it was out is remembered, as after a try.
     pub(super) fn readmit(&mut self, service: &ServiceName, well: &BTreeSet<SocketAddr>) {
-        let concerned: Vec<ServiceName> =
-            self.spread.dependents(service).chain([service]).cloned().collect();
         let mut moved = Vec::new();
-        for name in concerned {
-            let backends = self.reconciler.backends(&name);
-            // A check says nothing about datagrams.
+        for name in self.holders(service) {
+            let own = name == *service;
             let passed = |(key, _): &(BackendKey, u32)| {
-                key.protocol == Protocol::Tcp && well.contains(&key.address)
+                // A check says nothing about datagrams.
+                key.protocol == Protocol::Tcp
+                    && well.contains(&key.address)
+                    && (own || !self.defines(&name, key.address))
             };
-            let passed: Vec<_> = backends.filter(passed).collect();
+            let passed: Vec<_> = self.reconciler.backends(&name).filter(passed).collect();
+            let mut any = false;
             for (key, id) in passed {
-                if self.recover(&name, key, id, |_| true, "its checks pass again") {
-                    moved.push((name.clone(), None));
-                }
+                any |= self.recover(&name, key, id, |_| true, "its checks pass again");
+            }
+            if any {
+                moved.push((name, None));
             }
         }
         self.reconsider(moved);
+    }
+
+    /// A service, and those that fall back to it: they have its endpoints, but for what they define
+    /// themselves ([`Engine::defines`]).
+    pub(super) fn holders(&self, service: &ServiceName) -> Vec<ServiceName> {
+        self.spread.dependents(service).chain([service]).cloned().collect()
+    }
+
+    /// Whether a service has this endpoint itself: then what its own checks say holds there.
+    pub(super) fn defines(&self, service: &ServiceName, address: SocketAddr) -> bool {
+        self.health.get(service).is_some_and(|health| health.endpoints.contains_key(&address))
     }
 
     /// Lets a backend in again that is out, if `when` says so of what it is. Whether it did.
@@ -93,39 +107,36 @@ impl Engine {
             }
             return;
         }
-        if !self.opinions.has_room() {
-            return;
-        }
-        let take = |known: Ejection| {
-            (known.phase() == Phase::Ejected && is_idle(known, now)).then(|| known.take(now))
-        };
-        let Some((_, taken)) = change(&stats.ejection, take) else { return };
+        // Without the token: whoever has that has to tell how it went, also when the agent ends.
         self.opinions.ask(Question {
             backend: id,
             generation: backend.generation,
             address: key.address,
-            purpose: Purpose::Try { service: service.clone(), token: taken.token() },
+            purpose: Purpose::Try(service.clone()),
         });
     }
 
-    /// The agent's try has ended.
+    /// The agent's try has ended. A connect may have begun one of its own meanwhile: that one counts.
     pub(super) fn tried(
         &mut self,
         service: &ServiceName,
-        (id, generation): (u32, u32),
+        (id, generation): Life,
         address: SocketAddr,
-        token: Token,
-        failed: bool,
+        passed: bool,
     ) {
         let policy = self.reconciler.rules(service).policy;
         let stats = self.reconciler.maps().stats(id).filter(|stats| stats.is_life(generation));
         let Some(stats) = stats else { return };
         let now = ticks(clock::monotonic());
-        let changed = change(&stats.ejection, |known| match failed {
-            false => known.succeed(policy, Client::NOBODY, token, now),
-            true => known.fail(policy, Client::NOBODY, token, now),
+        let changed = change(&stats.ejection, |known| match known.phase() {
+            Phase::Ejected if passed => Some(known.recover(policy, now)),
+            Phase::Ejected if known.until() <= now => {
+                let taken = known.take(now);
+                taken.fail(policy, Client::NOBODY, taken.token(), now)
+            }
+            _ => None,
         });
-        if changed.is_some_and(|(before, after)| !before.is_in() && after.is_in()) {
+        if passed && changed.is_some() {
             self.tell_recovered(service, address, "the agent's own connect succeeded");
             self.reconsider(vec![(service.clone(), Some(address))]);
         }

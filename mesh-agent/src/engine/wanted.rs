@@ -100,6 +100,7 @@ impl Engine {
         let default = self.config.health.as_ref();
         health.follow(name, entry, &found, default, &self.monitor, &mut self.life);
         self.removed.follow(name, timeout);
+        self.follow_dead(name);
     }
 
     fn compile(&mut self, name: &ServiceName) -> Tables {

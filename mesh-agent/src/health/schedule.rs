@@ -68,8 +68,17 @@ struct Outcome {
 struct Service {
     policy: HealthPolicy,
     probe: Probe,
-    permits: Arc<Semaphore>,
+    permits: Permits,
     targets: HashMap<SocketAddr, Target>,
+}
+
+/// The right to check, of which there is a bounded amount, in all and for one service.
+#[derive(Clone)]
+struct Permits {
+    /// To have a connection.
+    connections: Arc<Semaphore>,
+    /// To talk over it, by weight. Waited for with a connection, and never the other way round.
+    talks: Arc<Semaphore>,
 }
 
 struct Target {
@@ -98,7 +107,7 @@ pub(super) struct Schedule {
     queue: DelayQueue<Due>,
     soon: Soon,
     probes: JoinSet<Outcome>,
-    permits: Arc<Semaphore>,
+    permits: Permits,
     permits_of_one: usize,
     /// When a check could not be made last.
     trouble: Option<Instant>,
@@ -128,6 +137,15 @@ impl Turn {
             Self::Queued(key) => drop(queue.remove(key)),
             Self::Running(task) => task.abort(),
         }
+    }
+}
+
+// === impl Permits ===
+
+impl Permits {
+    fn new(many: usize) -> Self {
+        let semaphore = || Arc::new(Semaphore::new(many));
+        Self { connections: semaphore(), talks: semaphore() }
     }
 }
 
@@ -190,7 +208,7 @@ impl Schedule {
             queue: DelayQueue::new(),
             soon: Soon(began),
             probes: JoinSet::new(),
-            permits: Arc::new(Semaphore::new(concurrency.max(Probe::HEAVIEST))),
+            permits: Permits::new(concurrency.max(Probe::HEAVIEST)),
             permits_of_one: (concurrency / SHARE).max(Probe::HEAVIEST),
             trouble: None,
             findings,
@@ -238,7 +256,7 @@ impl Schedule {
         let service = services.entry(name.clone()).or_insert_with(|| Service {
             policy: policy.clone(),
             probe: Probe::new(&policy.check),
-            permits: Arc::new(Semaphore::new(*permits_of_one)),
+            permits: Permits::new(*permits_of_one),
             targets: HashMap::new(),
         });
         service.targets.retain(|address, target| {
@@ -253,6 +271,8 @@ impl Schedule {
             service.hasten(queue, soon);
             if service.policy.check != policy.check {
                 service.probe = Probe::new(&policy.check);
+                // What the former kind of check has said does not hold for this one.
+                service.targets.values_mut().for_each(|target| target.said = None);
             }
         }
         for (address, life) in targets {
@@ -290,16 +310,21 @@ impl Schedule {
         let Some(service) = self.services.get_mut(&due.service) else { return };
         let Some(target) = service.targets.get_mut(&due.address) else { return };
         let life = target.life;
-        let (own, all) = (Arc::clone(&service.permits), Arc::clone(&self.permits));
+        let (own, all) = (service.permits.clone(), self.permits.clone());
         let (probe, timeout) = (service.probe.clone(), service.policy.timeout);
         let mut address = due.address;
         address.set_port(service.policy.port.unwrap_or(address.port()));
         target.turn = Turn::Running(self.probes.spawn(async move {
-            let weight = probe.weight();
-            let _permits =
-                (own.acquire_many_owned(weight).await, all.acquire_many_owned(weight).await);
+            let connections = [&own, &all].map(|permits| Arc::clone(&permits.connections));
+            let [own_one, one] = connections;
+            let _connected = (own_one.acquire_owned().await, one.acquire_owned().await);
             let started = Instant::now();
-            let result = probe.run(address, timeout).await;
+            let weight = probe.weight().unwrap_or(0);
+            // An endpoint that answers nothing holds up nobody's talks.
+            let turn = async {
+                (own.talks.acquire_many(weight).await, all.talks.acquire_many(weight).await)
+            };
+            let result = probe.run(address, timeout, turn).await;
             Outcome { due, life, started, delay: started.saturating_duration_since(at), result }
         }));
     }
@@ -353,8 +378,10 @@ fn pause(policy: &HealthPolicy, is_used: bool, checked: Checked) -> Duration {
 
 /// The end of the slot in which a moment is: what is due within one begins together.
 fn slot(began: Instant, at: Instant) -> Instant {
-    let slots = (at - began).as_nanos().div_ceil(SLOT.as_nanos());
-    began + SLOT.saturating_mul(u32::try_from(slots).unwrap_or(u32::MAX))
+    let past = (at - began).as_nanos() % SLOT.as_nanos();
+    // Less than a slot.
+    let left = (SLOT.as_nanos() - past) % SLOT.as_nanos();
+    at + Duration::from_nanos(u64::try_from(left).unwrap_or_default())
 }
 
 /// Waits until then, or for ever.
@@ -368,4 +395,24 @@ async fn until(at: Option<Instant>) {
 fn report(findings: &mpsc::UnboundedSender<Finding>, finding: Finding) {
     // The receiver only goes away when the agent stops.
     let _ = findings.send(finding);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However long the agent runs.
+    #[test]
+    fn what_is_due_begins_at_the_end_of_its_slot() {
+        let began = Instant::now();
+        for days in [0, 1, 1_000, 10_000] {
+            let day = began + Duration::from_secs(days * 86_400);
+            let at = |micros| slot(began, day + Duration::from_micros(micros)) - day;
+            assert_eq!(at(0), Duration::ZERO);
+            for micros in [1, 5_000, 9_999, 10_000] {
+                assert_eq!(at(micros), SLOT, "{micros} us");
+            }
+            assert_eq!(at(10_001), 2 * SLOT);
+        }
+    }
 }

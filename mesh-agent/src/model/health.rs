@@ -1,12 +1,12 @@
 //! How the endpoints of a service are checked.
 
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderMap;
 use http::uri::{Authority, PathAndQuery};
+use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, ServerName};
 
 /// Whether the endpoints of a service are checked, and how.
@@ -174,13 +174,25 @@ pub struct Tls {
 pub enum Trust {
     /// Those that this machine trusts.
     System,
-    /// These, which a file has listed.
-    Listed {
-        /// The file, as it was when the definition was read.
-        file: PathBuf,
-        /// Its certificates; at least one.
-        authorities: Arc<[CertificateDer<'static>]>,
-    },
+    /// Those that a file has listed.
+    Listed(Arc<Authorities>),
     /// Nobody's: whoever answers is believed.
     Anybody,
 }
+
+/// The certificates of a file, as it was when the definition was read.
+#[derive(Debug)]
+pub struct Authorities {
+    /// At least one.
+    pub certificates: Vec<CertificateDer<'static>>,
+    /// The same, for who verifies.
+    pub roots: Arc<RootCertStore>,
+}
+
+impl PartialEq for Authorities {
+    fn eq(&self, other: &Self) -> bool {
+        self.certificates == other.certificates
+    }
+}
+
+impl Eq for Authorities {}

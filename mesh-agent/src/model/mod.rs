@@ -5,7 +5,7 @@ mod health;
 mod service;
 
 pub use health::{
-    Ending, GrpcCheck, Health, HealthCheck, HealthPolicy, HttpCheck, Pace, Tls, Trust,
+    Authorities, Ending, GrpcCheck, Health, HealthCheck, HealthPolicy, HttpCheck, Pace, Tls, Trust,
 };
 pub use service::{
     Affinity, EjectionPolicy, Endpoint, Fallback, Locality, Service, ServiceName, ServicePort,

@@ -19,6 +19,9 @@ const RETRANSMITTED: Duration = Duration::from_secs(3);
 /// What a busy machine may be late.
 const LATE: Duration = Duration::from_millis(700);
 
+/// By then all are answered that are.
+const ANSWERED: Duration = Duration::from_secs(3);
+
 /// For how long clients come, one every [`PAUSE`].
 const LONG: Duration = Duration::from_secs(6);
 const PAUSE: Duration = Duration::from_millis(50);
@@ -38,8 +41,8 @@ fn waiting(scene: &Scene) -> Result<(Vec<Duration>, usize)> {
         clients.push((begin.elapsed(), client.spawn()?));
         sleep(PAUSE);
     }
-    // The last ones are given the time that they need to be answered.
-    sleep(LATE);
+    // The last ones are given the time that they need to be answered on a busy machine.
+    sleep(ANSWERED);
     let (mut left, all) = (Vec::new(), clients.len());
     for (began, client) in &mut clients {
         if client.try_wait()?.is_none() {

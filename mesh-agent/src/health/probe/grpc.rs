@@ -72,7 +72,7 @@ fn judge(trailers: &HeaderMap, body: Bytes) -> Result<(), Failure> {
         Some("0") => {}
         Some(code) => {
             let message = field("grpc-message").unwrap_or_default();
-            return Err(Failure::Endpoint(match (code, &*message) {
+            return Err(Failure::said(&match (code, &*message) {
                 ("12", _) => "it has no gRPC health service (status 12, unimplemented)".to_owned(),
                 ("5", _) => "its gRPC health service does not know that name (status 5)".to_owned(),
                 (code, "") => format!("gRPC status {code}"),

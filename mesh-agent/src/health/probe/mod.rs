@@ -15,7 +15,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::model::{GrpcCheck, HealthCheck, HttpCheck};
 use crate::text;
@@ -34,6 +36,13 @@ pub enum Failure {
 /// with where it connects to: no file descriptor, no memory.
 const LOCAL: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
 
+/// How much is read from an endpoint in all, in bytes: what certificates, heads and the part of a body that
+/// is read can have together.
+const MOST: u64 = 64 * 1024;
+
+/// How much is kept of what an endpoint says of itself, in characters.
+const WORDS: usize = 200;
+
 /// A check with all that it needs, made once for all endpoints of a service.
 #[derive(Clone, Debug)]
 pub enum Probe {
@@ -46,17 +55,17 @@ pub enum Probe {
 }
 
 impl Probe {
-    /// What the heaviest check counts for.
+    /// What the heaviest conversation counts for.
     pub const HEAVIEST: usize = 16;
 
-    /// For how many it counts among those that run at a time, by the memory that an endpoint can have it
-    /// take: 4 KiB each.
+    /// For how many it counts among the conversations that are held at a time, by the memory that an
+    /// endpoint can have it take: 4 KiB each. Nothing, if nothing is said.
     #[must_use]
-    pub const fn weight(&self) -> u32 {
+    pub const fn weight(&self) -> Option<u32> {
         match self {
-            Self::Tcp => 1,
-            Self::Http(_, None) | Self::Grpc(_, None) => 8,
-            Self::Http(_, Some(_)) | Self::Grpc(_, Some(_)) => 16,
+            Self::Tcp => None,
+            Self::Http(_, None) | Self::Grpc(_, None) => Some(8),
+            Self::Http(_, Some(_)) | Self::Grpc(_, Some(_)) => Some(16),
         }
     }
 
@@ -79,31 +88,39 @@ impl Probe {
         }
     }
 
-    /// Checks an endpoint once.
+    /// Checks an endpoint once. Before anything is said, `turn` is waited for, which does not count as the
+    /// endpoint's time.
     ///
     /// # Errors
     ///
     /// Why it did not pass.
-    pub async fn run(&self, address: SocketAddr, timeout: Duration) -> Result<(), Failure> {
-        let check = async {
-            let connection = dial::connect(address).await?;
-            match self {
-                Self::Tcp => Ok(()),
-                // The others' states are large, and most checks have none of them.
-                _ => Box::pin(self.ask(connection.stream()?, address)).await,
-            }
+    pub async fn run<T>(
+        &self,
+        address: SocketAddr,
+        timeout: Duration,
+        turn: impl Future<Output = T>,
+    ) -> Result<(), Failure> {
+        let slow = |_| {
+            let timeout = humantime::format_duration(timeout);
+            Failure::Endpoint(format!("no answer within {timeout}"))
         };
-        match tokio::time::timeout(timeout, check).await {
-            Ok(result) => result,
-            Err(_) => Err(Failure::Endpoint(format!(
-                "no answer within {}",
-                humantime::format_duration(timeout)
-            ))),
+        let begin = Instant::now();
+        let connection = tokio::time::timeout(timeout, dial::connect(address)).await;
+        let connection = connection.map_err(slow)??;
+        if matches!(self, Self::Tcp) {
+            return Ok(());
         }
+        let left = timeout.saturating_sub(begin.elapsed());
+        let _turn = turn.await;
+        // The states of this are large, and most checks have none of them.
+        let asked = Box::pin(self.ask(connection.stream()?, address));
+        tokio::time::timeout(left, asked).await.map_err(slow)?
     }
 
-    /// Asks over a connection, and judges the answer.
+    /// Asks over a connection, and judges the answer. Whatever is sent, so much is read of it.
     async fn ask(&self, stream: TcpStream, address: SocketAddr) -> Result<(), Failure> {
+        let (reader, writer) = tokio::io::split(stream);
+        let stream = tokio::io::join(reader.take(MOST), writer);
         match self {
             Self::Tcp => Ok(()),
             Self::Http(check, None) => http::ask(check, stream, address).await,
@@ -121,16 +138,27 @@ impl Probe {
 // === impl Failure ===
 
 impl Failure {
-    /// What a library says of the endpoint.
+    /// What is said of the endpoint, perhaps by itself.
+    fn said(text: &str) -> Self {
+        let mut kept: String = text.chars().take(WORDS).collect();
+        if kept.len() < text.len() {
+            kept.push('…');
+        }
+        Self::Endpoint(kept)
+    }
+
+    /// What a library says of it.
     fn of(what: &str, error: &(dyn Error + 'static)) -> Self {
-        Self::Endpoint(format!("{what}: {}", text::chain(error)))
+        Self::said(&format!("{what}: {}", text::chain(error)))
     }
 }
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.raw_os_error() {
-            Some(number) if LOCAL.contains(&number) => Self::Local(error.to_string()),
+            Some(number) if LOCAL.contains(&number) => Self::Local(format!(
+                "{error}; look at the limits of this process (`ulimit -n`) and of the node"
+            )),
             _ => Self::Endpoint(error.to_string()),
         }
     }

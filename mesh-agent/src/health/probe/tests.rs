@@ -75,7 +75,7 @@ async fn head(stream: &mut TcpStream) -> io::Result<String> {
 
 /// Why the endpoint is not well.
 async fn complaint(probe: &Probe, address: SocketAddr, timeout: Duration) -> String {
-    match probe.run(address, timeout).await {
+    match probe.run(address, timeout, async {}).await {
         Err(Failure::Endpoint(text)) => text,
         other => panic!("{other:?}"),
     }
@@ -102,7 +102,7 @@ async fn a_page_is_asked_for_as_it_is_written() {
         }
     })
     .await;
-    assert_eq!(http(page()).run(address, PATIENCE).await, Ok(()));
+    assert_eq!(http(page()).run(address, PATIENCE, async {}).await, Ok(()));
     let asked = heads.recv().await.expect("a request");
     assert!(asked.starts_with("GET /healthz?deep=1 HTTP/1.1\r\n"), "{asked}");
     assert!(asked.contains(&format!("host: {address}\r\n")), "{asked}");
@@ -116,7 +116,7 @@ async fn a_page_is_asked_for_as_it_is_written() {
     headers.insert("user-agent", HeaderValue::from_static("mine"));
     let host = Some("orders.example:81".parse().expect("a host"));
     let named = http(HttpCheck { host, headers, ..page() });
-    assert_eq!(named.run(address, PATIENCE).await, Ok(()));
+    assert_eq!(named.run(address, PATIENCE, async {}).await, Ok(()));
     let asked = heads.recv().await.expect("a request");
     assert!(asked.contains("host: orders.example:81\r\n"), "{asked}");
     assert!(
@@ -130,19 +130,19 @@ async fn the_status_decides() {
     let check =
         |expect: &[RangeInclusive<u16>]| http(HttpCheck { expect: expect.to_vec(), ..page() });
     let answer = says(b"HTTP/1.1 301 Moved\r\nlocation: /x\r\ncontent-length: 0\r\n\r\n").await;
-    assert_eq!(check(&[200..=399]).run(answer, PATIENCE).await, Ok(()));
+    assert_eq!(check(&[200..=399]).run(answer, PATIENCE, async {}).await, Ok(()));
     let text = complaint(&check(&[200..=200, 204..=299]), answer, PATIENCE).await;
     assert!(text.contains("GET /healthz?deep=1 was answered with 301"), "{text}");
     let broken = says(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 4\r\n\r\noops").await;
     let text = complaint(&http(page()), broken, PATIENCE).await;
     assert!(text.contains("500 Internal Server Error"), "{text}");
-    assert_eq!(check(&[200..=200, 500..=500]).run(broken, PATIENCE).await, Ok(()));
+    assert_eq!(check(&[200..=200, 500..=500]).run(broken, PATIENCE, async {}).await, Ok(()));
     // What comes before the answer is none (RFC 9110, 15.2).
     let early =
         says(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
-    assert_eq!(http(page()).run(early.await, PATIENCE).await, Ok(()));
+    assert_eq!(http(page()).run(early.await, PATIENCE, async {}).await, Ok(()));
     let old = says(b"HTTP/1.0 200 OK\r\n\r\nall of it until the end").await;
-    assert_eq!(http(page()).run(old, PATIENCE).await, Ok(()));
+    assert_eq!(http(page()).run(old, PATIENCE, async {}).await, Ok(()));
 }
 
 #[tokio::test]
@@ -190,7 +190,7 @@ async fn what_takes_too_long() {
         assert_eq!(text, "no answer within 300ms", "{probe:?}");
         assert!(begin.elapsed() < PATIENCE);
     }
-    assert_eq!(Probe::Tcp.run(silent, PATIENCE).await, Ok(()));
+    assert_eq!(Probe::Tcp.run(silent, PATIENCE, async {}).await, Ok(()));
 }
 
 /// A head or a body without an end is read no further than to a bound; then the connection is reset, so the
@@ -212,10 +212,54 @@ async fn what_has_no_end() {
         })
     };
     let body = endless(b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n").await;
-    assert_eq!(http(page()).run(body, PATIENCE).await, Ok(()));
+    assert_eq!(http(page()).run(body, PATIENCE, async {}).await, Ok(()));
     let line = endless(b"HTTP/1.1 200 OK\r\nx: ").await;
     let text = complaint(&http(page()), line, PATIENCE).await;
     assert!(text.contains("too large"), "{text}");
     // What two sockets hold: no more than a few megabytes each.
     assert!(SENT.load(Ordering::Relaxed) < 64 << 20, "{}", SENT.load(Ordering::Relaxed));
+}
+
+/// An endpoint that speaks HTTP/2, and sends answers before the answer without an end.
+#[tokio::test]
+async fn what_has_no_end_over_http2() {
+    static SENT: AtomicU64 = AtomicU64::new(0);
+    // SETTINGS; then HEADERS of stream 1 that end the head, with `:status: 103` as a literal.
+    const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const EARLY: [u8; 14] = [0, 0, 5, 1, 4, 0, 0, 0, 1, 0x08, 3, b'1', b'0', b'3'];
+    let early = server(|mut stream| async move {
+        // The preface, the settings and the request are on their way.
+        stream.read_u8().await?;
+        stream.write_all(&SETTINGS).await?;
+        let block = EARLY.repeat(1_000);
+        for _ in 0..10_000 {
+            stream.write_all(&block).await?;
+            SENT.fetch_add(block.len() as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    })
+    .await;
+    for probe in [http2(), grpc()] {
+        let text = complaint(&probe, early, PATIENCE).await;
+        assert!(text.contains("HTTP/2"), "{probe:?}: {text}");
+    }
+    assert!(SENT.load(Ordering::Relaxed) < 64 << 20, "{}", SENT.load(Ordering::Relaxed));
+}
+
+/// What an endpoint says of itself is kept as far as people read it.
+#[test]
+fn words_are_bounded() {
+    let Failure::Endpoint(text) = Failure::said(&"ü".repeat(10_000)) else {
+        panic!("another kind")
+    };
+    assert_eq!(text.chars().count(), WORDS + 1);
+    assert_eq!(Failure::said("short"), Failure::Endpoint("short".to_owned()));
+}
+
+/// The time that a check waits for its turn is not the endpoint's.
+#[tokio::test]
+async fn waiting_for_a_turn_is_not_held_against_the_endpoint() {
+    let address = says(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+    let turn = tokio::time::sleep(SHORT * 2);
+    assert_eq!(http(page()).run(address, SHORT, turn).await, Ok(()));
 }

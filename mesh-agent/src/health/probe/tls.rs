@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use http::uri::Authority;
 use rustls::client::WebPkiServerVerifier;
@@ -10,15 +11,24 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::Failure;
 use crate::model::{Tls, Trust};
 
-/// Who this machine trusts, as it was when the first such check was made; or why that is not known.
-static SYSTEM: LazyLock<Result<Arc<RootCertStore>, String>> = LazyLock::new(system);
+/// Who this machine trusts, as it was when it first trusted anybody; or why it does not, and when that was.
+static SYSTEM: Mutex<System> = Mutex::new(System::Unknown);
+
+/// After this time it is looked again.
+const AGAIN: Duration = Duration::from_secs(10);
+
+enum System {
+    Unknown,
+    Trusts(Arc<RootCertStore>),
+    Failed(Instant, String),
+}
 
 static PROVIDER: LazyLock<Arc<CryptoProvider>> =
     LazyLock::new(|| Arc::new(ring::default_provider()));
@@ -26,8 +36,10 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> =
 /// Secures connections in one way.
 #[derive(Clone)]
 pub struct Connector {
-    /// Why it cannot, if that is so.
-    config: Result<Arc<ClientConfig>, String>,
+    trust: Trust,
+    protocol: Vec<u8>,
+    /// Made when it is first needed, and can be.
+    config: Arc<OnceLock<Arc<ClientConfig>>>,
     name: Option<ServerName<'static>>,
 }
 
@@ -43,22 +55,31 @@ impl Connector {
     pub(super) fn new(tls: &Tls, host: Option<&Authority>, protocol: &[u8]) -> Self {
         let host = || ServerName::try_from(host?.host().trim_matches(['[', ']']).to_owned()).ok();
         let name = tls.server_name.clone().or_else(host);
-        let config = config(&tls.trust).map(|mut config| {
-            config.alpn_protocols = vec![protocol.to_vec()];
-            // Each check is to prove that the whole of it works.
-            config.resumption = rustls::client::Resumption::disabled();
-            Arc::new(config)
-        });
-        Self { config, name }
+        let (trust, protocol, config) = (tls.trust.clone(), protocol.to_vec(), Arc::default());
+        Self { trust, protocol, config, name }
+    }
+
+    fn config(&self) -> Result<Arc<ClientConfig>, String> {
+        if let Some(config) = self.config.get() {
+            return Ok(Arc::clone(config));
+        }
+        let mut config = config(&self.trust)?;
+        config.alpn_protocols = vec![self.protocol.clone()];
+        // Each check is to prove that the whole of it works.
+        config.resumption = rustls::client::Resumption::disabled();
+        Ok(Arc::clone(self.config.get_or_init(|| Arc::new(config))))
     }
 
     /// Secures a connection to this address.
-    pub(super) async fn secure(
+    pub(super) async fn secure<S>(
         &self,
-        stream: TcpStream,
+        stream: S,
         address: SocketAddr,
-    ) -> Result<TlsStream<TcpStream>, Failure> {
-        let config = self.config.clone().map_err(Failure::Local)?;
+    ) -> Result<TlsStream<S>, Failure>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let config = self.config().map_err(Failure::Local)?;
         let name = self.name.clone().unwrap_or_else(|| ServerName::from(address.ip()));
         let secured = TlsConnector::from(config).connect(name, stream).await;
         secured.map_err(|error| Failure::of("TLS", &error))
@@ -74,12 +95,8 @@ fn config(trust: &Trust) -> Result<ClientConfig, String> {
             let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody));
             return Ok(builder.with_no_client_auth());
         }
-        Trust::System => SYSTEM.clone()?,
-        Trust::Listed { authorities, .. } => {
-            let mut roots = RootCertStore::empty();
-            roots.add_parsable_certificates(authorities.iter().cloned());
-            Arc::new(roots)
-        }
+        Trust::System => system()?,
+        Trust::Listed(authorities) => Arc::clone(&authorities.roots),
     };
     let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&PROVIDER));
     let verifier = verifier.build().map_err(|error| error.to_string())?;
@@ -89,14 +106,24 @@ fn config(trust: &Trust) -> Result<ClientConfig, String> {
 /// As other programs of this machine know it.
 fn system() -> Result<Arc<RootCertStore>, String> {
     const ADVICE: &str = "install ca-certificates, name a file with `ca`, or use `verify: false`";
+    let mut known = SYSTEM.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*known {
+        System::Trusts(roots) => return Ok(Arc::clone(roots)),
+        System::Failed(at, why) if at.elapsed() < AGAIN => return Err(why.clone()),
+        System::Unknown | System::Failed(..) => {}
+    }
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(found.certs);
     if !roots.is_empty() {
-        return Ok(Arc::new(roots));
+        let roots = Arc::new(roots);
+        *known = System::Trusts(Arc::clone(&roots));
+        return Ok(roots);
     }
     let why = found.errors.first().map_or_else(String::new, |error| format!(" ({error})"));
-    Err(format!("this machine trusts no certificates{why}: {ADVICE}"))
+    let why = format!("this machine trusts no certificates{why}: {ADVICE}");
+    *known = System::Failed(Instant::now(), why.clone());
+    Err(why)
 }
 
 /// Believes whoever answers, as far as it is who it says it is.
