@@ -52,16 +52,23 @@ struct Scene {
     _servers: Vec<Process>,
 }
 
+fn app(health: &str) -> Service {
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).key("balance: round-robin");
+    app.key(&format!("health: {health}")).endpoint("10.0.0.1").endpoint("10.0.0.2")
+}
+
 /// A service whose endpoints are well as long as they are there.
 fn scene(ending: &str) -> Result<Scene> {
-    scene_of(&format!("{{tcp: {{}}, interval: 200ms, fall: 2{ending}}}"), "healthy")
+    scene_of(&health(ending), "healthy")
+}
+
+fn health(ending: &str) -> String {
+    format!("{{tcp: {{}}, interval: 200ms, fall: 2{ending}}}")
 }
 
 /// Two endpoints that come to this state.
 fn scene_of(health: &str, state: &str) -> Result<Scene> {
-    let app = Service::new("app").address("10.96.0.10").port(80, 8080).key("balance: round-robin");
-    let app = app.key(&format!("health: {health}")).endpoint("10.0.0.1").endpoint("10.0.0.2");
-    let mut node = Node::builder().service(app).start_without_agent()?;
+    let mut node = Node::builder().service(app(health)).start_without_agent()?;
     let script = node.directory().join("server.py");
     fs::write(&script, SERVER)?;
     let mut servers = Vec::new();
@@ -168,6 +175,17 @@ fn what_is_used_for_want_of_better_goes_on() -> Result<()> {
     let [busy_a, busy_b] = clients(&scene, "busy")?;
     // Longer than the others need.
     std::thread::sleep(Duration::from_secs(4));
+    ensure_goes_on(&[&busy_a, &busy_b])
+}
+
+/// What a definition does not want any more is not done, though its endpoint was unhealthy before.
+#[test]
+fn a_definition_can_take_it_back() -> Result<()> {
+    let scene = scene(", end-connections: all, end-after: 4s")?;
+    let [busy_a, busy_b] = clients(&scene, "busy")?;
+    unplug(&scene.node)?;
+    scene.node.agent.write_services("test.yaml", &Service::file(&[app(&health(""))]))?;
+    std::thread::sleep(Duration::from_secs(7));
     ensure_goes_on(&[&busy_a, &busy_b])
 }
 

@@ -4,16 +4,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use mesh_common::{Protocol, State};
 use tokio::sync::mpsc;
 use tokio::task::JoinError;
 use tokio::time::Instant;
 
+use super::Engine;
 use super::ending::{self, Ended, Life};
-use super::{Engine, journal};
-use crate::api::types::Event;
 use crate::audit::sockets::Socket;
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::reconcile::LetGo;
@@ -150,15 +149,8 @@ impl Engine {
             Next::Due => self.look_at_dead(),
             Next::Looked(Ended { counts, problems }) => {
                 self.dead.is_looking = false;
-                for (LetGo { service, key, .. }, count) in counts {
-                    let detail = format!("{count} connections to an unhealthy endpoint were ended");
-                    tracing::info!(%service, endpoint = %key.address, "{detail}");
-                    self.journal.push(Event {
-                        service: Some(service.to_string()),
-                        backend: Some(key.address.to_string()),
-                        detail,
-                        ..journal::event("ended", SystemTime::now())
-                    });
+                for (backend, count) in counts {
+                    self.tell_ended(&backend, count, "an unhealthy endpoint");
                 }
                 if let Some(problem) = problems.first() {
                     let text =
@@ -173,7 +165,7 @@ impl Engine {
     /// A definition may want other connections of endpoints ended that are unhealthy already.
     pub(super) fn follow_dead(&mut self, service: &ServiceName) {
         let Some(health) = self.health.get(service) else { return };
-        let ending = health.plan.as_ref().map(|plan| plan.policy.ending).unwrap_or_default();
+        let ending = health.ending();
         if ending == Ending::Never {
             return;
         }
@@ -186,10 +178,12 @@ impl Engine {
 
     fn look_at_dead(&mut self) {
         let now = Instant::now();
-        // What is not checked any more, or was removed, is no business of this.
+        // What is not checked any more, was removed, or is to go on after all, is no business of this.
         let health = &self.health;
         self.dead.endpoints.retain(|(service, address), watch| {
-            let known = health.get(service).and_then(|health| health.endpoints.get(address));
+            let Some(health) = health.get(service) else { return false };
+            let is_meant = health.ending() == watch.ending;
+            let known = health.endpoints.get(address).filter(|_| is_meant);
             known.is_some_and(|known| known.life == watch.life && known.state == State::Unhealthy)
         });
         let mut due = BTreeMap::<ServiceName, HashMap<SocketAddr, Ending>>::new();

@@ -5,9 +5,12 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::mpsc;
+use std::time::SystemTime;
 
 use mesh_common::{Held, Protocol};
 
+use super::{Engine, journal};
+use crate::api::types::Event;
 use crate::audit::sockets::{self, Socket};
 use crate::audit::task::Auditor;
 use crate::audit::{self, Found, Record};
@@ -101,6 +104,21 @@ pub(super) async fn end(
     let counts = counts.into_iter().filter(|&(_, count)| count > 0);
     ended.counts = counts.filter_map(|(which, n)| Some((gone.get(&which)?.clone(), n))).collect();
     ended
+}
+
+impl Engine {
+    /// Tells that connections of a backend were ended, and `what` it is.
+    pub(super) fn tell_ended(&self, backend: &LetGo, count: usize, what: &str) {
+        let LetGo { service, key, .. } = backend;
+        let detail = format!("{count} connections to {what} were ended");
+        tracing::info!(%service, endpoint = %key.address, "{detail}");
+        self.journal.push(Event {
+            service: Some(service.to_string()),
+            backend: Some(key.address.to_string()),
+            detail,
+            ..journal::event("ended", SystemTime::now())
+        });
+    }
 }
 
 /// The backend of a record.

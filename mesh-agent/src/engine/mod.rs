@@ -43,7 +43,7 @@ use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::dataplane::units::Keys;
 use crate::discovery::{Event, SourceState};
 use crate::health::{Finding, Monitor, Verdict};
-use crate::model::{Ending, ServiceName};
+use crate::model::ServiceName;
 use crate::observe::events::Batch;
 use confirm::Opinions;
 use dead::Dead;
@@ -404,11 +404,10 @@ impl Engine {
                 }
             };
             let Some(health) = self.health.get_mut(&service) else { continue };
+            let ending = health.ending();
             let known = health.endpoints.get_mut(&address);
             // A verdict may come in after its endpoint went, or even came back.
             let Some(known) = known.filter(|known| known.life == life) else { continue };
-            let policy = health.plan.as_ref().map(|plan| &plan.policy);
-            let ending = policy.map_or(Ending::Never, |policy| policy.ending);
             self.dead.follow(&service, address, (life, state), ending);
             let was_unhealthy = known.state == State::Unhealthy;
             if known.turn(state, reason.clone()) {

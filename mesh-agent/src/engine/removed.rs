@@ -3,15 +3,14 @@
 //! What a datagram socket sends without being connected goes to another one by itself.
 
 use std::collections::{HashMap, HashSet};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use mesh_common::Protocol;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::Engine;
 use super::ending::{self, Ended};
-use super::{Engine, journal};
-use crate::api::types::Event;
 use crate::audit::task::Auditor;
 use crate::compile::{self, BackendKey};
 use crate::dataplane::reconcile::LetGo;
@@ -188,16 +187,8 @@ impl Engine {
                     tokio::spawn(end(self.auditor.clone(), due, self.removed.sender.clone()));
                 }
             }
-            Next::Ended(LetGo { service, key, .. }, count) => {
-                let detail =
-                    format!("{count} connections to an endpoint that was removed were ended");
-                tracing::info!(%service, endpoint = %key.address, "{detail}");
-                self.journal.push(Event {
-                    service: Some(service.to_string()),
-                    backend: Some(key.address.to_string()),
-                    detail,
-                    ..journal::event("ended", SystemTime::now())
-                });
+            Next::Ended(backend, count) => {
+                self.tell_ended(&backend, count, "an endpoint that was removed");
             }
             Next::Failed(error) => {
                 let text =

@@ -116,7 +116,8 @@ impl Engine {
         });
     }
 
-    /// The agent's try has ended. A connect may have begun one of its own meanwhile: that one counts.
+    /// The agent's try has ended. A connect may have begun one of its own meanwhile, or have failed: that one
+    /// counts.
     pub(super) fn tried(
         &mut self,
         service: &ServiceName,
@@ -129,8 +130,9 @@ impl Engine {
         let Some(stats) = stats else { return };
         let now = ticks(clock::monotonic());
         let changed = change(&stats.ejection, |known| match known.phase() {
+            Phase::Ejected if known.until() > now => None,
             Phase::Ejected if passed => Some(known.recover(policy, now)),
-            Phase::Ejected if known.until() <= now => {
+            Phase::Ejected => {
                 let taken = known.take(now);
                 taken.fail(policy, Client::NOBODY, taken.token(), now)
             }

@@ -18,7 +18,7 @@ use crate::dataplane::clock;
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::sys::heap;
 use crate::health::{Life, Monitor, Plan};
-use crate::model::{HealthPolicy, ServiceName};
+use crate::model::{Ending, HealthPolicy, ServiceName};
 
 /// When so many services change at once, what that took is worth being given back.
 const MANY: usize = 500;
@@ -195,6 +195,11 @@ impl Known {
 // === impl Health ===
 
 impl Health {
+    /// Which connections are ended of endpoints that are unhealthy.
+    pub(super) fn ending(&self) -> Ending {
+        self.plan.as_ref().map(|plan| plan.policy.ending).unwrap_or_default()
+    }
+
     /// Follows a new definition: endpoints that stay keep their state. Each that comes gets the
     /// next `life`.
     /// Of endpoints that a former agent has left, `found` says how they were.
