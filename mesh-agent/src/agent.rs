@@ -21,6 +21,7 @@ use crate::api::{server, socket};
 use crate::audit::task::Auditor;
 use crate::canary::Canary;
 use crate::claim::{refuse_second, take_cgroup, take_pins, try_cgroup};
+use crate::commands::{Commands, Runner};
 use crate::config::{Config, Exclude, Source};
 use crate::dataplane::exclusions::Exclusions;
 use crate::dataplane::load::{self, Loaded, Options};
@@ -60,12 +61,17 @@ const ENDING: Duration = Duration::from_secs(2);
 type Tasks = JoinSet<&'static str>;
 
 /// Runs the agent until SIGTERM, which leaves the kernel balancing, or SIGINT or SIGHUP, which do not.
+/// `runner` runs the commands of health checks, if it could be started.
 ///
 /// # Errors
 ///
 /// When something that it needs cannot be had, or one of its tasks ends; each error says what, and
 /// what to do.
-pub async fn run(mut config: Config, options: Options) -> anyhow::Result<()> {
+pub async fn run(
+    mut config: Config,
+    options: Options,
+    runner: Result<Runner, String>,
+) -> anyhow::Result<()> {
     let Some(cgroup) = config.cgroup.clone() else {
         bail!("no cgroup is named: use --cgroup, or `cgroup:` in the agent file");
     };
@@ -109,7 +115,9 @@ pub async fn run(mut config: Config, options: Options) -> anyhow::Result<()> {
     let (sender, findings) = mpsc::unbounded_channel();
     // Half of the file descriptors are for everything else.
     let concurrency = health::CONCURRENCY.min(open_files / 2);
-    let (monitor, checks) = Monitor::new(concurrency, sender, cancel.clone());
+    let (commands, talk) = Commands::new(runner, cancel.clone());
+    spawn(&mut tasks, "the talk with the process that runs commands", talk);
+    let (monitor, checks) = Monitor::new(concurrency, commands, sender, cancel.clone());
     let (batches, observed) = mpsc::channel(observe::events::BATCHES);
     let watch = observe::events::watch(loaded.events, &cgroup, batches, cancel.clone())
         .context("waiting for what the kernel programs tell")?;

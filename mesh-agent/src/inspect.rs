@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::audit::task::Auditor;
 use crate::check::cgroup;
+use crate::commands::Commands;
 use crate::config::Config;
 use crate::dataplane::grace::Grace;
 use crate::dataplane::kernel::KernelMaps;
@@ -55,7 +56,8 @@ where
     let (_sources, sources) = mpsc::channel(1);
     let (finder, findings) = mpsc::unbounded_channel();
     let (_observer, observed) = mpsc::channel(1);
-    let (monitor, _) = Monitor::new(1, finder, cancel.clone());
+    let (monitor, _) =
+        Monitor::new(1, Commands::none("nothing is checked"), finder, cancel.clone());
     let watchers = Watchers {
         journal: Journal::default(),
         auditor,

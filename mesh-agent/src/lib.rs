@@ -12,6 +12,7 @@ pub mod catalog;
 pub mod check;
 pub mod claim;
 pub mod cli;
+pub mod commands;
 pub mod compile;
 pub mod config;
 pub mod connections;

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use mesh_agent::commands::Account;
 use mesh_agent::config::{Config, ConfigError, Exclude, Source};
 use mesh_agent::model::{Ending, HealthCheck, HealthPolicy, Pace};
 use mesh_common::Limits;
@@ -36,6 +37,7 @@ limits: {frontends: 1000, backends: 3000, connections: 200000, affinities: 5000}
 metrics: {listen: "[::1]:9000"}
 canary: false
 health: {tcp: {}, interval: 5s, rise: 1, end-connections: silent, end-after: 1m}
+command-checks: {user: 3000000000}
 sources:
 - files: {directory: /a}
 - files: {directory: /b}
@@ -68,6 +70,11 @@ sources:
             fall: HealthPolicy::FALL,
             ending: Ending::Silent(Duration::from_secs(60)),
         }),
+        commands: Some(Account {
+            name: "3000000000".into(),
+            uid: 3_000_000_000,
+            gid: 3_000_000_000,
+        }),
         metrics: Some("[::1]:9000".parse().expect("an address")),
         sources: directories.map(|d| Source::Files { directory: d.into() }).into(),
     };
@@ -86,8 +93,8 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
 "#,
     );
     let expected = [
-        "a:1:1: `state-dir` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, health, sources)",
-        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, health, sources",
+        "a:1:1: `state-dir` is not supported yet; remove it (allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, health, command-checks, sources)",
+        "a:2:1: unknown key \"nod\"; allowed in the agent file: node, cgroup, exclude, socket, pin-dir, virtual-ips, limits, metrics, canary, health, command-checks, sources",
         "a:3:14: expected a node name of 1 to 253 visible characters; it has spaces or control characters: \"a b\"",
         "a:4:9: expected a cgroup directory that begins with /; found \"sys/fs/cgroup\"",
         "a:5:15: 10.96.0.1/16 has bits set behind its prefix; write 10.96.0.0/16",
@@ -125,6 +132,17 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
     assert_eq!(
         refused("sources: [{files: {directory: /a}}, {files: {directory: /a}}]"),
         ["a:1:37: the directory \"/a\" is here twice; keep one"]
+    );
+    assert_eq!(
+        refused("command-checks: {user: root, group: x}"),
+        [
+            "a:1:24: root is root, or in its group, who may do everything; expected a user other than root",
+            "a:1:30: unknown key \"group\"; allowed in command-checks: user",
+        ]
+    );
+    assert_eq!(
+        refused("command-checks: {user: no.such.user}"),
+        ["a:1:24: there is no user no.such.user in /etc/passwd; expected a user other than root"]
     );
 }
 

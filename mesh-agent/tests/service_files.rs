@@ -245,6 +245,10 @@ fn every_kind_of_check() {
         panic!("another")
     };
     assert_eq!((&*call.service, call.tls.is_some()), ("orders", true));
+    let policy = health("{command: {run: [/bin/sh, -c, exit 1]}, interval: 3s}");
+    let HealthCheck::Command(command) = &policy.check else { panic!("another check") };
+    assert_eq!(command.run, ["/bin/sh", "-c", "exit 1"]);
+    assert_eq!(policy.timeout, policy.interval, "a program takes time to start");
     let off = b"services: [{name: a, address: 10.96.0.10, ports: [{port: 80}], endpoints: [], health: off}]";
     assert_eq!(parse_services(off).expect("a valid file")[0].health, Health::Off);
     assert_eq!(health("{tcp: {}}").ending, Ending::Never);

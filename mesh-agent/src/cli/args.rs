@@ -116,6 +116,9 @@ released when two audits in a row find it so.")]
         /// Where to
         address: SocketAddr,
     },
+    /// Run what health checks name, for the agent that has started this
+    #[command(hide = true)]
+    RunCommands,
     /// Write the manual pages, for those who pack this program
     #[command(hide = true)]
     Man {

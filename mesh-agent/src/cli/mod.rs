@@ -21,7 +21,7 @@ use clap::{CommandFactory as _, Parser as _};
 use self::args::{Cli, Command};
 use self::failure::Failure;
 use self::output::{Output, Style};
-use crate::canary;
+use crate::{canary, commands};
 
 /// The exit status of wrong usage; clap has the same.
 const WRONG_USAGE: u8 = 2;
@@ -101,6 +101,9 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             let said =
                 canary::connect(address).map_err(|error| Failure::failed(format!("{error:#}")))?;
             output::write(said.as_bytes())
+        }
+        Command::RunCommands => {
+            commands::run().map_err(|error| Failure::failed(format!("{error:#}")))
         }
         Command::Man { directory } => manual(&directory),
         Command::Status => ask::status(socket, &output),

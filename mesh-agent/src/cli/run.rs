@@ -15,6 +15,7 @@ use super::output;
 use crate::agent;
 use crate::check::cgroup::Cgroup;
 use crate::check::mounts::Mounts;
+use crate::commands::Runner;
 use crate::config::Config;
 use crate::dataplane::load::Options;
 use crate::privileges;
@@ -37,6 +38,17 @@ pub(super) fn run(
     let options = Options { log: log_refusals, limits: config.limits, detach };
     log(options);
     super::need_files(FILES)?;
+    // While it may still become another user.
+    let runner = match &config.commands {
+        None => Err("no user is named for them".to_owned()),
+        Some(account) => Runner::start(account).map_err(|error| {
+            format!(
+                "commands cannot be run as {}: {error}; give the agent CAP_SETUID and CAP_SETGID, or leave \
+                 `command-checks` out of the agent file",
+                account.name
+            )
+        }),
+    };
     // Before there are other threads, each of which would keep what it has.
     let low = config.metrics.is_some_and(|listen| listen.port() < 1_024);
     let mut besides = if low { privileges::LOW_PORT } else { CapabilitySet::empty() };
@@ -47,7 +59,7 @@ pub(super) fn run(
         tracing::warn!(%error, "privileges that are not needed could not be given up");
     }
     let runtime = Runtime::new().map_err(|error| Failure::no_runtime(&error))?;
-    let result = runtime.block_on(agent::run(config, options));
+    let result = runtime.block_on(agent::run(config, options, runner));
     // A thread that hangs in a dead file system must not keep the process.
     runtime.shutdown_timeout(ENDING);
     result.map_err(|error| Failure::failed(chain(error.as_ref())))

@@ -10,10 +10,11 @@ use mesh_common::{Limits, Settings};
 
 use super::health;
 use super::values::{name, network, path};
-use crate::model::HealthPolicy;
+use crate::commands::Account;
+use crate::model::{Health, HealthCheck, HealthPolicy};
 use crate::yaml::{
-    self, Keys, MAX_SIZE, Node, Problem, Problems, boolean, excerpt, fields, integer, is_nothing,
-    items, text,
+    self, Fields, Keys, MAX_SIZE, Node, Problem, Problems, boolean, excerpt, fields, integer,
+    is_nothing, items, text,
 };
 
 /// Where the agent file is looked for when none is named.
@@ -35,6 +36,7 @@ const AGENT: Keys = Keys {
         "metrics",
         "canary",
         "health",
+        "command-checks",
         "sources",
     ],
     later: &["state-dir"],
@@ -54,6 +56,8 @@ const METRICS: Keys = Keys { of: "metrics", known: &["listen"], later: &[] };
 
 /// Where metrics are had when the agent file does not say: on this node only.
 const METRICS_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464);
+
+const COMMANDS: Keys = Keys { of: "command-checks", known: &["user"], later: &[] };
 
 const SOURCE: Keys = Keys {
     of: "a source",
@@ -88,6 +92,8 @@ pub struct Config {
     pub canary: bool,
     /// How endpoints are checked of services that say nothing about it.
     pub health: Option<HealthPolicy>,
+    /// Who health checks that are programs run as; nobody, and they do not run, if there is none.
+    pub commands: Option<Account>,
     /// Where `/metrics`, `/healthz` and `/readyz` are; nowhere if there is none.
     pub metrics: Option<SocketAddr>,
     /// In order of precedence; no directory twice.
@@ -181,6 +187,7 @@ impl Default for Config {
             limits: Limits::default(),
             canary: true,
             health: None,
+            commands: None,
             metrics: Some(METRICS_LISTEN),
             sources: vec![Source::Files { directory: DEFAULT_SERVICES.into() }],
         }
@@ -230,6 +237,20 @@ impl Config {
         problems.finish(config)
     }
 
+    /// How endpoints are checked of a service that says this; nothing if they are not.
+    #[must_use]
+    pub fn policy<'c>(&'c self, health: &'c Health) -> Option<&'c HealthPolicy> {
+        let policy = health.policy(self.health.as_ref());
+        policy.filter(|policy| self.commands.is_some() || !is_command(policy))
+    }
+
+    /// Whether checks were meant to be programs, which this agent does not run.
+    #[must_use]
+    pub fn forbids(&self, health: &Health) -> bool {
+        let policy = health.policy(self.health.as_ref());
+        policy.is_some_and(is_command) && self.commands.is_none()
+    }
+
     /// Takes over what the file says. A value with a problem leaves its default; the file is
     /// refused in any case.
     fn fill(&mut self, root: &Node, problems: &mut Problems) -> Option<()> {
@@ -269,6 +290,9 @@ impl Config {
         if let Some(node) = top.get("health") {
             self.health = health::policy(node, problems);
         }
+        if let Some(node) = top.get("command-checks") {
+            self.commands = commands(node, problems);
+        }
         if let Some(node) = top.get("metrics") {
             self.metrics = metrics(node, problems);
         }
@@ -276,6 +300,23 @@ impl Config {
             self.sources = sources(node, problems).unwrap_or_default();
         }
         Some(())
+    }
+}
+
+/// Who runs commands. To name the key is to allow them.
+fn commands(node: &Node, problems: &mut Problems) -> Option<Account> {
+    let none = Fields::none(node.at);
+    let fields = if is_nothing(node) { none } else { fields(node, &COMMANDS, problems)? };
+    let (named, at) = match fields.get("user") {
+        Some(node) => (name(node, "the name or number of a user", problems)?, node.at),
+        None => (Account::DEFAULT, node.at),
+    };
+    match Account::find(named) {
+        Ok(account) => Some(account),
+        Err(why) => {
+            problems.add(at, format!("{why}; expected a user other than root"));
+            None
+        }
     }
 }
 
@@ -386,6 +427,10 @@ fn source(node: &Node, problems: &mut Problems) -> Option<Source> {
         None => DEFAULT_SERVICES.into(),
     };
     Some(Source::Files { directory })
+}
+
+fn is_command(policy: &HealthPolicy) -> bool {
+    matches!(policy.check, HealthCheck::Command(_))
 }
 
 /// Reads a file, but no more of it than tells that it is too large.

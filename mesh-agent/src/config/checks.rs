@@ -14,14 +14,14 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 
 use super::values::path;
-use crate::model::{Authorities, GrpcCheck, HealthCheck, HttpCheck, Tls, Trust};
+use crate::model::{Authorities, CommandCheck, GrpcCheck, HealthCheck, HttpCheck, Tls, Trust};
 use crate::text as words;
 use crate::yaml::{
     Fields, Keys, Node, Problems, Value, boolean, excerpt, fields, is_nothing, items, text,
 };
 
 /// Their keys.
-pub(super) const KINDS: [&str; 4] = ["tcp", "http", "https", "grpc"];
+pub(super) const KINDS: [&str; 5] = ["tcp", "http", "https", "grpc", "command"];
 
 const TCP: Keys = Keys { of: "tcp", known: &[], later: &[] };
 
@@ -35,6 +35,8 @@ const HTTPS: Keys = Keys {
 };
 
 const GRPC: Keys = Keys { of: "grpc", known: &["service", "host", "tls"], later: &[] };
+
+const COMMAND: Keys = Keys { of: "command", known: &["run"], later: &[] };
 
 const TLS: Keys = Keys { of: "tls", known: &["verify", "ca", "server-name"], later: &[] };
 
@@ -50,6 +52,9 @@ const MAX_HEADERS: usize = 32;
 /// The longest path, name of a gRPC service and value of a header, in bytes: servers refuse longer ones.
 const MAX_TEXT: usize = 4_096;
 
+/// The most words that a command may have.
+const MAX_ARGUMENTS: usize = 64;
+
 /// The largest file of certificates: that of all public authorities is a quarter of a megabyte.
 const MAX_CERTIFICATES: u64 = 4 << 20;
 
@@ -59,6 +64,7 @@ pub(super) fn check(kind: &str, node: &Node, problems: &mut Problems) -> Option<
         "http" => &HTTP,
         "https" => &HTTPS,
         "grpc" => &GRPC,
+        "command" => &COMMAND,
         _ => &TCP,
     };
     // `tcp:` with nothing behind it is how YAML is often written for `tcp: {}`.
@@ -72,6 +78,7 @@ pub(super) fn check(kind: &str, node: &Node, problems: &mut Problems) -> Option<
             tls.map(|_| HealthCheck::Http(Arc::new(check)))
         }
         "grpc" => Some(HealthCheck::Grpc(Arc::new(grpc(&fields, problems)?))),
+        "command" => Some(HealthCheck::Command(Arc::new(command(&fields, problems)?))),
         _ => Some(HealthCheck::Tcp),
     }
 }
@@ -123,6 +130,47 @@ fn grpc(fields: &Fields<'_>, problems: &mut Problems) -> Option<GrpcCheck> {
         }
     };
     Some(GrpcCheck { service: service?, host: host?, tls: tls? })
+}
+
+fn command(fields: &Fields<'_>, problems: &mut Problems) -> Option<CommandCheck> {
+    const EXPECTED: &str =
+        "a program with its arguments, such as [/usr/lib/mesh/check-orders, --fast]";
+    let Some(node) = fields.get("run") else {
+        problems.add(fields.at, format!("`run` is missing; expected {EXPECTED}"));
+        return None;
+    };
+    let list = items(node, EXPECTED, problems)?;
+    let (Some((program, arguments)), true) = (list.split_first(), list.len() <= MAX_ARGUMENTS)
+    else {
+        let found = list.len();
+        let text = format!("expected {EXPECTED}, of 1 to {MAX_ARGUMENTS} words; found {found}");
+        problems.add(node.at, text);
+        return None;
+    };
+    let is_program = path(program, "the path of a program", problems)
+        .is_some_and(|path| is_executable(program, &path, problems));
+    let mut run = vec![text(program, EXPECTED, problems)?.to_owned()];
+    for node in arguments {
+        let argument = bounded(node, "an argument", problems)?;
+        if argument.contains('\0') {
+            problems.add(node.at, "expected an argument without a zero byte");
+            return None;
+        }
+        run.push(argument.to_owned());
+    }
+    is_program.then_some(CommandCheck { run })
+}
+
+/// Whether somebody may run it; whether the user may that checks are run as, only trying tells.
+fn is_executable(node: &Node, program: &Path, problems: &mut Problems) -> bool {
+    let wrong = match fs::metadata(program) {
+        Ok(found) if found.is_file() && found.mode() & 0o111 != 0 => return true,
+        Ok(found) if found.is_file() => "it is not executable; use chmod +x".to_owned(),
+        Ok(_) => "it is no file".to_owned(),
+        Err(error) => words::chain(&error),
+    };
+    problems.add(node.at, format!("{}: {wrong}; expected a program", program.display()));
+    false
 }
 
 /// A text that is no longer than servers take.

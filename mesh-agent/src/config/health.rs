@@ -30,6 +30,7 @@ const HEALTH: Keys = Keys {
         "http",
         "https",
         "grpc",
+        "command",
         "port",
         "probe",
         "background",
@@ -40,7 +41,7 @@ const HEALTH: Keys = Keys {
         "end-connections",
         "end-after",
     ],
-    later: &["command"],
+    later: &[],
 };
 
 /// What a service says about checks.
@@ -62,10 +63,8 @@ pub(super) fn health(service: &Fields<'_>, problems: &mut Problems) -> Option<He
 
 /// How checks are made.
 pub(super) fn policy(node: &Node, problems: &mut Problems) -> Option<HealthPolicy> {
-    let before = problems.count();
     let fields = fields(node, &HEALTH, problems)?;
-    // A check that was refused by name is not also missing.
-    let check = check(&fields, problems.count() > before, problems);
+    let check = check(&fields, problems);
     let port = fields.get("port").map(|node| port_number(node, "port", problems));
     let pace = pace(&fields, problems);
     let ending = ending(&fields, problems);
@@ -79,7 +78,12 @@ pub(super) fn policy(node: &Node, problems: &mut Problems) -> Option<HealthPolic
     let rise = count("rise", HealthPolicy::RISE);
     let fall = count("fall", HealthPolicy::FALL);
     let interval = interval?;
-    let timeout = timeout.unwrap_or(Some(HealthPolicy::TIMEOUT.min(interval)))?;
+    let default = match check {
+        // To start a program can take longer than all that it does.
+        Some(HealthCheck::Command(_)) => *TIMEOUT.end(),
+        _ => HealthPolicy::TIMEOUT,
+    };
+    let timeout = timeout.unwrap_or(Some(default.min(interval)))?;
     if timeout > interval {
         let default = if fields.get("interval").is_none() { ", the default" } else { "" };
         problems.add(
@@ -109,16 +113,15 @@ pub(super) fn policy(node: &Node, problems: &mut Problems) -> Option<HealthPolic
 }
 
 /// The one kind of check that is there.
-fn check(fields: &Fields<'_>, is_refused: bool, problems: &mut Problems) -> Option<HealthCheck> {
+fn check(fields: &Fields<'_>, problems: &mut Problems) -> Option<HealthCheck> {
     let written: Vec<(&str, &Node)> =
         checks::KINDS.iter().filter_map(|&kind| Some((kind, fields.get(kind)?))).collect();
     match *written {
-        [] if is_refused => None,
         [] => {
             problems.add(
                 fields.at,
-                "the kind of check is missing; expected one of tcp: {}, http: {path: /}, https: {path: /} \
-                 and grpc: {}",
+                "the kind of check is missing; expected one of tcp: {}, http: {path: /}, https: {path: /}, \
+                 grpc: {} and command: {run: [/path/to/program]}",
             );
             None
         }

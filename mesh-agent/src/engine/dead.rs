@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::Engine;
 use super::ending::{self, Ended, Life};
+use super::wanted::Health;
 use crate::audit::sockets::Socket;
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::reconcile::LetGo;
@@ -176,6 +177,10 @@ impl Engine {
         }
     }
 
+    fn ending_of(&self, service: &ServiceName) -> Ending {
+        self.health.get(service).map(Health::ending).unwrap_or_default()
+    }
+
     fn look_at_dead(&mut self) {
         let now = Instant::now();
         // What is not checked any more, was removed, or is to go on after all, is no business of this.
@@ -202,6 +207,11 @@ impl Engine {
                     let Some(&ending) = ending.filter(|_| key.protocol == Protocol::Tcp) else {
                         continue;
                     };
+                    // Who falls back there says itself what becomes of its connections.
+                    let ending = if own { ending } else { self.ending_of(&name) };
+                    if ending == Ending::Never {
+                        continue;
+                    }
                     let Some(backend) = self.reconciler.maps().backend(id) else { continue };
                     // While it is used for want of any better one, the checks are the likelier culprit.
                     let is_used = backend.marks.is_listed() && matches!(ending, Ending::All(_));

@@ -6,7 +6,9 @@ mod confirm;
 mod dead;
 mod drains;
 mod ending;
+mod findings;
 pub mod journal;
+mod notes;
 mod observed;
 mod open;
 mod out;
@@ -27,7 +29,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
-use mesh_common::{Protocol, State};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -42,7 +43,7 @@ use crate::dataplane::programs::Attachment;
 use crate::dataplane::reconcile::{Problem, Reconciler};
 use crate::dataplane::units::Keys;
 use crate::discovery::{Event, SourceState};
-use crate::health::{Finding, Monitor, Verdict};
+use crate::health::{Finding, Monitor};
 use crate::model::ServiceName;
 use crate::observe::events::Batch;
 use confirm::Opinions;
@@ -76,8 +77,8 @@ pub struct Engine {
     reconciler: Reconciler<KernelMaps>,
     /// What is in the way of services, in plain words.
     problems: BTreeMap<ServiceName, Vec<String>>,
-    /// Why health checks cannot be made, if they cannot.
-    trouble: Option<String>,
+    /// Services whose health checks cannot be made, and why.
+    trouble: BTreeMap<ServiceName, String>,
     /// Definitions that are done otherwise than written, or are likely mistakes.
     notes: BTreeMap<ServiceName, Vec<String>>,
     /// Definitions that are not used at all.
@@ -199,7 +200,7 @@ impl Engine {
             },
             reconciler,
             problems: BTreeMap::new(),
-            trouble: None,
+            trouble: BTreeMap::new(),
             notes: BTreeMap::new(),
             shadowed: BTreeSet::new(),
             last_error: None,
@@ -303,71 +304,6 @@ impl Engine {
         self.tell_all_heard();
     }
 
-    /// Notes what is odd about the definitions that changed, and says so once.
-    fn note_definitions(&mut self, changed: &BTreeSet<ServiceName>) {
-        let mut notes: BTreeMap<&ServiceName, Vec<String>> =
-            changed.iter().map(|name| (name, Vec::new())).collect();
-        for name in changed {
-            let Some(entry) = self.catalog.get(name.as_str()) else { continue };
-            let inside = entry.service.endpoints.iter().filter(|endpoint| {
-                self.config.virtual_ips.iter().any(|range| range.contains(&endpoint.address))
-            });
-            let lost = inside.map(|endpoint| {
-                format!(
-                    "the endpoint {} lies inside virtual-ips: connects go to it as it is, and no \
-                     service address is resolved a second time",
-                    endpoint.address
-                )
-            });
-            let policy = entry.service.health.policy(self.config.health.as_ref());
-            let only_datagrams = policy.is_some_and(|policy| policy.port.is_none())
-                && entry.service.ports.iter().all(|port| port.protocol == Protocol::Udp);
-            let unheard = only_datagrams.then(|| {
-                "its checks connect by TCP, and all of its ports are UDP: endpoints that do not \
-                 listen on TCP there too never pass; name a TCP port with `port` in `health`, or write \
-                 `health: off`"
-                    .to_owned()
-            });
-            let behind = spread::fallback_note(name, &self.catalog).into_iter().chain(unheard);
-            let texts = entry.shadowed.iter().chain(&entry.warnings).cloned();
-            let texts = texts.chain(lost).chain(behind);
-            notes.insert(name, few(texts.collect()));
-        }
-        for (name, texts) in notes {
-            let before = self.notes.remove(name).unwrap_or_default();
-            for text in texts.iter().filter(|text| !before.contains(text)) {
-                tracing::warn!(service = %name, "{text}");
-            }
-            if !texts.is_empty() {
-                self.notes.insert(name.clone(), texts);
-            }
-        }
-        let shadowed: BTreeSet<String> =
-            self.catalog.shadowed_definitions().map(|shadowed| shadowed.to_string()).collect();
-        for text in shadowed.difference(&self.shadowed) {
-            tracing::warn!("{text}");
-        }
-        self.shadowed = shadowed;
-    }
-
-    /// Checks cannot be made, or can again.
-    fn take_trouble(&mut self, trouble: Option<&str>) {
-        match trouble {
-            Some(error) => {
-                let text = format!(
-                    "health checks cannot be made: {error}; endpoints keep the state they had"
-                );
-                tracing::error!("{text}");
-                self.fail(text.clone());
-                self.trouble = Some(text);
-            }
-            None => {
-                tracing::info!("health checks can be made again");
-                self.trouble = None;
-            }
-        }
-    }
-
     /// A source that can say what is wrong with it has answered too.
     fn all_answered(&self) -> bool {
         self.sources.len() == self.config.sources.len()
@@ -391,38 +327,6 @@ impl Engine {
             self.fail(error.clone());
         }
         self.sources.insert(state.source, state);
-    }
-
-    fn take_findings(&mut self, findings: impl Iterator<Item = Finding>) {
-        let (mut changed, mut well) = (BTreeSet::new(), BTreeMap::<_, BTreeSet<_>>::new());
-        for finding in findings {
-            let Verdict { service, address, life, state, reason } = match finding {
-                Finding::Verdict(verdict) => verdict,
-                Finding::Trouble(trouble) => {
-                    self.take_trouble(trouble.as_deref());
-                    continue;
-                }
-            };
-            let Some(health) = self.health.get_mut(&service) else { continue };
-            let ending = health.ending();
-            let known = health.endpoints.get_mut(&address);
-            // A verdict may come in after its endpoint went, or even came back.
-            let Some(known) = known.filter(|known| known.life == life) else { continue };
-            self.dead.follow(&service, address, (life, state), ending);
-            let was_unhealthy = known.state == State::Unhealthy;
-            if known.turn(state, reason.clone()) {
-                tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
-                self.journal.push(observed::checked(&service, address, state, &reason));
-                if was_unhealthy && state == State::Healthy {
-                    well.entry(service.clone()).or_default().insert(address);
-                }
-                changed.insert(service);
-            }
-        }
-        self.update(changed);
-        for (service, addresses) in well {
-            self.readmit(&service, &addresses);
-        }
     }
 
     fn all_ready(&self) -> bool {

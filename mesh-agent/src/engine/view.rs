@@ -389,7 +389,7 @@ impl Engine {
             reasons.extend(self.doubts());
         }
         reasons.extend(self.stale.reason());
-        reasons.extend(self.trouble.clone());
+        reasons.extend(few(self.troubles()));
         reasons.extend(self.unheard.clone());
         let of_services = |texts: &BTreeMap<ServiceName, Vec<String>>| {
             let text = |(name, texts): (&ServiceName, &Vec<String>)| {

@@ -97,8 +97,8 @@ impl Engine {
             self.spread.groups.insert(name.clone(), groups);
         }
         let health = self.health.entry(name.clone()).or_default();
-        let default = self.config.health.as_ref();
-        health.follow(name, entry, &found, default, &self.monitor, &mut self.life);
+        let policy = self.config.policy(&entry.service.health);
+        health.follow(name, entry, &found, policy, &self.monitor, &mut self.life);
         self.removed.follow(name, timeout);
         self.follow_dead(name);
     }
@@ -208,7 +208,7 @@ impl Health {
         name: &ServiceName,
         entry: &Entry,
         found: &BTreeMap<SocketAddr, Marks>,
-        default: Option<&HealthPolicy>,
+        policy: Option<&HealthPolicy>,
         monitor: &Monitor,
         life: &mut u64,
     ) {
@@ -218,7 +218,6 @@ impl Health {
             .iter()
             .flat_map(|port| service.endpoints.iter().map(|e| compile::target(e, port)))
             .collect();
-        let policy = service.health.policy(default);
         let checked = policy.is_some();
         if checked != self.plan.is_some() {
             // What checks have found means nothing without them, and the other way round.

@@ -15,6 +15,7 @@ use mesh_common::State;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::commands::Commands;
 use crate::model::{HealthPolicy, ServiceName};
 use schedule::Schedule;
 use tally::Tally;
@@ -28,9 +29,9 @@ pub const CONCURRENCY: usize = 4_096;
 pub enum Finding {
     /// What is known of an endpoint has changed.
     Verdict(Verdict),
-    /// Checks cannot be made any more, for this reason; or they can again. Endpoints keep the state
-    /// that they had.
-    Trouble(Option<String>),
+    /// Checks of a service cannot be made any more, for this reason; or they can again. Its endpoints keep
+    /// the state that they had.
+    Trouble(ServiceName, Option<String>),
 }
 
 /// What is known of an endpoint has changed: its state, or only the reason.
@@ -85,15 +86,16 @@ enum Order {
 
 impl Monitor {
     /// Nothing to check yet; what is found goes to `findings`. The future does the checks,
-    /// `concurrency` at a time, until `cancel`.
+    /// `concurrency` at a time, until `cancel`; those that are programs run through `commands`.
     pub fn new(
         concurrency: usize,
+        commands: Commands,
         findings: mpsc::UnboundedSender<Finding>,
         cancel: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (orders, receiver) = mpsc::unbounded_channel();
         let tally = Arc::default();
-        let schedule = Schedule::new(concurrency, findings, Arc::clone(&tally));
+        let schedule = Schedule::new(concurrency, findings, Arc::clone(&tally), commands);
         (Self { orders, tally }, schedule.run(receiver, cancel))
     }
 

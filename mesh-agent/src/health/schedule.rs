@@ -6,7 +6,7 @@
 //! second ones are spread over an interval, and from then on each follows the one before after an interval,
 //! give or take a tenth. So the checks of many endpoints come evenly, however they began.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,12 +23,13 @@ use super::probe::{Failure, Probe};
 use super::state::Checked;
 use super::tally::Tally;
 use super::{Finding, Order, Plan, Verdict};
+use crate::commands::Commands;
 use crate::model::{HealthPolicy, Pace, ServiceName};
 
 /// One service may have this share of all checks that run: one in so many.
 const SHARE: usize = 4;
 
-/// Trouble is over when there was none for so long.
+/// Trouble is over when there was none for so long, and for two intervals.
 const TROUBLE: Duration = Duration::from_secs(5);
 
 /// Checks that would come together, since their endpoints do, are spread over this.
@@ -109,10 +110,11 @@ pub(super) struct Schedule {
     probes: JoinSet<Outcome>,
     permits: Permits,
     permits_of_one: usize,
-    /// When a check could not be made last.
-    trouble: Option<Instant>,
+    /// Services of which checks cannot be made, and when that will be over.
+    trouble: BTreeMap<ServiceName, Instant>,
     findings: mpsc::UnboundedSender<Finding>,
     tally: Arc<Tally>,
+    commands: Commands,
 }
 
 /// When the next of those may come that come as soon as they can.
@@ -199,6 +201,7 @@ impl Schedule {
         concurrency: usize,
         findings: mpsc::UnboundedSender<Finding>,
         tally: Arc<Tally>,
+        commands: Commands,
     ) -> Self {
         let began = Instant::now();
         Self {
@@ -210,9 +213,10 @@ impl Schedule {
             probes: JoinSet::new(),
             permits: Permits::new(concurrency.max(Probe::HEAVIEST)),
             permits_of_one: (concurrency / SHARE).max(Probe::HEAVIEST),
-            trouble: None,
+            trouble: BTreeMap::new(),
             findings,
             tally,
+            commands,
         }
     }
 
@@ -242,20 +246,17 @@ impl Schedule {
                 },
                 // Some checks may go well while others cannot be made: it is over when none failed
                 // for a while.
-                () = until(self.trouble.map(|last| last + TROUBLE)) => {
-                    self.trouble = None;
-                    report(&self.findings, Finding::Trouble(None));
-                }
+                () = until(self.trouble.values().min().copied()) => self.end_trouble(Instant::now()),
             }
         }
     }
 
     fn follow(&mut self, name: &ServiceName, plan: Plan) {
         let Plan { policy, targets } = plan;
-        let Self { services, queue, soon, permits_of_one, .. } = self;
+        let Self { services, queue, soon, permits_of_one, commands, .. } = self;
         let service = services.entry(name.clone()).or_insert_with(|| Service {
             policy: policy.clone(),
-            probe: Probe::new(&policy.check),
+            probe: Probe::new(&policy.check, name, commands),
             permits: Permits::new(*permits_of_one),
             targets: HashMap::new(),
         });
@@ -270,9 +271,18 @@ impl Schedule {
             // What was planned by the old interval may be far away.
             service.hasten(queue, soon);
             if service.policy.check != policy.check {
-                service.probe = Probe::new(&policy.check);
-                // What the former kind of check has said does not hold for this one.
-                service.targets.values_mut().for_each(|target| target.said = None);
+                service.probe = Probe::new(&policy.check, name, commands);
+                // What the former kind of check has said does not hold for this one, nor what one of it will
+                // say that is under way.
+                for (address, target) in &mut service.targets {
+                    target.said = None;
+                    if let Turn::Running(task) = &target.turn {
+                        task.abort();
+                        let due = Due { service: name.clone(), address: *address };
+                        target.turn =
+                            Turn::Queued(queue.insert_at(due, soon.next(policy.interval)));
+                    }
+                }
             }
         }
         for (address, life) in targets {
@@ -287,6 +297,7 @@ impl Schedule {
     }
 
     fn forget(&mut self, service: &ServiceName) {
+        self.end_trouble_of(service);
         let gone = self.services.remove(service);
         for target in gone.into_iter().flat_map(|service| service.targets.into_values()) {
             target.turn.end(&mut self.queue);
@@ -357,10 +368,24 @@ impl Schedule {
                 report(&self.findings, Finding::Verdict(verdict));
             }
             Err(error) => {
-                if self.trouble.replace(Instant::now()).is_none() {
-                    report(&self.findings, Finding::Trouble(Some(error)));
+                let over = Instant::now() + TROUBLE.max(2 * pause);
+                if self.trouble.insert(due.service.clone(), over).is_none() {
+                    report(&self.findings, Finding::Trouble(due.service, Some(error)));
                 }
             }
+        }
+    }
+
+    fn end_trouble(&mut self, now: Instant) {
+        let over = self.trouble.iter().filter(|(_, over)| **over <= now);
+        for service in over.map(|(service, _)| service.clone()).collect::<Vec<_>>() {
+            self.end_trouble_of(&service);
+        }
+    }
+
+    fn end_trouble_of(&mut self, service: &ServiceName) {
+        if self.trouble.remove(service).is_some() {
+            report(&self.findings, Finding::Trouble(service.clone(), None));
         }
     }
 }

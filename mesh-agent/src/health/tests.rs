@@ -27,7 +27,7 @@ async fn verdict(findings: &mut mpsc::UnboundedReceiver<Finding>) -> Verdict {
     let finding = tokio::time::timeout(Duration::from_secs(30), findings.recv()).await;
     match finding.expect("in time").expect("a finding") {
         Finding::Verdict(verdict) => verdict,
-        Finding::Trouble(trouble) => panic!("{trouble:?}"),
+        Finding::Trouble(_, trouble) => panic!("{trouble:?}"),
     }
 }
 
@@ -36,7 +36,7 @@ async fn verdict(findings: &mut mpsc::UnboundedReceiver<Finding>) -> Verdict {
 async fn follows_a_listener() {
     let (sender, mut findings) = mpsc::unbounded_channel();
     let cancel = CancellationToken::new();
-    let (monitor, task) = Monitor::new(CONCURRENCY, sender, cancel.clone());
+    let (monitor, task) = Monitor::new(CONCURRENCY, Commands::none("none"), sender, cancel.clone());
     let task = tokio::spawn(task);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
     let address = listener.local_addr().expect("address");
@@ -60,7 +60,7 @@ async fn follows_a_listener() {
 async fn follows_a_new_plan() {
     let (sender, mut findings) = mpsc::unbounded_channel();
     let cancel = CancellationToken::new();
-    let (monitor, task) = Monitor::new(CONCURRENCY, sender, cancel.clone());
+    let (monitor, task) = Monitor::new(CONCURRENCY, Commands::none("none"), sender, cancel.clone());
     tokio::spawn(task);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
     let address = listener.local_addr().expect("address");

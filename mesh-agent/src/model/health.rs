@@ -115,6 +115,8 @@ pub enum HealthCheck {
     Http(Arc<HttpCheck>),
     /// Asks the endpoint's gRPC health service (`grpc.health.v1.Health/Check`).
     Grpc(Arc<GrpcCheck>),
+    /// Runs a program.
+    Command(Arc<CommandCheck>),
 }
 
 impl HealthCheck {
@@ -126,6 +128,7 @@ impl HealthCheck {
             Self::Http(check) if check.tls.is_some() => "https",
             Self::Http(_) => "http",
             Self::Grpc(_) => "grpc",
+            Self::Command(_) => "command",
         }
     }
 }
@@ -157,6 +160,13 @@ pub struct GrpcCheck {
     pub host: Option<Authority>,
     /// Whether the connection is secured.
     pub tls: Option<Tls>,
+}
+
+/// A program that ends with exit status 0.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CommandCheck {
+    /// The program, by its absolute path, and what it is given as arguments.
+    pub run: Vec<String>,
 }
 
 /// How an endpoint proves who it is.

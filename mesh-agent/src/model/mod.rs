@@ -5,7 +5,8 @@ mod health;
 mod service;
 
 pub use health::{
-    Authorities, Ending, GrpcCheck, Health, HealthCheck, HealthPolicy, HttpCheck, Pace, Tls, Trust,
+    Authorities, CommandCheck, Ending, GrpcCheck, Health, HealthCheck, HealthPolicy, HttpCheck,
+    Pace, Tls, Trust,
 };
 pub use service::{
     Affinity, EjectionPolicy, Endpoint, Fallback, Locality, Service, ServiceName, ServicePort,

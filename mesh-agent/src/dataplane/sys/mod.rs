@@ -7,6 +7,7 @@ mod call;
 mod chunks;
 mod elements;
 pub mod heap;
+pub mod inherited;
 pub mod links;
 mod mapped;
 pub mod netns;

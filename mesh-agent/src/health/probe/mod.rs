@@ -19,7 +19,8 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::model::{GrpcCheck, HealthCheck, HttpCheck};
+use crate::commands::Commands;
+use crate::model::{CommandCheck, GrpcCheck, HealthCheck, HttpCheck, ServiceName};
 use crate::text;
 use tls::Connector;
 
@@ -52,6 +53,8 @@ pub enum Probe {
     Http(Arc<HttpCheck>, Option<Connector>),
     /// Asks the gRPC health service.
     Grpc(Arc<GrpcCheck>, Option<Connector>),
+    /// Has a program run for the service of this name.
+    Command(Arc<CommandCheck>, ServiceName, Commands),
 }
 
 impl Probe {
@@ -63,15 +66,15 @@ impl Probe {
     #[must_use]
     pub const fn weight(&self) -> Option<u32> {
         match self {
-            Self::Tcp => None,
+            Self::Tcp | Self::Command(..) => None,
             Self::Http(_, None) | Self::Grpc(_, None) => Some(8),
             Self::Http(_, Some(_)) | Self::Grpc(_, Some(_)) => Some(16),
         }
     }
 
-    /// For such checks.
+    /// For such checks of a service; `commands` has them run that are programs.
     #[must_use]
-    pub fn new(check: &HealthCheck) -> Self {
+    pub fn new(check: &HealthCheck, service: &ServiceName, commands: &Commands) -> Self {
         match check {
             HealthCheck::Tcp => Self::Tcp,
             HealthCheck::Http(check) => {
@@ -84,6 +87,9 @@ impl Probe {
                 let tls = check.tls.as_ref();
                 let tls = tls.map(|tls| Connector::new(tls, check.host.as_ref(), b"h2"));
                 Self::Grpc(Arc::clone(check), tls)
+            }
+            HealthCheck::Command(check) => {
+                Self::Command(Arc::clone(check), service.clone(), commands.clone())
             }
         }
     }
@@ -104,6 +110,9 @@ impl Probe {
             let timeout = humantime::format_duration(timeout);
             Failure::Endpoint(format!("no answer within {timeout}"))
         };
+        if let Self::Command(check, service, commands) = self {
+            return commands.check(check, service.as_str(), address, timeout).await;
+        }
         let begin = Instant::now();
         let connection = tokio::time::timeout(timeout, dial::connect(address)).await;
         let connection = connection.map_err(slow)??;
@@ -122,7 +131,7 @@ impl Probe {
         let (reader, writer) = tokio::io::split(stream);
         let stream = tokio::io::join(reader.take(MOST), writer);
         match self {
-            Self::Tcp => Ok(()),
+            Self::Tcp | Self::Command(..) => Ok(()),
             Self::Http(check, None) => http::ask(check, stream, address).await,
             Self::Http(check, Some(tls)) => {
                 http::ask(check, tls.secure(stream, address).await?, address).await
@@ -139,7 +148,7 @@ impl Probe {
 
 impl Failure {
     /// What is said of the endpoint, perhaps by itself.
-    fn said(text: &str) -> Self {
+    pub(crate) fn said(text: &str) -> Self {
         let mut kept: String = text.chars().take(WORDS).collect();
         if kept.len() < text.len() {
             kept.push('…');

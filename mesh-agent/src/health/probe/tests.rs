@@ -16,6 +16,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// For what never ends by itself.
 const SHORT: Duration = Duration::from_millis(300);
 
+fn probe(check: &HealthCheck) -> Probe {
+    Probe::new(check, &ServiceName::new("s"), &Commands::none("none"))
+}
+
 fn page() -> HttpCheck {
     HttpCheck {
         path: "/healthz?deep=1".parse().expect("a path"),
@@ -28,7 +32,7 @@ fn page() -> HttpCheck {
 }
 
 fn http(check: HttpCheck) -> Probe {
-    Probe::new(&HealthCheck::Http(Arc::new(check)))
+    probe(&HealthCheck::Http(Arc::new(check)))
 }
 
 fn http2() -> Probe {
@@ -37,7 +41,7 @@ fn http2() -> Probe {
 
 fn grpc() -> Probe {
     let check = GrpcCheck { service: "orders".into(), host: None, tls: None };
-    Probe::new(&HealthCheck::Grpc(Arc::new(check)))
+    probe(&HealthCheck::Grpc(Arc::new(check)))
 }
 
 /// A server that does this with every visitor.
