@@ -3,6 +3,11 @@
 
 use crate::Failure;
 
+/// The priority (`SO_PRIORITY`) of the sockets that the agent's checks connect with: the connect programs leave
+/// them alone. It would be a class of a queueing discipline with the handle 6d65:, and means nothing to any
+/// other, nor to routing, as a mark would.
+pub const CHECK_PRIORITY: u32 = 0x6d65_7368;
+
 /// A field of the kernel's sockets. Their places differ between kernels: the agent finds them in the
 /// kernel's type information (BTF) and hands them to the programs, in the order of [`Field::ALL`].
 #[repr(u32)]

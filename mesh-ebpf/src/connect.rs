@@ -13,6 +13,7 @@ use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
 use mesh_common::affinity::{By, pack};
 use mesh_common::flow::peer_hash;
+use mesh_common::socket::CHECK_PRIORITY;
 use mesh_common::stats::change;
 use mesh_common::{
     Algorithm, Caller, Choice, Flow, FrontendKey, Given, Held, Origin, Policy, Protocol, Reason,
@@ -20,7 +21,7 @@ use mesh_common::{
 };
 
 use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
-use crate::context::{Family, V4, V6, port, protocol, set_port};
+use crate::context::{Family, V4, V6, port, priority, protocol, set_port};
 use crate::maps::{
     Maps, OUT, cgroup, chance, count, count_refused, enter, excludes, jiffies, mesh_excluded,
     octets, unit,
@@ -61,7 +62,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         _ => return PROCEED,
     };
     let key = FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: protocol as u8, pad: 0 };
-    if excludes() && is_excluded(ctx) {
+    if is_of_agent(ctx) || excludes() && is_excluded(ctx) {
         return PROCEED;
     }
     let connecting = Connecting { ctx, key: &key, cookie: Cell::new(0) };
@@ -73,6 +74,13 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         Verdict::Balance(choice) => balance::<F>(&connecting, choice),
         Verdict::Refuse(reason, service) => refuse_connect(ctx, &key, reason as u32, service),
     }
+}
+
+/// Whether it is a check of the agent's, which is to reach the endpoint itself, though the agent may run in the
+/// cgroup that is balanced. Nobody else can be meant: it takes CAP_NET_ADMIN to say so.
+#[inline(always)]
+fn is_of_agent(ctx: &SockAddrContext) -> bool {
+    priority(ctx) == CHECK_PRIORITY
 }
 
 /// Whether who connects is not to be touched.

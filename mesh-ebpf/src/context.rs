@@ -40,6 +40,17 @@ pub fn protocol(ctx: &SockAddrContext) -> u32 {
     unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() }
 }
 
+/// The socket's priority (`SO_PRIORITY`).
+#[inline(always)]
+pub fn priority(ctx: &SockAddrContext) -> u32 {
+    // SAFETY: as in `port`; the socket of a hook is a whole one, of which this may be read
+    // (`bpf_sock_is_valid_access`).
+    unsafe {
+        let sk = (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile();
+        (&raw const (*sk).priority).read_volatile()
+    }
+}
+
 // === impl Family ===
 
 impl Family for V4 {

@@ -113,3 +113,30 @@ fn back_when_its_checks_pass() -> Result<()> {
     until_state(&node, B, "healthy")?;
     check::balanced(&mut node, &["a", "b", "c"], |node| check::who(node, VIP))
 }
+
+/// The agent runs inside the cgroup that it balances: its checks go to the endpoints themselves all the same,
+/// whose addresses are another service's frontend, or one that would be refused.
+#[test]
+fn checks_are_not_balanced() -> Result<()> {
+    let service = |name: &str, address: &str, port: u16, endpoint: &str| {
+        let service = Service::new(name).address(address).port(80, port).endpoint(endpoint);
+        service.key("health: {tcp: {}, probe: always, interval: 200ms, fall: 2}")
+    };
+    let mut node = Node::builder()
+        .virtual_ips("10.96.0.0/16")
+        .backend("a", "10.0.0.1:8080")
+        .backend("inside", "10.96.9.9:8080")
+        .service(service("app", "10.96.0.10", 8080, "10.0.0.1"))
+        .start()?;
+    let agent = node.agent.id()?.to_string();
+    std::fs::write(node.cgroup().path().join("cgroup.procs"), agent)?;
+    // Their addresses lead a client that connects there to a, or are refused.
+    let behind = service("behind", "10.96.0.11", 80, "10.96.0.10");
+    let inside = service("inside", "10.96.0.12", 8080, "10.96.9.9");
+    node.agent.write_services("more.yaml", &Service::file(&[behind, inside]))?;
+    for (name, state) in [("behind", "unhealthy"), ("inside", "healthy")] {
+        node.agent.until_backends(name, |all| all.iter().all(|one| one.state == state))?;
+    }
+    ensure!(check::ask(&node, "blocking", "10.96.9.9:8080")?.backend.is_none(), "not refused");
+    check::balanced(&mut node, &["a"], |node| check::who(node, VIP))
+}

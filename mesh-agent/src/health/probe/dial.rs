@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use mesh_common::socket::CHECK_PRIORITY;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpStream;
@@ -19,13 +20,14 @@ pub(super) enum Connection {
 
 /// Connects.
 ///
-/// The check dials the endpoint itself. The kernel programs do not touch that, also when the agent
-/// runs inside the balanced cgroup, unless the endpoint is some service's frontend: the catalog warns
-/// of those, because clients would not get any further there.
+/// The check dials the endpoint itself: the kernel programs leave it alone, also when the agent runs inside the
+/// balanced cgroup, and the endpoint is some service's frontend, or lies inside `virtual-ips`.
 pub(super) async fn connect(address: SocketAddr) -> io::Result<Connection> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     socket.set_linger(Some(Duration::ZERO))?;
+    // Who may not say so does not run the kernel programs either.
+    let _ = socket.set_priority(CHECK_PRIORITY);
     match socket.connect(&address.into()) {
         Ok(()) => return Ok(Connection::Made(socket)),
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
