@@ -10,6 +10,7 @@ use serde_json::Value;
 
 const VIP: &str = "10.96.0.10:80";
 const B: &str = "10.0.0.2:8080";
+const C: &str = "10.0.0.3:8080";
 
 fn node() -> Result<Node> {
     let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(200);
@@ -139,4 +140,38 @@ fn checks_are_not_balanced() -> Result<()> {
     }
     ensure!(check::ask(&node, "blocking", "10.96.9.9:8080")?.backend.is_none(), "not refused");
     check::balanced(&mut node, &["a"], |node| check::who(node, VIP))
+}
+
+/// While too few endpoints are usable, those whose checks fail are used too.
+#[test]
+fn few_are_not_left_alone() -> Result<()> {
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).checked_every(200);
+    let app = app.key("ejection: off").key("panic-threshold: 50%");
+    let mut node = Node::builder()
+        .backend("a", "10.0.0.1:8080")
+        .backend("b", B)
+        .backend("c", C)
+        .service(app.endpoint("10.0.0.1").endpoint("10.0.0.2").endpoint("10.0.0.3"))
+        .start()?;
+    node.agent.until_backends("app", |all| all.iter().all(|one| one.state == "healthy"))?;
+    node.kill_server("b")?;
+    until_state(&node, B, "unhealthy")?;
+    let seen = check::histogram(&node, VIP, 100)?;
+    ensure!(seen.keys().eq(["a", "c"]), "two of three are enough: {seen:?}");
+    node.kill_server("c")?;
+    until_state(&node, C, "unhealthy")?;
+    // Two of three connects go where nobody is.
+    let failed = (0..60).map(|_| check::ask(&node, "blocking", VIP));
+    let failed =
+        failed.collect::<Result<Vec<_>>>()?.iter().filter(|one| one.error.is_some()).count();
+    ensure!((10..60).contains(&failed), "{failed} of 60 failed");
+    node.start_server(Kind::Plain, "c", C)?;
+    until_state(&node, C, "healthy")?;
+    let seen = check::histogram(&node, VIP, 100)?;
+    ensure!(seen.keys().eq(["a", "c"]), "two of three are enough again: {seen:?}");
+    let events: Vec<Value> = node.agent.json(&["events", "--service", "app"])?;
+    let kinds: Vec<_> = events.iter().filter_map(|one| one["kind"].as_str()).collect();
+    let told: Vec<_> = kinds.iter().filter(|kind| matches!(**kind, "panic" | "calm")).collect();
+    ensure!(told == [&"panic", &"calm"], "{kinds:?}");
+    check::balanced(&mut node, &["a", "c"], |node| check::who(node, VIP))
 }

@@ -73,6 +73,7 @@ fn tables(frontends: &BTreeSet<u8>, endpoints: &BTreeSet<u8>) -> Arc<Tables> {
             Algorithm::LeastConnections
         },
         groups: BTreeMap::new(),
+        panics: BTreeSet::new(),
         source: 0,
     })
 }

@@ -33,6 +33,7 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         health: Health::Off,
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,
+        panic_threshold: 0,
         drain_timeout: None,
         affinity: None,
         locality: None,

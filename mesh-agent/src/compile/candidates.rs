@@ -1,6 +1,8 @@
 //! Which endpoints a table has, and with which weights: by what their checks say, by priority, by
 //! distance, and less for what has just come.
 
+use std::borrow::Cow;
+
 use mesh_common::{Reason, State};
 
 use super::{Candidate, Condition, FALLBACK, Found, Rows, TableKey};
@@ -12,36 +14,48 @@ const ONE: u64 = 1 << 20;
 /// The largest weight of a slot.
 const MOST: u128 = 65_535;
 
-/// The rows of one table, and which group of endpoints they are from; none when it has no choice. The
-/// backends are sorted by key, so those of a port are a slice.
+/// What is in a table, and why.
+pub(super) struct Chosen {
+    pub(super) rows: Rows,
+    /// Which group of endpoints they are from; none when there is no choice.
+    pub(super) group: Option<u8>,
+    /// Whether those are among them whose checks fail, though others are usable: too few are.
+    pub(super) panics: bool,
+}
+
+/// The rows of one table. The backends are sorted by key, so those of a port are a slice.
 pub(super) fn rows(
     found: &[Found],
     table: TableKey,
     service: &Service,
     before: Option<u8>,
-) -> (Rows, Option<u8>) {
+) -> Chosen {
+    let refuse = |reason| Chosen { rows: Rows::Refuse(reason), group: None, panics: false };
     let of_port = |found: &Found| (found.backend.key.port, found.backend.key.protocol);
     let first = found.partition_point(|f| of_port(f) < (table.port, table.protocol));
     let end = found.partition_point(|f| of_port(f) <= (table.port, table.protocol));
     let of_family = |&i: &usize| found[i].backend.key.address.is_ipv4() == table.v4;
     let all: Vec<usize> = (first..end).filter(of_family).collect();
     if all.is_empty() {
-        return (Rows::Refuse(Reason::NoEndpoint), None);
+        return refuse(Reason::NoEndpoint);
     }
     let weighted: Vec<usize> = all.into_iter().filter(|&i| found[i].backend.weight > 0).collect();
     if weighted.is_empty() {
-        return (Rows::Refuse(Reason::NoWeight), None);
+        return refuse(Reason::NoWeight);
     }
     if let Some(group) = group(found, &weighted, service.fallback(), before) {
         let members: Vec<usize> =
             weighted.iter().copied().filter(|&i| found[i].group == group).collect();
+        let taken = with_failing(found, &members, service.panic_threshold);
+        let panics = matches!(taken, Cow::Owned(_));
+        let found = &taken;
         let mut candidates = weigh(found, &members, service.locality);
         // Nobody else would find out that what comes before is back.
         let before = weighted.iter().copied().filter(|&i| found[i].group < group);
         await_return(found, before, &mut candidates);
         // The kernel looks at those without a weight when all others are out.
         candidates.sort_by_key(|candidate| (candidate.weight == 0, candidate.place));
-        return (Rows::Candidates(candidates), Some(group));
+        return Chosen { rows: Rows::Candidates(candidates), group: Some(group), panics };
     }
     // What drains is well, and better than nothing (KEP-1669). The other service has its own rules.
     let own = || weighted.iter().copied().filter(|&i| found[i].group != FALLBACK);
@@ -58,7 +72,30 @@ pub(super) fn rows(
         }
     };
     // What was used before counts when any is usable again.
-    (rows, before)
+    Chosen { rows, group: before, panics: false }
+}
+
+/// What is known of the endpoints, but those of a group whose checks fail are taken for usable while less of
+/// it is than the threshold, in per cent by weight: so few could not bear what comes to all. What drains
+/// does so on purpose, and what another service's checks found is that one's business.
+fn with_failing<'f>(found: &'f [Found], members: &[usize], threshold: u8) -> Cow<'f, [Found]> {
+    let state = |&&i: &&usize| found[i].condition.state;
+    let sum = |of: &dyn Fn(State) -> bool| -> u64 {
+        let some = members.iter().filter(|i| of(state(i)));
+        some.map(|&i| u64::from(found[i].backend.weight)).sum()
+    };
+    let (all, usable) = (sum(&|state| state != State::Draining), sum(&|state| state.is_usable()));
+    if usable * 100 >= u64::from(threshold) * all {
+        return Cow::Borrowed(found);
+    }
+    let mut found = found.to_vec();
+    for &i in members {
+        let Found { condition, group, .. } = &mut found[i];
+        if condition.state == State::Unhealthy && *group != FALLBACK {
+            condition.state = State::Unknown;
+        }
+    }
+    Cow::Owned(found)
 }
 
 /// With its own weight.

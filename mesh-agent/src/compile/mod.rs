@@ -3,7 +3,7 @@
 
 mod candidates;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use mesh_common::{
 };
 
 use crate::model::{self, EjectionPolicy, Endpoint, Service, ServicePort};
+use candidates::Chosen;
 
 /// What distinguishes a backend from the others of its service.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -158,6 +159,8 @@ pub struct Tables {
     /// Which group of endpoints each table uses, where it is not the first ([`Endpoint::priority`], and
     /// behind all of those the [`FALLBACK`]).
     pub groups: BTreeMap<TableKey, u8>,
+    /// Tables that use endpoints whose checks fail, because too few others are usable.
+    pub panics: BTreeSet<TableKey>,
     /// Which source defines it, as [`crate::config::Source::key`] tells them apart.
     pub source: u64,
 }
@@ -237,11 +240,15 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
 
     let mut tables: Vec<(TableKey, Rows)> = Vec::new();
     let mut owned = Vec::with_capacity(keys.len());
-    let mut groups = BTreeMap::new();
+    let (mut groups, mut panics) = (BTreeMap::new(), BTreeSet::new());
     for (key, table) in keys {
         if tables.last().is_none_or(|(last, _)| *last != table) {
             let before = input.before.get(&table).copied();
-            let (rows, group) = candidates::rows(&found, table, service, before);
+            let Chosen { rows, group, panics: fails } =
+                candidates::rows(&found, table, service, before);
+            if fails {
+                panics.insert(table);
+            }
             if group.is_some_and(|group| group > 0) {
                 groups.extend(group.map(|group| (table, group)));
             }
@@ -257,7 +264,8 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
     let affinity = service.affinity.map_or(Affinity::OFF, |affinity| pins(affinity, here.tick));
     let rules = Rules { policy: policy(service.ejection), affinity };
     let algorithm = service.algorithm;
-    Tables { backends, tables, frontends: owned, rules, algorithm, groups, source: input.source }
+    let source = input.source;
+    Tables { backends, tables, frontends: owned, rules, algorithm, groups, panics, source }
 }
 
 /// The rules of ejection as the kernel programs use them. Times are rounded up to whole ticks, and one

@@ -11,7 +11,7 @@ use mesh_common::{Algorithm, Protocol};
 use super::ejection::ejection;
 use super::health::health;
 use super::spread::{affinity, fallback, locality, slow_start};
-use super::values::{address, duration, name, port_number};
+use super::values::{address, duration, name, percent, port_number};
 use crate::model::{Endpoint, Service, ServiceName, ServicePort, WhenAllUnhealthy};
 use crate::yaml::{
     self, Fields, Keys, Node, Position, Problem, Problems, Value, boolean, excerpt, fields,
@@ -47,6 +47,7 @@ const SERVICE: Keys = Keys {
         "health",
         "ejection",
         "when-all-unhealthy",
+        "panic-threshold",
         "drain-timeout",
         "locality",
         "slow-start",
@@ -121,6 +122,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
     let health = health(&fields, problems);
     let ejection = ejection(&fields, problems);
     let when_all_unhealthy = when_all_unhealthy(&fields, problems);
+    let panic_threshold = panic_threshold(&fields, when_all_unhealthy, problems);
     let drain_timeout = fields
         .get("drain-timeout")
         .and_then(|node| duration(node, "drain-timeout", DRAIN_TIMEOUT, problems));
@@ -157,6 +159,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         health: health.unwrap_or_default(),
         ejection,
         when_all_unhealthy,
+        panic_threshold,
         drain_timeout,
         affinity,
         locality,
@@ -215,6 +218,18 @@ fn when_all_unhealthy(fields: &Fields<'_>, problems: &mut Problems) -> WhenAllUn
         }
         None => WhenAllUnhealthy::default(),
     }
+}
+
+fn panic_threshold(fields: &Fields<'_>, when_all: WhenAllUnhealthy, problems: &mut Problems) -> u8 {
+    let Some(node) = fields.get("panic-threshold") else { return 0 };
+    if when_all == WhenAllUnhealthy::Refuse {
+        problems.add(
+            fields.key_at("panic-threshold"),
+            "`panic-threshold` uses endpoints whose checks fail, and `when-all-unhealthy: refuse` does not; \
+             remove one of them",
+        );
+    }
+    percent(node, "panic-threshold", 1..=100, problems).unwrap_or_default()
 }
 
 fn addresses(fields: &Fields<'_>, problems: &mut Problems) -> Option<Vec<IpAddr>> {

@@ -1,6 +1,6 @@
 //! Whether connects are balanced, as a canary has found, and the service that it connects to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -154,6 +154,7 @@ fn tables(address: SocketAddr) -> Tables {
         rules: Rules::default(),
         algorithm: Algorithm::Random,
         groups: BTreeMap::new(),
+        panics: BTreeSet::new(),
         source: 0,
     }
 }

@@ -1,7 +1,7 @@
 //! What changes which endpoints of a service are preferred, besides definitions and checks: time (slow
 //! start), what the kernel has taken out, and other services that it falls back to.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
@@ -27,6 +27,8 @@ const QUICKEST: Duration = Duration::from_millis(100);
 pub(super) struct Spread {
     /// Which group each table uses, where it is not the first.
     pub(super) groups: HashMap<ServiceName, BTreeMap<TableKey, u8>>,
+    /// Services that use endpoints whose checks fail, because too few others are usable.
+    panics: HashSet<ServiceName>,
     /// When the next step of a service is due.
     steps: HashMap<ServiceName, Instant>,
     /// The service that a service falls back to.
@@ -73,6 +75,7 @@ impl Spread {
     /// A service that is no more.
     pub(super) fn forget(&mut self, name: &ServiceName) {
         self.groups.remove(name);
+        self.panics.remove(name);
         self.steps.remove(name);
     }
 
@@ -189,6 +192,26 @@ impl Engine {
         if !groups.is_empty() {
             self.spread.groups.insert(name.clone(), groups.clone());
         }
+    }
+
+    /// Notes whether a service uses endpoints whose checks fail, because too few others are usable; tells
+    /// when that changes.
+    pub(super) fn set_panics(&mut self, name: &ServiceName, panics: bool) {
+        let (kind, detail) = match panics {
+            true if self.spread.panics.insert(name.clone()) => {
+                ("panic", "too few endpoints are usable: those whose checks fail are used too")
+            }
+            false if self.spread.panics.remove(name) => {
+                ("calm", "enough endpoints are usable: those whose checks fail are not used")
+            }
+            _ => return,
+        };
+        tracing::warn!(service = %name, "{detail}");
+        self.journal.push(Event {
+            service: Some(name.to_string()),
+            detail: detail.to_owned(),
+            ..journal::event(kind, SystemTime::now())
+        });
     }
 }
 

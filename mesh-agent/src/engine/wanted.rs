@@ -164,6 +164,7 @@ impl Engine {
         // While all are alike, nothing would change.
         self.spread.set_step(&service, ramps.into_inner().len() > 1);
         self.set_groups(name, &tables.groups);
+        self.set_panics(name, !tables.panics.is_empty());
         tables
     }
 

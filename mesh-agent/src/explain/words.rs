@@ -265,6 +265,12 @@ impl Story {
                 "no endpoint is usable, so all are used: when every check fails, the checks are \
                  the likelier culprit (when-all-unhealthy: refuse changes that)",
             );
+        } else if inside.iter().any(|backend| backend.state == State::Unhealthy) {
+            self.step(
+                "panic",
+                "less than `panic-threshold` of the endpoints is usable, so those whose checks fail are used \
+                 too",
+            );
         }
     }
 }

@@ -64,6 +64,9 @@ pub struct Service {
     pub ejection: Option<EjectionPolicy>,
     /// What happens when no endpoint is usable.
     pub when_all_unhealthy: WhenAllUnhealthy,
+    /// While a smaller share of the endpoints is usable, in per cent by weight, those whose checks fail are
+    /// used too. 0 is never, but for [`Service::when_all_unhealthy`].
+    pub panic_threshold: u8,
     /// How long connections to an endpoint that was removed may go on; without it, for ever.
     pub drain_timeout: Option<Duration>,
     /// Whether clients keep their endpoints.

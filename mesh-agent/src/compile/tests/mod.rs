@@ -22,6 +22,7 @@ fn service(endpoints: &[(&str, u16)]) -> Service {
         algorithm: Algorithm::default(),
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,
+        panic_threshold: 0,
         drain_timeout: None,
         affinity: None,
         locality: None,

@@ -192,3 +192,29 @@ fn another_service_is_behind_all() {
     let elsewhere = Service { ports: vec![port], ..other };
     assert_eq!(weights(&app, Some(&elsewhere), &ends(DOWN, UP), 0), (Ok(vec![(1, 100)]), 0));
 }
+
+/// Few usable ones are not left alone with everything: those whose checks fail are used too, but never what
+/// drains, nor what belongs to the service behind.
+#[test]
+fn too_few_usable_ones_are_not_left_alone() {
+    let app = Service { panic_threshold: 50, ..service(&[]) };
+    let drained = Condition::settled(State::Draining);
+    let of = |service: &Service, states: [Condition; 4]| {
+        let ends: Vec<_> = (1..).zip(states).map(|(n, state)| far(n, state)).collect();
+        let (rows, _) = weights(service, None, &ends, 0);
+        rows.map(|rows| rows.into_iter().map(|(n, _)| n).collect::<Vec<_>>())
+    };
+    assert_eq!(of(&app, [UP, UP, DOWN, DOWN]), Ok(vec![1, 2]), "half is enough");
+    assert_eq!(of(&app, [UP, DOWN, DOWN, DOWN]), Ok(vec![1, 2, 3, 4]));
+    assert_eq!(of(&app, [UP, DOWN, drained, drained]), Ok(vec![1]));
+    assert_eq!(of(&app, [UP, DOWN, DOWN, drained]), Ok(vec![1, 2, 3]));
+    assert_eq!(of(&service(&[]), [UP, DOWN, DOWN, DOWN]), Ok(vec![1]), "unless it says so");
+    let all = Service { panic_threshold: 100, ..service(&[]) };
+    assert_eq!(of(&all, [UP, UP, UP, DOWN]), Ok(vec![1, 2, 3, 4]));
+    assert_eq!(of(&all, [UP, UP, drained, drained]), Ok(vec![1, 2]));
+    // Another service's are taken as its checks found them.
+    let behind = Service { fallback: Some(Fallback::default()), ..all };
+    let other = Service { name: ServiceName::new("other"), ..service(&[]) };
+    let ends = [far(1, DOWN), far(100, UP), far(101, DOWN)];
+    assert_eq!(weights(&behind, Some(&other), &ends, 0), (Ok(vec![(100, 100)]), FALLBACK));
+}

@@ -60,6 +60,7 @@ fn tables(frontends: &[u8], endpoints: &[u8]) -> Arc<Tables> {
         rules: Rules::default(),
         algorithm: algorithm(&endpoints),
         groups: BTreeMap::new(),
+        panics: BTreeSet::new(),
         source: 0,
     })
 }
