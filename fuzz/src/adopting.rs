@@ -15,7 +15,8 @@ use mesh_agent::dataplane::memory::Memory;
 use mesh_agent::dataplane::reconcile::{Problem, Reconciler, Usage};
 use mesh_agent::model::ServiceName;
 use mesh_common::{
-    Affinity, Algorithm, Backend, FrontendKey, Name, Policy, Protocol, Reason, Slot, State, Table,
+    Affinity, Algorithm, Backend, FrontendKey, Name, Policy, Protocol, Rate, Reason, Slot, State,
+    Table,
 };
 
 use crate::damage;
@@ -255,6 +256,7 @@ fn tables(script: &Script<'_>, service: u8, addresses: &[IpAddr]) -> Tables {
     let mut all = Tables {
         rules: Rules {
             policy: Policy::new(script.byte(), 10, 60, 50),
+            rate: Rate::new(script.byte(), script.byte().into()),
             affinity: Affinity(script.byte().into()),
         },
         algorithm,

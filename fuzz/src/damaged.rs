@@ -5,8 +5,8 @@ use std::cell::Cell;
 use mesh_common::latency::Latency;
 use mesh_common::translate::{ATTEMPTS, CENSUS, REDRAWS, SCAN, around, share_allows};
 use mesh_common::{
-    Addr, Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy, Service, Slot,
-    Table, Tables, Token, Verdict, Word, balance, maglev, translate,
+    Addr, Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Half, Policy, Service,
+    Slot, Table, Tables, Token, Verdict, Word, balance, maglev, translate,
 };
 
 use crate::script::{self, Script};
@@ -49,7 +49,7 @@ fn service(script: &Script<'_>) -> Service {
         generation: Word::new(script.byte().into()),
         policy: Word::new(script.long()),
         key: FrontendKey::default(),
-        pad: script.word(),
+        rate: Half::new(script.word()),
         position: Word::new(script.long()),
         affinity: Word::new(script.long()),
     }

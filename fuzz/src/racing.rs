@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use mesh_common::translate::{ATTEMPTS, REDRAWS, SCAN};
 use mesh_common::{
-    Addr, Affinity, Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy,
+    Addr, Affinity, Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Half, Policy,
     Protocol, Reason, Service, Slot, Table, Tables, Token, Verdict, Word, alias, balance, maglev,
     translate,
 };
@@ -84,7 +84,7 @@ impl<'s> Racing<'s> {
             generation: Word::new(GENERATION + record as u64),
             policy: Word::new(Policy::new(1, 10, 60, 50).0),
             key: key(n),
-            pad: 0,
+            rate: Half::default(),
             position: Word::new(0),
             affinity: Word::new(Affinity::OFF.0),
         };

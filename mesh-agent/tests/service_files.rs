@@ -85,7 +85,7 @@ services:
   - {port: 443, protocol: tcp}
   balance: random
   health: {tcp: , interval: 2s, timeout: 50ms, rise: 1, fall: 4}
-  ejection: {failures: 127, base: 100ms, max: 6days, share: 100%}
+  ejection: {failures: 127, failure-rate: 30%, samples: 50, base: 100ms, max: 6days, share: 100%}
   when-all-unhealthy: refuse
   drain-timeout: 5m
   affinity: {by: namespace, timeout: 5m}
@@ -112,7 +112,8 @@ services:
     assert_eq!((times, health.rise, health.fall), ((2000, 50), 1, 4));
     let longest = Duration::from_secs(6 * 86_400);
     let base = Duration::from_millis(100);
-    let ejection = EjectionPolicy { failures: 127, base, max: longest, share: 100 };
+    let ejection =
+        EjectionPolicy { failures: 127, rate: 30, samples: 50, base, max: longest, share: 100 };
     assert_eq!(orders.ejection, Some(ejection));
     assert_eq!(orders.when_all_unhealthy, WhenAllUnhealthy::Refuse);
     let minutes = |minutes: u64| Some(Duration::from_secs(60 * minutes));
@@ -151,7 +152,14 @@ fn ejection_is_on_unless_it_is_off() {
     };
     let default = EjectionPolicy::default;
     let seconds = Duration::from_secs;
-    let expected = EjectionPolicy { failures: 1, base: seconds(1), max: seconds(60), share: 50 };
+    let expected = EjectionPolicy {
+        failures: 1,
+        rate: 50,
+        samples: 20,
+        base: seconds(1),
+        max: seconds(60),
+        share: 50,
+    };
     assert_eq!(default(), expected);
     for (line, expected) in [
         ("", Some(default())),
@@ -159,6 +167,8 @@ fn ejection_is_on_unless_it_is_off() {
         ("ejection: {failures: 5}", Some(EjectionPolicy { failures: 5, ..default() })),
         ("ejection: {base: 60s}", Some(EjectionPolicy { base: seconds(60), ..default() })),
         ("ejection: {max: 1s}", Some(EjectionPolicy { max: seconds(1), ..default() })),
+        ("ejection: {failure-rate: 5%}", Some(EjectionPolicy { rate: 5, ..default() })),
+        ("ejection: {samples: 1000}", Some(EjectionPolicy { samples: 1000, ..default() })),
         ("ejection: {share: 1%}", Some(EjectionPolicy { share: 1, ..default() })),
         ("ejection: {share: \"20%\"}", Some(EjectionPolicy { share: 20, ..default() })),
         ("ejection: off", None),

@@ -7,11 +7,11 @@
 
 pub use crate::backend::{Backend, Marks, Name, State};
 pub use crate::reason::Reason;
-use crate::{Addr, Affinity, Algorithm, Policy, Word, maglev};
+use crate::{Addr, Affinity, Algorithm, Half, Policy, Rate, Word, maglev};
 
 /// The version of everything in this module. It is part of the kernel object, and the agent
 /// refuses an object of another version.
-pub const ABI_VERSION: u32 = if cfg!(feature = "other-layout") { 1_011 } else { 11 };
+pub const ABI_VERSION: u32 = if cfg!(feature = "other-layout") { 1_012 } else { 12 };
 
 /// Transport protocol, with its IANA number.
 #[repr(u8)]
@@ -224,8 +224,9 @@ pub struct Service {
     pub policy: Word,
     /// The frontend that this record serves.
     pub key: FrontendKey,
-    /// Zero.
-    pub pad: u32,
+    /// A [`Rate`]: the share of failures that ejects its backends. Written by the agent, one store. Whoever reads
+    /// it with another policy than it came with goes by both for one failure.
+    pub rate: Half,
     /// How many turns there were ([`crate::balance::turn`]). Written by the connect programs, atomic
     /// addition, and only where the algorithm is that; it goes on when the table changes.
     pub position: Word,
@@ -254,6 +255,13 @@ impl Service {
     #[must_use]
     pub fn affinity(&self) -> Affinity {
         Affinity(self.affinity.load())
+    }
+
+    /// The share of failures that ejects its backends.
+    #[inline(always)]
+    #[must_use]
+    pub fn rate(&self) -> Rate {
+        Rate(self.rate.load())
     }
 
     /// When its backends are ejected.

@@ -27,6 +27,7 @@ pub mod latency;
 pub mod layout;
 pub mod limits;
 pub mod maglev;
+pub mod rate;
 pub mod reason;
 pub mod socket;
 pub mod stats;
@@ -44,6 +45,7 @@ pub use layout::{
     Service, Settings, Slot, State, Table,
 };
 pub use limits::{Limits, chunk};
+pub use rate::{Rate, Window};
 pub use stats::{BackendStats, Failure, ServiceStats};
 pub use translate::{Caller, Choice, Tables, Verdict, translate};
-pub use word::Word;
+pub use word::{Half, Word};

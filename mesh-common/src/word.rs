@@ -1,16 +1,42 @@
 //! A word that the kernel programs and the agent share while both run.
 
 #[cfg(not(target_arch = "bpf"))]
-pub use host::Word;
+pub use host::{Half, Word};
 #[cfg(target_arch = "bpf")]
-pub use kernel::Word;
+pub use kernel::{Half, Word};
 
 #[cfg(not(target_arch = "bpf"))]
 mod host {
+    use core::sync::atomic::AtomicU32;
     #[cfg(not(loom))]
     use core::sync::atomic::{AtomicU64, Ordering, fence};
     #[cfg(loom)]
     use loom::sync::atomic::{AtomicU64, Ordering, fence};
+
+    /// 32 bits that are read and written whole, and that nothing else depends on.
+    #[repr(transparent)]
+    #[derive(Debug, Default)]
+    pub struct Half(AtomicU32);
+
+    impl Half {
+        /// Starts with this value.
+        #[must_use]
+        pub const fn new(value: u32) -> Self {
+            Self(AtomicU32::new(value))
+        }
+
+        /// Reads it.
+        #[inline(always)]
+        #[must_use]
+        pub fn load(&self) -> u32 {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        /// Writes it.
+        pub fn store(&self, value: u32) {
+            self.0.store(value, Ordering::Relaxed);
+        }
+    }
 
     /// 64 bits that are read and written whole. On the host: an atomic.
     #[repr(transparent)]
@@ -186,4 +212,21 @@ mod kernel {
 
     // SAFETY: it is only accessed by single loads and atomic instructions.
     unsafe impl Sync for Word {}
+
+    /// 32 bits that the agent writes, and programs read, whole.
+    #[repr(transparent)]
+    pub struct Half(UnsafeCell<u32>);
+
+    impl Half {
+        /// Reads it.
+        #[inline(always)]
+        #[must_use]
+        pub fn load(&self) -> u32 {
+            // SAFETY: `self` points to four valid, aligned bytes of a map's value.
+            unsafe { self.0.get().read_volatile() }
+        }
+    }
+
+    // SAFETY: it is only accessed by single loads.
+    unsafe impl Sync for Half {}
 }

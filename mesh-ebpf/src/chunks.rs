@@ -81,6 +81,8 @@ chunks! {
     /// A [`mesh_common::latency::Latency`] for each backend; the agent sets it to 0 when the id is given to
     /// another.
     LATENCIES: Word, chunk::BACKENDS, MOST.backends;
+    /// A [`mesh_common::Window`] for each backend; the agent sets it to 0 when the id is given to another.
+    WINDOWS: Word, chunk::BACKENDS, MOST.backends;
     #[expect(dead_code, reason = "no program reads it: it is for whoever finds the maps without their agent")]
     NAMES: Name, chunk::NAMES, MOST.frontends;
     FLOWS: Flow, chunk::FLOWS, MOST.records;

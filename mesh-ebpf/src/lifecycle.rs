@@ -15,10 +15,11 @@ use mesh_common::layout::counter;
 use mesh_common::socket::{Outcome, Seen, judge, judge_datagram, judge_end, judge_reset};
 use mesh_common::stats::Change;
 use mesh_common::{
-    Client, Ejection, Failure, Flow, Given, Held, Policy, Table, Tables as _, Token, flow,
+    BackendStats, Client, Ejection, Failure, Flow, Given, Held, Policy, Rate, Table, Tables as _,
+    Token, Window, flow,
 };
 
-use crate::chunks::{BACKEND_STATS, SERVICES};
+use crate::chunks::{BACKEND_STATS, SERVICES, WINDOWS};
 use crate::events;
 use crate::maps::{Maps, count, measure, mesh_share_allows};
 use crate::records::{self, Released};
@@ -140,7 +141,8 @@ fn not_taken(cookie: u64, flow: *mut Flow, failure: Failure) {
         return;
     };
     let token = if held.has_token() { given.token } else { Token::NONE };
-    let (policy, table) = rules(&given);
+    let (policy, rate, table) = rules(&given);
+    let policy = stricter(held.backend(), stats, rate, policy);
     let client = Client::of_cgroup(given.client);
     let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
     let change = stats.fail_open(failure, token, policy, client, Maps.now(), may_go);
@@ -229,7 +231,7 @@ pub fn answered(cookie: u64, flow: *mut Flow) {
     else {
         return;
     };
-    let (policy, _) = rules(&given);
+    let (policy, _, _) = rules(&given);
     let client = Client::of_cgroup(given.client);
     if let Some((before, after)) = stats.succeed_open(given.token, policy, client, Maps.now())
         && !before.is_in()
@@ -257,7 +259,7 @@ fn ended(cookie: u64, flow: *mut Flow, connected: bool) {
     }
     let given = records::given(flow);
     let Some(Released { held, stats, token }) = records::release(flow, cookie) else { return };
-    let (policy, _) = rules(&given);
+    let (policy, _, _) = rules(&given);
     let client = Client::of_cgroup(given.client);
     if let Some((before, after)) = stats.succeed(token, policy, client, Maps.now())
         && !before.is_in()
@@ -281,7 +283,8 @@ fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
         stats.fail_blamed(failure);
         return tell(held, &given, failure, Policy::OFF, None);
     }
-    let (policy, table) = rules(&given);
+    let (policy, rate, table) = rules(&given);
+    let policy = stricter(held.backend(), stats, rate, policy);
     let client = Client::of_cgroup(given.client);
     let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
     let change = stats.fail(failure, token, policy, client, Maps.now(), may_go);
@@ -301,7 +304,8 @@ fn unanswered(cookie: u64, flow: *mut Flow) {
     else {
         return;
     };
-    let (policy, table) = rules(&given);
+    let (policy, rate, table) = rules(&given);
+    let policy = stricter(held.backend(), stats, rate, policy);
     let client = Client::of_cgroup(given.client);
     let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
     let change = stats.blame(Token::NONE, policy, client, Maps.now(), may_go);
@@ -320,7 +324,7 @@ fn silent(cookie: u64, flow: *mut Flow) {
     if !stats.is_life(given.generation) {
         return;
     }
-    let (policy, _) = rules(&given);
+    let (policy, _, _) = rules(&given);
     let client = Client::of_cgroup(given.client);
     if let Some(change) = stats.stay_silent(policy, client, given.token, Maps.now()) {
         tell_change(held, &given, Failure::Timeout as u8, change.1);
@@ -360,9 +364,33 @@ fn tell_change(held: Held, given: &Given, detail: u8, after: Ejection) {
 /// The rules of the service that a socket was given by, and the table of its backends; neither when
 /// it is gone.
 #[inline(always)]
-fn rules(given: &Given) -> (Policy, Table) {
+fn rules(given: &Given) -> (Policy, Rate, Table) {
     match SERVICES.get(given.role.service()) {
-        Some(service) if service.key == given.frontend => (service.policy(), service.table()),
-        _ => (Policy::OFF, Table(0)),
+        Some(service) if service.key == given.frontend => {
+            (service.policy(), service.rate(), service.table())
+        }
+        _ => (Policy::OFF, Rate::OFF, Table(0)),
     }
+}
+
+/// Counts a failure, which is about to be blamed on a backend. Gives the policy, or the one by which this
+/// failure is enough, when too many have failed.
+#[inline(always)]
+fn stricter(backend: u32, stats: &BackendStats, rate: Rate, policy: Policy) -> Policy {
+    if !rate.matters(policy) || !is_often(backend, stats.opened.load(), rate.0) {
+        return policy;
+    }
+    policy.at_once()
+}
+
+/// Whether too many connects to a backend fail, of which so many were opened. What was counted is forgotten
+/// then: when the backend is back, it is counted anew.
+#[inline(never)]
+fn is_often(backend: u32, opened: u64, rate: u32) -> bool {
+    let Some(word) = WINDOWS.get(backend) else { return false };
+    let before = Window(word.load());
+    let window = before.with_failure(opened, Maps.now());
+    let is_bad = window.is_bad(Rate(rate), opened);
+    let after = if is_bad { Window::NONE } else { window };
+    word.replace(before.0, after.0) && is_bad
 }

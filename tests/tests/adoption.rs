@@ -338,7 +338,7 @@ fn pins_that_are_removed_are_made_again() -> Result<()> {
         Ok(fs::read_dir(version)?.count())
     };
     let before = mounts::inside(namespace.mounts(), count)??;
-    ensure!(before == 18 + 2 * 16, "{before}");
+    ensure!(before == 19 + 2 * 16, "{before}");
     mounts::inside(namespace.mounts(), || fs::remove_dir_all(&pins))??;
     until("the pins to be made again", Duration::from_secs(10), || {
         Ok(mounts::inside(namespace.mounts(), count)?.is_ok_and(|now| now == before).then_some(()))

@@ -11,7 +11,7 @@ use mesh_common::alias::{self, Column, Entry};
 use mesh_common::ejection::TICK_SHIFT;
 use mesh_common::maglev::{self, Size, Turn};
 use mesh_common::{
-    Affinity, Algorithm, FrontendKey, Origin, Policy, Protocol, Reason, Slot, State, balance,
+    Affinity, Algorithm, FrontendKey, Origin, Policy, Protocol, Rate, Reason, Slot, State, balance,
 };
 
 use crate::model::{self, EjectionPolicy, Endpoint, Service, ServicePort};
@@ -178,6 +178,8 @@ impl Tables {
 pub struct Rules {
     /// When backends are ejected.
     pub policy: Policy,
+    /// The share of failures that ejects them too.
+    pub rate: Rate,
     /// Whether clients keep their backends.
     pub affinity: Affinity,
 }
@@ -262,7 +264,7 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
         owned.push((key, tables.len() - 1));
     }
     let affinity = service.affinity.map_or(Affinity::OFF, |affinity| pins(affinity, here.tick));
-    let rules = Rules { policy: policy(service.ejection), affinity };
+    let rules = Rules { policy: policy(service.ejection), rate: rate(service.ejection), affinity };
     let algorithm = service.algorithm;
     let source = input.source;
     Tables { backends, tables, frontends: owned, rules, algorithm, groups, panics, source }
@@ -272,12 +274,20 @@ pub fn compile(input: Input<'_>, condition: impl Fn(&Service, SocketAddr) -> Con
 /// more, because the present is rounded down: nothing is out for less than it should be.
 #[must_use]
 pub fn policy(ejection: Option<EjectionPolicy>) -> Policy {
-    let Some(EjectionPolicy { failures, base, max, share }) = ejection else { return Policy::OFF };
+    let Some(EjectionPolicy { failures, base, max, share, .. }) = ejection else {
+        return Policy::OFF;
+    };
     let ticks = |time: Duration| {
         let ticks = time.as_nanos().div_ceil(1 << TICK_SHIFT) + 1;
         u32::try_from(ticks).unwrap_or(Policy::MAX_TICKS)
     };
     Policy::new(failures, ticks(base), ticks(max), share)
+}
+
+/// The share of failures that ejects, as the kernel programs have it.
+#[must_use]
+pub fn rate(ejection: Option<EjectionPolicy>) -> Rate {
+    ejection.map_or(Rate::OFF, |ejection| Rate::new(ejection.rate, ejection.samples))
 }
 
 /// Affinity as the kernel programs have it: in whole units, and one more, because the present is rounded

@@ -23,8 +23,17 @@ const TIME: RangeInclusive<Duration> =
 /// How many per cent may be ejected. 0 would be a second way to write `off`.
 const SHARE: RangeInclusive<u8> = 1..=100;
 
-const EJECTION: Keys =
-    Keys { of: "ejection", known: &["failures", "base", "max", "share"], later: &[] };
+/// Of how many connects the share that fails is taken at least. Fewer would be a number in a row.
+const SAMPLES: RangeInclusive<u64> = 5..=65_535;
+
+/// The share that fails. All is what `failures` is for.
+const RATE: RangeInclusive<u8> = 1..=99;
+
+const EJECTION: Keys = Keys {
+    of: "ejection",
+    known: &["failures", "failure-rate", "samples", "base", "max", "share"],
+    later: &[],
+};
 
 /// The policy of a service: the default without the key, nothing for `off`. A value with a problem
 /// gives nothing as well; the file is refused in any case.
@@ -62,11 +71,26 @@ fn policy(node: &Node, problems: &mut Problems) -> Option<EjectionPolicy> {
         Some(node) => percent(node, "share", SHARE, problems),
         None => Some(default.share),
     };
+    let rate = match fields.get("failure-rate") {
+        Some(node) => percent(node, "failure-rate", RATE, problems),
+        None => Some(default.rate),
+    };
+    let samples = match fields.get("samples") {
+        Some(node) => integer(node, "samples", SAMPLES, problems),
+        None => Some(default.samples),
+    };
     let (base, max) = (base?, max?);
     if max < base {
         shorter(&fields, base, max, problems);
     }
-    Some(EjectionPolicy { failures: failures?, base, max, share: share? })
+    Some(EjectionPolicy {
+        failures: failures?,
+        rate: rate?,
+        samples: samples?,
+        base,
+        max,
+        share: share?,
+    })
 }
 
 /// Says that `max` is shorter than `base`, at the one that is written: the other may be a default

@@ -3,7 +3,7 @@
 use std::net::Ipv6Addr;
 
 use aya::maps::lpm_trie::Key;
-use mesh_common::{Addr, FrontendKey, FrontendValue, Name, Service, Word};
+use mesh_common::{Addr, FrontendKey, FrontendValue, Half, Name, Service, Word};
 
 use super::kernel::{KernelMaps, map_error};
 use super::maps::{Contents, Frontend, Generations, Kind, MapError};
@@ -17,7 +17,7 @@ pub(super) fn record(frontend: &Frontend) -> Service {
         generation: Word::new(*generation),
         policy: Word::new(rules.policy.0),
         key: *key,
-        pad: 0,
+        rate: Half::new(rules.rate.0),
         position: Word::new(0),
         affinity: Word::new(rules.affinity.0),
     }
@@ -29,7 +29,7 @@ pub(super) fn frontend(record: &Service, owner: u64) -> Option<Frontend> {
         key: record.key,
         generation: record.generation(),
         table: record.table(),
-        rules: Rules { policy: record.policy(), affinity: record.affinity() },
+        rules: Rules { policy: record.policy(), rate: record.rate(), affinity: record.affinity() },
         owner: u32::try_from(owner).ok()?,
     })
 }

@@ -11,7 +11,9 @@ use std::path::Path;
 
 use aya::maps::{Array, Map, MapData, MapInfo};
 use aya_obj::generated::bpf_map_type;
-use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Name, Service, Settings, Slot, Word};
+use mesh_common::{
+    Addr, Backend, FrontendKey, FrontendValue, Half, Name, Service, Settings, Slot, Word,
+};
 
 use super::kernel::OpenError;
 use super::pindir::LAYOUT;
@@ -99,7 +101,7 @@ impl Description {
         fields!(all, "FRONTENDS", FrontendValue, "": service: u32, generation: u64);
         fields!(all, "SERVICES", Service, "":
             table: Word, generation: Word, policy: Word, key.addr: Addr, key.port: u16,
-            key.protocol: u8, position: Word, affinity: Word);
+            key.protocol: u8, rate: Half, position: Word, affinity: Word);
         fields!(all, "SLOTS", Slot, "":
             addr: Addr, port: u16, weight: u16, backend: u32, generation: u32, threshold: u32,
             alias: u32, end: u32);
@@ -213,7 +215,7 @@ mod tests {
     #[test]
     fn records_are_described_whole() {
         let sizes = [
-            ("SERVICES", size_of::<Service>(), 5),
+            ("SERVICES", size_of::<Service>(), 1),
             ("SLOTS", size_of::<Slot>(), 0),
             ("BACKENDS", size_of::<Backend>(), 0),
             ("NAMES", size_of::<Name>(), 0),

@@ -70,6 +70,7 @@ pub struct KernelMaps {
     backends: Chunks<Backend>,
     pub(super) stats: Chunks<BackendStats>,
     latencies: Chunks<Word>,
+    windows: Chunks<Word>,
     pub(super) service_stats: Chunks<ServiceStats>,
     pub(super) names: Chunks<Name>,
     pub(super) settings: Mapped<Settings>,
@@ -122,6 +123,10 @@ impl KernelMaps {
                 return Err(OpenError::Mapping { map: "the first chunks", source });
             }
         }
+        // A version that had none may have left all the others.
+        let mapping = |source| OpenError::Mapping { map: "WINDOWS", source };
+        let backends = opened.there(Kind::Backends);
+        opened.windows.reach(backends).map_err(mapping)?;
         Ok(opened)
     }
 
@@ -143,6 +148,7 @@ impl KernelMaps {
             backends: Chunks::found(maps, "BACKENDS", chunk::BACKENDS, backends)?,
             stats: Chunks::found(maps, "BACKEND_STATS", chunk::BACKENDS, backends)?,
             latencies: Chunks::found(maps, "LATENCIES", chunk::BACKENDS, backends)?,
+            windows: Chunks::found(maps, "WINDOWS", chunk::BACKENDS, backends)?,
             settings: maps.mapped("SETTINGS")?,
             virtual_ips,
             counters: maps.mapped("COUNTERS")?,
@@ -220,6 +226,7 @@ impl KernelMaps {
             + self.backends.bytes()
             + self.stats.bytes()
             + self.latencies.bytes()
+            + self.windows.bytes()
     }
 
     /// What is known of failures of a backend, to change it.
@@ -269,6 +276,7 @@ impl Maps for KernelMaps {
                 .stats
                 .reach(len)
                 .and_then(|()| self.latencies.reach(len))
+                .and_then(|()| self.windows.reach(len))
                 .and_then(|()| self.backends.reach(len)),
         };
         self.shortages[place] = grown.err().map(|error| {
@@ -291,7 +299,8 @@ impl Maps for KernelMaps {
             return;
         }
         let [of_services, of_slots, of_backends, of_names] = lens;
-        let Self { services, service_stats, slots, backends, stats, latencies, names, .. } = self;
+        let Self { services, service_stats, slots, backends, stats, names, .. } = self;
+        let (latencies, windows) = (&mut self.latencies, &mut self.windows);
         thread::scope(|scope| {
             // Without a thread, or memory, it is as if nobody had asked yet.
             let spawn = |grow: Box<dyn FnOnce() + Send>| {
@@ -311,6 +320,7 @@ impl Maps for KernelMaps {
                 spawn(Box::new(move || drop(backends.reach(len))));
                 spawn(Box::new(move || drop(stats.reach(len))));
                 spawn(Box::new(move || drop(latencies.reach(len))));
+                spawn(Box::new(move || drop(windows.reach(len))));
             }
         });
     }
@@ -337,8 +347,10 @@ impl Maps for KernelMaps {
         }
         let stats = [BackendStats::default()];
         self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
-        if let Some(latency) = self.latencies.get(id) {
-            latency.store(0);
+        for words in [&self.latencies, &self.windows] {
+            if let Some(word) = words.get(id) {
+                word.store(0);
+            }
         }
         if let Some(stats) = self.stats.get(id) {
             stats.generation.store(generation.into());
@@ -425,6 +437,7 @@ impl Maps for KernelMaps {
         }
         if let Some(service) = self.services.get(index) {
             service.policy.store(rules.policy.0);
+            service.rate.store(rules.rate.0);
             service.affinity.store(rules.affinity.0);
         }
         Ok(())

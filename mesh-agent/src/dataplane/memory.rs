@@ -344,6 +344,7 @@ impl Maps for Memory {
     fn set_rules(&mut self, index: u32, rules: Rules) -> Result<(), MapError> {
         let service = &self.services[index as usize];
         service.policy.store(rules.policy.0);
+        service.rate.store(rules.rate.0);
         service.affinity.store(rules.affinity.0);
         Ok(())
     }

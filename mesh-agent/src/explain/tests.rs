@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use mesh_common::{Addr, Choice, Reason, Word, alias};
+use mesh_common::{Addr, Choice, Half, Reason, Word, alias};
 
 use super::*;
 use crate::api::types::Answer;
@@ -53,7 +53,7 @@ impl Memory {
             generation: Word::new(1),
             policy: Word::default(),
             key,
-            pad: 0,
+            rate: Half::default(),
             position: Word::new(0),
             affinity: Word::new(0),
         });

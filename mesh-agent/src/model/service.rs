@@ -185,6 +185,10 @@ pub enum WhenAllUnhealthy {
 pub struct EjectionPolicy {
     /// Consecutive failed connects that eject: 1 to 127.
     pub failures: u8,
+    /// So many per cent of failed connects eject, of at least [`EjectionPolicy::samples`] within 10 s: 1 to 99.
+    pub rate: u8,
+    /// Of how many connects that share is taken at least: 5 to 65,535.
+    pub samples: u16,
     /// How long the first ejection lasts: 100 ms or more. One that follows a failed try, or a
     /// recovery that did not last, takes twice as long as the one before.
     pub base: Duration,
@@ -197,6 +201,13 @@ pub struct EjectionPolicy {
 impl Default for EjectionPolicy {
     /// What a service has that says nothing about it.
     fn default() -> Self {
-        Self { failures: 1, base: Duration::from_secs(1), max: Duration::from_secs(60), share: 50 }
+        Self {
+            failures: 1,
+            rate: 50,
+            samples: 20,
+            base: Duration::from_secs(1),
+            max: Duration::from_secs(60),
+            share: 50,
+        }
     }
 }

@@ -38,6 +38,13 @@ impl Policy {
         self.0 & 0x7f
     }
 
+    /// The same, but that one failure ejects.
+    #[inline(always)]
+    #[must_use]
+    pub const fn at_once(self) -> Self {
+        Self(self.0 & !0x7f | 1)
+    }
+
     /// Failures that are known when a suspicion is shared: those of the first client, and as many of
     /// others.
     #[inline(always)]

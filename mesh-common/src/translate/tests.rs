@@ -8,7 +8,7 @@ use core::net::Ipv4Addr;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{Protocol, Table, Word};
+use crate::{Half, Protocol, Table, Word};
 
 fn key(n: u8) -> FrontendKey {
     FrontendKey::new(Ipv4Addr::new(10, 96, 0, n).into(), 80, Protocol::Tcp)
@@ -88,7 +88,7 @@ impl Racing {
             generation: Word::new(generation),
             policy: Word::new(POLICY.0),
             key: key(n),
-            pad: 0,
+            rate: Half::default(),
             position: Word::new(0),
             affinity: Word::new(0),
         };

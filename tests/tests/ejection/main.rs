@@ -8,6 +8,7 @@ mod clients;
 mod death;
 mod healthy;
 mod lan;
+mod rates;
 mod rules;
 mod scene;
 mod silence;

@@ -26,7 +26,7 @@ use versions::InForce;
 pub use versions::{any_version, in_force, version};
 
 /// The maps that are pinned.
-pub const MAPS: [&str; 17] = [
+pub const MAPS: [&str; 18] = [
     "FRONTENDS",
     "SERVICES",
     "SERVICE_STATS",
@@ -37,6 +37,7 @@ pub const MAPS: [&str; 17] = [
     "FLOWS",
     "OVERFLOW",
     "LATENCIES",
+    "WINDOWS",
     "AFFINITY",
     "UNITS",
     "EVENTS",

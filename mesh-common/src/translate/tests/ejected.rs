@@ -40,7 +40,7 @@ impl OneService {
                 generation: Word::new(7),
                 policy: Word::new(POLICY.0),
                 key: key(1),
-                pad: 0,
+                rate: Half::default(),
                 position: Word::new(0),
                 affinity: Word::new(0),
             },
