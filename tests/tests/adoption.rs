@@ -287,7 +287,7 @@ fn inspection_without_an_agent() -> Result<()> {
     let strip = |mut value: Value| {
         let strip = |value: &mut Value| {
             if let Some(fields) = value.as_object_mut() {
-                for unknown in ["source", "since", "reason", "zone", "age"] {
+                for unknown in ["source", "since", "reason", "zone", "age", "inputs"] {
                     fields.remove(unknown);
                 }
             }

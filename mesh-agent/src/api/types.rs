@@ -92,6 +92,23 @@ pub struct Backend {
     pub latency_us: Option<u64>,
     /// When it came into its state, RFC 3339.
     pub since: String,
+    /// All that is said of it, in the order in which it is heard: the first that has a state decides.
+    #[serde(default)]
+    pub inputs: Vec<Input>,
+}
+
+/// What somebody says of a backend.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct Input {
+    /// Who: `source`, `command`, `checks` or `kernel`.
+    pub by: String,
+    /// A state as that of backends, or `suspected`: the kernel has it out for one client alone, which decides
+    /// nothing.
+    pub state: String,
+    /// Why.
+    pub reason: String,
+    /// Since when, RFC 3339, if that is known.
+    pub since: Option<String>,
 }
 
 /// Failed connections by reason.

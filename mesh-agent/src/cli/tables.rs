@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use super::output::{Style, age, brief, clean, coloured, lines, number, text};
 use crate::api::types::{
-    Answer, Audit, Backend, Checks, Connection, Explanation, Frontend, Memory, Service, Status,
+    Answer, Audit, Backend, Checks, Connection, Explanation, Frontend, Input, Memory, Service,
+    Status,
 };
 use crate::check::Check;
 
@@ -91,10 +92,25 @@ pub(super) fn backends(backends: &[Backend], style: Style, now: SystemTime) -> S
                 text(backend.zone.as_deref().unwrap_or("-")),
             ]);
         }
-        row.push(text(&backend.reason));
+        row.push(text(if style.wide { said(backend, now) } else { backend.reason.clone() }));
         list.row(row);
     }
     list.finish()
+}
+
+/// All that is said of a backend, and for how long.
+fn said(backend: &Backend, now: SystemTime) -> String {
+    let one = |input: &Input| {
+        let since = input.since.as_ref().map(|since| format!(" for {}", age(since, now)));
+        let reason =
+            if input.reason.is_empty() { String::new() } else { format!(" ({})", input.reason) };
+        format!("{} {}{}{reason}", input.by, input.state, since.unwrap_or_default())
+    };
+    match &*backend.inputs {
+        // Of an agent that does not tell.
+        [] => backend.reason.clone(),
+        inputs => inputs.iter().map(one).collect::<Vec<_>>().join("; "),
+    }
 }
 
 /// `connections`.

@@ -11,6 +11,7 @@ use std::time::SystemTime;
 
 use mesh_common::{Marks, State};
 
+use super::standing::{Said, Voice};
 use super::{Engine, journal};
 use crate::api::server::{DrainQuery, ViewError};
 use crate::api::types::{self, Event};
@@ -94,13 +95,15 @@ impl Drains {
 }
 
 impl Cause {
-    /// For people.
-    pub(super) const fn reason(self) -> &'static str {
-        match (self.file, self.command.is_some()) {
-            (true, true) => "drained by its file and by command",
-            (true, false) => "drained by its file",
-            (false, _) => "drained by command",
-        }
+    /// Who says that it drains.
+    pub(super) fn said(self) -> Vec<Said> {
+        let says = |by, reason: &str, since| {
+            let (state, reason) = (Some(State::Draining), reason.to_owned());
+            Said { by, state, reason, since }
+        };
+        let file = self.file.then(|| says(Voice::Source, "drained by its file", None));
+        let command = |since| says(Voice::Command, "drained by command", Some(since));
+        file.into_iter().chain(self.command.map(command)).collect()
     }
 }
 

@@ -19,6 +19,7 @@ mod removed;
 mod revive;
 mod spread;
 mod stale;
+mod standing;
 mod usage;
 mod view;
 mod wanted;

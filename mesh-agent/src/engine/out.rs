@@ -6,66 +6,39 @@ use std::time::{Duration, SystemTime};
 use mesh_common::ejection::{Phase, TICK_SHIFT};
 use mesh_common::{Client, Ejection, Policy, State};
 
-/// The state and the reason of a backend.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Standing {
-    /// The agent's state, or [`State::Ejected`] when the kernel has taken it out for all.
-    pub(super) state: State,
-    /// Why.
-    pub(super) reason: String,
-    /// Since when it is ejected.
-    pub(super) since: Option<SystemTime>,
-}
+use super::standing::{Said, Voice};
 
-/// Puts together what the agent's checks say (`state`, `reason`) and what the kernel saw.
-/// `suspected_by` is the client that the kernel suspects the backend for, when its name is known.
-pub(super) fn standing(
-    (state, reason): (State, &str),
+/// What the kernel programs say of a backend; nothing while it is in. `suspected_by` is the client that it is
+/// suspected for, when its name is known.
+pub(super) fn said(
     ejection: Ejection,
     policy: Policy,
     suspected_by: Option<&str>,
     now: u64,
-) -> Standing {
-    let plain = || Standing { state, reason: reason.to_owned(), since: None };
-    if !state.is_usable() {
-        return plain();
-    }
+) -> Option<Said> {
     let left = ejection.until().saturating_sub(now);
     let whose = suspected_by.unwrap_or("one client");
-    match ejection.phase() {
-        Phase::In => plain(),
-        Phase::Ejected => Standing {
-            state: State::Ejected,
-            reason: match left {
-                0 => format!("{}; the next connect tries it", failed(ejection)),
-                _ => format!("{}; out for {} more", failed(ejection), time(left)),
-            },
-            since: began(ejection, policy, now),
-        },
-        Phase::Trying => Standing {
-            state: State::Ejected,
-            reason: format!("{}; one connect tries it", failed(ejection)),
-            since: None,
-        },
-        Phase::Suspected if left > 0 => Standing {
-            reason: format!("{}; out for {whose} alone, for {} more", failed(ejection), time(left)),
-            ..plain()
-        },
-        Phase::Suspected => Standing {
-            reason: format!(
-                "{}; out for {whose} alone, whose next connect tries it",
-                failed(ejection)
-            ),
-            ..plain()
-        },
-        Phase::SuspectTry => Standing {
-            reason: format!(
-                "{}; out for {whose} alone, one connect of which tries it",
-                failed(ejection)
-            ),
-            ..plain()
-        },
-    }
+    let (state, what) = match ejection.phase() {
+        Phase::In => return None,
+        Phase::Ejected if left == 0 => {
+            (Some(State::Ejected), "the next connect tries it".to_owned())
+        }
+        Phase::Ejected => (Some(State::Ejected), format!("out for {} more", time(left))),
+        Phase::Trying => (Some(State::Ejected), "one connect tries it".to_owned()),
+        Phase::Suspected if left > 0 => {
+            (None, format!("out for {whose} alone, for {} more", time(left)))
+        }
+        Phase::Suspected => (None, format!("out for {whose} alone, whose next connect tries it")),
+        Phase::SuspectTry => {
+            (None, format!("out for {whose} alone, one connect of which tries it"))
+        }
+    };
+    let since = match ejection.phase() {
+        Phase::Ejected | Phase::Suspected => began(ejection, policy, now),
+        _ => None,
+    };
+    let reason = format!("{}; {what}", failed(ejection));
+    Some(Said { by: Voice::Kernel, state, reason, since })
 }
 
 /// Whether it is out for this client.
@@ -98,6 +71,7 @@ fn time(ticks: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::standing::{Standing, standing};
     use super::*;
 
     const NOW: u64 = 10_000;
@@ -107,9 +81,16 @@ mod tests {
         Policy::new(1, 60, 3600, 50)
     }
 
+    /// With checks that pass.
     fn shown(ejection: Ejection, now: u64) -> (State, String) {
-        let healthy = (State::Healthy, "checks pass");
-        let Standing { state, reason, .. } = standing(healthy, ejection, policy(), None, now);
+        let checks = Said {
+            by: Voice::Checks,
+            state: Some(State::Healthy),
+            reason: "checks pass".into(),
+            since: None,
+        };
+        let said = said(ejection, policy(), None, now).into_iter().chain([checks]);
+        let Standing { state, reason, .. } = standing(said.collect());
         (state, reason)
     }
 
@@ -139,15 +120,5 @@ mod tests {
             (State::Ejected, "a connect failed; one connect tries it".into())
         );
         assert_eq!(shown(trying.recover(policy(), NOW + 70), NOW + 70).0, State::Healthy);
-    }
-
-    /// What the checks say comes first: an endpoint that fails them is not in the table at all.
-    #[test]
-    fn unhealthy_stays_unhealthy() {
-        let client = Client::of_cgroup(7);
-        let out = Ejection::NONE.fail(policy(), client, mesh_common::Token::NONE, NOW);
-        let shown =
-            standing((State::Unhealthy, "refused"), out.expect("a change"), policy(), None, NOW);
-        assert_eq!((shown.state, shown.reason.as_str()), (State::Unhealthy, "refused"));
     }
 }

@@ -10,11 +10,13 @@ use std::time::{Duration, SystemTime};
 use mesh_common::ejection::ticks;
 use mesh_common::layout::counter;
 use mesh_common::{
-    Algorithm, Backend, Client, Ejection, FrontendKey, Policy, Protocol, Reason, State, Table,
+    Algorithm, Backend, Client, FrontendKey, Policy, Protocol, Reason, State, Table,
 };
 use tokio::sync::{mpsc, oneshot};
 
-use super::out::{self, Standing};
+use super::drains::Cause;
+use super::out;
+use super::standing::{Said, Standing, Voice, standing};
 use super::{Engine, Known, Pulse, Question, few};
 use crate::api::server::{DrainQuery, ExplainQuery, View, ViewError};
 use crate::api::types;
@@ -254,15 +256,10 @@ impl Engine {
                 let behind = entry.and_then(|entry| self.behind(entry)).filter(|_| own.is_none());
                 let known =
                     own.or_else(|| behind.and_then(|(other, _)| self.known(other, key.address)));
-                let mut standing = self.standing(id, &backend, known, counts.ejection, policy);
+                let cause = drained.get(&key.address).copied().unwrap_or_default();
+                let mut standing = self.standing(id, &backend, known, cause, policy);
                 if let Some((other, _)) = behind {
                     standing.reason = format!("of service {other}; {}", standing.reason);
-                }
-                if let Some(cause) = drained.get(&key.address) {
-                    standing.reason = format!("{}; {}", cause.reason(), standing.reason);
-                    if standing.state == State::Draining {
-                        standing.since = cause.command;
-                    }
                 }
                 let (ip, port) = (key.address.ip(), key.address.port());
                 let endpoint = endpoints.get(&(ip, Some(port))).or(endpoints.get(&(ip, None)));
@@ -284,6 +281,7 @@ impl Engine {
                     since: timestamp(
                         standing.since.or(known.map(|k| k.since)).unwrap_or_else(SystemTime::now),
                     ),
+                    inputs: standing.said.into_iter().map(input).collect(),
                 })
             })
             .collect()
@@ -296,18 +294,32 @@ impl Engine {
         in_force.or(entry.map(|entry| entry.service.algorithm)).unwrap_or_default()
     }
 
+    /// What is said of a backend. Without an agent, its record is all that is known of checks and drains.
     fn standing(
         &self,
         id: u32,
         backend: &Backend,
         known: Option<&Known>,
-        ejection: Ejection,
+        cause: Cause,
         policy: Policy,
     ) -> Standing {
-        let reason = known.map_or("", |known| &*known.reason);
         let state = backend.marks.state();
+        let mut said = cause.said();
+        if said.is_empty() && state == State::Draining {
+            let by = if backend.marks.is_by_command() { Voice::Command } else { Voice::Source };
+            said.push(Said { by, state: Some(state), reason: String::new(), since: None });
+        }
+        let found = known.map(|known| known.state).or((state != State::Draining).then_some(state));
+        said.extend(found.map(|state| Said {
+            by: Voice::Checks,
+            state: Some(state),
+            reason: known.map_or("", |known| &*known.reason).to_owned(),
+            since: known.map(|known| known.since),
+        }));
+        let ejection = self.reconciler.maps().counts(id).ejection;
         let suspect = self.suspect(id, backend.generation);
-        out::standing((state, reason), ejection, policy, suspect, ticks(clock::monotonic()))
+        said.extend(out::said(ejection, policy, suspect, ticks(clock::monotonic())));
+        standing(said)
     }
 
     fn known(&self, name: &ServiceName, address: SocketAddr) -> Option<&Known> {
@@ -498,12 +510,12 @@ impl Names for Engine {
                 let record = self.reconciler.maps().backend(id)?;
                 let known = self.known(name, backend.address);
                 let ejection = self.reconciler.maps().counts(id).ejection;
-                let standing = self.standing(id, &record, known, ejection, policy);
-                let cause = drained.get(&backend.address);
-                let reason = cause.map_or(standing.reason, |cause| cause.reason().to_owned());
+                let cause = drained.get(&backend.address).copied().unwrap_or_default();
+                let Standing { state, reason, .. } =
+                    self.standing(id, &record, known, cause, policy);
                 Some(BackendInfo {
                     address: backend.address,
-                    state: standing.state,
+                    state,
                     reason,
                     weight: record.weight.into(),
                     ejection,
@@ -515,6 +527,13 @@ impl Names for Engine {
         let affinity = entry.and_then(|entry| entry.service.affinity);
         Some(FrontendInfo { service: name.to_string(), algorithm, affinity, backends })
     }
+}
+
+fn input(said: Said) -> types::Input {
+    let Said { by, state, reason, since } = said;
+    // That of the kernel programs, when it is out for one client alone.
+    let state = state.map_or("suspected", State::name).to_owned();
+    types::Input { by: by.name().to_owned(), state, reason, since: since.map(timestamp) }
 }
 
 fn audit(audited: &Audited) -> types::Audit {

@@ -3,7 +3,8 @@
 use super::super::output::WIDTH;
 use super::*;
 use crate::api::types::{
-    BackendCounts, Candidate, Counters, Failures, LastError, Map, Program, Refused, Source, Step,
+    BackendCounts, Candidate, Counters, Failures, Input, LastError, Map, Program, Refused, Source,
+    Step,
 };
 
 const PLAIN: Style = Style { wide: false, colour: false, width: WIDTH };
@@ -58,6 +59,11 @@ web: 10.96.0.10:80/tcp is taken by service orders
     assert!(services(&list, WIDE).contains("10.96.0.10:80/tcp [fd00:96::10]:80/tcp"));
 }
 
+fn input(by: &str, state: &str, dated: bool) -> Input {
+    let since = dated.then(|| "2026-01-10T00:00:00Z".to_owned());
+    Input { by: by.into(), state: state.into(), reason: "why".into(), since }
+}
+
 #[test]
 fn backends_fit_the_width() {
     let backend = Backend {
@@ -75,6 +81,7 @@ fn backends_fit_the_width() {
         failures: Failures { refused: 2, ..Failures::default() },
         latency_us: None,
         since: "2026-01-10T00:00:00Z".into(),
+        inputs: vec![input("checks", "unhealthy", true), input("kernel", "suspected", false)],
     };
     assert_table(
         &backends(std::slice::from_ref(&backend), PLAIN, now()),
@@ -87,7 +94,7 @@ orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   
         &backends(std::slice::from_ref(&backend), WIDE, now()),
         "
 SERVICE  PORT    ADDRESS        STATE      WEIGHT  OPENED  ACTIVE  FAILED  AGE  REFUSED  TIMEOUT  UNREACHABLE  RESET  LATENCY  ZONE        REASON
-orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   2        0        0            0      -        eu-west-1a  connection refused
+orders   80/tcp  10.0.0.1:8080  unhealthy  100     7       1       2       3m   2        0        0            0      -        eu-west-1a  checks unhealthy for 3m (why); kernel suspected (why)
 ",
     );
     let long = Backend {
