@@ -18,7 +18,7 @@ mod workspace;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
 use crate::ebpf::Linkage;
@@ -112,6 +112,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         arguments: Vec<String>,
     },
+    /// Try what `docs` tells of and the agent does not do. Needs root.
+    Lab {
+        /// What, and its options: `redial [--leave] [--running]`, connects that wait for a silent backend and
+        /// are led to another one.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        arguments: Vec<String>,
+    },
     /// Everything that must hold before a change goes in. Needs root.
     Ci,
 }
@@ -170,6 +177,15 @@ fn run(cli: Cli) -> Result<()> {
                 _ => ("mesh-ugly", &arguments[..]),
             };
             process::exec(&mut test::program(workspace, program, profile, arguments, yes)?)
+        }
+        Task::Lab { arguments } => {
+            let Some(("redial", rest)) =
+                arguments.split_first().map(|(first, rest)| (first.as_str(), rest))
+            else {
+                bail!("there is only `redial`");
+            };
+            let program = "mesh-redial";
+            process::exec(&mut test::program(workspace, program, Profile::Dev, rest, yes)?)
         }
         Task::Ci => ci::run(workspace, yes),
     }

@@ -11,6 +11,7 @@ pub mod mounts;
 pub mod netns;
 pub mod process;
 pub mod socket;
+pub mod stopped;
 pub mod tun;
 
 use std::io;
