@@ -34,6 +34,7 @@ fn service(name: &str, addresses: &[u8], ports: &[u16], endpoints: &[u8]) -> Arc
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,
         panic_threshold: 0,
+        end_waiting: false,
         drain_timeout: None,
         affinity: None,
         locality: None,

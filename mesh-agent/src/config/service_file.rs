@@ -48,6 +48,7 @@ const SERVICE: Keys = Keys {
         "ejection",
         "when-all-unhealthy",
         "panic-threshold",
+        "end-waiting",
         "drain-timeout",
         "locality",
         "slow-start",
@@ -123,6 +124,10 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
     let ejection = ejection(&fields, problems);
     let when_all_unhealthy = when_all_unhealthy(&fields, problems);
     let panic_threshold = panic_threshold(&fields, when_all_unhealthy, problems);
+    let end_waiting = match fields.get("end-waiting") {
+        Some(node) => boolean(node, "end-waiting", problems).unwrap_or_default(),
+        None => false,
+    };
     let drain_timeout = fields
         .get("drain-timeout")
         .and_then(|node| duration(node, "drain-timeout", DRAIN_TIMEOUT, problems));
@@ -160,6 +165,7 @@ fn service(node: &Node, problems: &mut Problems) -> Option<(Position, Service)> 
         ejection,
         when_all_unhealthy,
         panic_threshold,
+        end_waiting,
         drain_timeout,
         affinity,
         locality,

@@ -29,6 +29,9 @@ impl Engine {
             if known.turn(state, reason.clone()) {
                 tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
                 self.journal.push(observed::checked(&service, address, state, &reason));
+                if state == State::Unhealthy {
+                    self.end_waiting_at(&service, address);
+                }
                 if was_unhealthy && state == State::Healthy {
                     well.entry(service.clone()).or_default().insert(address);
                 }

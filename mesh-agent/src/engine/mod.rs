@@ -22,6 +22,7 @@ mod stale;
 mod standing;
 mod usage;
 mod view;
+mod waiting;
 mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -59,6 +60,7 @@ use spread::Spread;
 use stale::Stale;
 use usage::Usage;
 pub use view::Handle;
+use waiting::Waiting;
 use wanted::{Health, Known};
 
 /// How many messages are taken together. Together they cost one pass over the services that they
@@ -116,6 +118,8 @@ pub struct Engine {
     usage: Usage,
     /// Unhealthy endpoints whose connections will be ended.
     dead: Dead,
+    /// Endpoints that nobody has to wait for any more.
+    awaited: Waiting,
     /// Endpoints that were removed, whose connections will be ended.
     removed: Removed,
     /// What a former agent left, and nobody has defined yet.
@@ -229,6 +233,7 @@ impl Engine {
             spread: Spread::default(),
             usage: Usage::new(),
             dead: Dead::new(),
+            awaited: Waiting::new(),
             config: Arc::clone(config),
         };
         (handle, heard, engine.run(inputs, receiver, felt, cancel))
@@ -267,6 +272,7 @@ impl Engine {
                 Some(opinion) = self.opinions.receiver.recv() => self.take_opinion(opinion),
                 next = self.removed.next() => self.take_next(next),
                 next = self.dead.next() => self.take_dead(next),
+                next = self.awaited.next() => self.take_awaited(next),
                 names = self.spread.due() => self.update(names),
                 Some(question) = questions.recv() => question(&mut self),
                 // `start_grace` below is what it was for.

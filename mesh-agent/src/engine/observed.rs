@@ -54,6 +54,11 @@ impl Engine {
             self.confirm(&observed);
             if observed.kind == Kind::Ejected {
                 self.make_room(&observed.event.frontend);
+                let place = self.backend_at(&observed);
+                let owner = self.reconciler.owner(&observed.event.frontend).cloned();
+                if let Some((service, address)) = owner.zip(place) {
+                    self.end_waiting_at(&service, address);
+                }
             }
             self.note_suspect(observed);
         }

@@ -67,6 +67,8 @@ pub struct Service {
     /// While a smaller share of the endpoints is usable, in per cent by weight, those whose checks fail are
     /// used too. 0 is never, but for [`Service::when_all_unhealthy`].
     pub panic_threshold: u8,
+    /// Whether connects are ended that wait for an endpoint which was found dead.
+    pub end_waiting: bool,
     /// How long connections to an endpoint that was removed may go on; without it, for ever.
     pub drain_timeout: Option<Duration>,
     /// Whether clients keep their endpoints.

@@ -1,13 +1,16 @@
 //! A backend that answers nothing: it is out long before the application gives up.
 
+use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::check;
+use mesh_tests::mortal::server::Manner;
+use mesh_tests::process::{Echo, Process, until};
 
-use crate::scene::{Scene, VIP, nft};
+use crate::scene::{Scene, VIP, app, local, nft};
 
 /// Nobody is tried again while a test runs.
 const ONCE: &str = "{base: 60s}";
@@ -93,4 +96,38 @@ fn met_to_the_end_without_ejection() -> Result<()> {
     let last = *left.last().context("the first")?;
     ensure!(last > first + RETRANSMITTED + LATE, "met b: {left:?}");
     Ok(())
+}
+
+/// Who waits for it when it is found dead is told, if the service says so, and so are those whom the kernel
+/// would let wait for two minutes.
+#[test]
+fn those_that_wait_are_told() -> Result<()> {
+    let app = app(ONCE).key("end-waiting: true").endpoint("10.0.0.1").endpoint("10.0.0.2");
+    let mut scene = Scene::bare(app)?;
+    for (n, name) in [(1, "a"), (2, "b")] {
+        scene.node.add_address(IpAddr::V4(local(n)))?;
+        let place = SocketAddr::from((local(n), 8080));
+        scene.start(&scene.node.namespace(), name, place, Manner::Plain)?;
+    }
+    scene.node.agent.start()?;
+    nft(&scene.node.namespace(), DROP)?;
+    let begin = Instant::now();
+    let mut clients = Vec::new();
+    for n in 0..24 {
+        let mut client = check::mesh_client(&scene.node)?;
+        client.args(["ask", "--way", "blocking", VIP]);
+        clients.push(Process::spawn(&format!("client {n}"), client, Echo::Off)?);
+    }
+    let mut told = 0;
+    for client in &mut clients {
+        let log = client.log();
+        // The kernel alone would take two minutes.
+        until("a client to end", Duration::from_secs(30), || {
+            Ok((log.has(&["ECONNABORTED"]) || log.has(&["\"a\""])).then_some(()))
+        })?;
+        told += u32::from(log.has(&["ECONNABORTED"]));
+    }
+    println!("{told} of {} were told, the last one after {:?}", clients.len(), begin.elapsed());
+    ensure!(told > 3, "only {told} of {} met b", clients.len());
+    scene.control()
 }

@@ -23,6 +23,7 @@ fn service(endpoints: &[(&str, u16)]) -> Service {
         ejection: Some(EjectionPolicy::default()),
         when_all_unhealthy: WhenAllUnhealthy::UseAll,
         panic_threshold: 0,
+        end_waiting: false,
         drain_timeout: None,
         affinity: None,
         locality: None,

@@ -100,6 +100,7 @@ fn service(plan: &Plan) -> Service {
             WhenAllUnhealthy::UseAll
         },
         panic_threshold: 0,
+        end_waiting: false,
         drain_timeout: None,
         affinity: has(1).then_some(Affinity {
             by: if plan.fallback.is_multiple_of(2) { By::Client } else { By::Namespace },
