@@ -161,9 +161,13 @@ fn counting(node: &Node, place: &str) -> Result<Arc<AtomicUsize>> {
     std::thread::spawn(move || {
         while let Ok((mut visitor, _)) = listener.accept() {
             counted.fetch_add(1, Ordering::Relaxed);
-            // Who only checks is gone.
-            if visitor.read(&mut [0; 64]).is_ok_and(|len| len > 0) {
-                let _ = visitor.write_all(b"counting\n");
+            let mut said = [0; 64];
+            if let Ok(len @ 1..) = visitor.read(&mut said) {
+                // Who only checks asks for a page.
+                let is_check = said.get(..len).is_some_and(|said| said.starts_with(b"GET "));
+                let answer: &[u8] =
+                    if is_check { b"HTTP/1.1 204 No Content\r\n\r\n" } else { b"counting\n" };
+                let _ = visitor.write_all(answer);
             }
         }
     });
@@ -173,12 +177,11 @@ fn counting(node: &Node, place: &str) -> Result<Arc<AtomicUsize>> {
 /// Endpoints of a service that nobody on this node uses are left alone, until somebody does.
 #[test]
 fn checked_when_used() -> Result<()> {
-    let app =
-        |name: &str, address: &str, endpoint: &str, probe: &str| {
-            Service::new(name).address(address).port(80, 8080).endpoint(endpoint).key(&format!(
-                "health: {{tcp: {{}}, interval: 100ms, timeout: 100ms, probe: {probe}}}"
-            ))
-        };
+    let app = |name: &str, address: &str, endpoint: &str, probe: &str| {
+        Service::new(name).address(address).port(80, 8080).endpoint(endpoint).key(&format!(
+            "health: {{http: {{}}, interval: 100ms, timeout: 100ms, probe: {probe}}}"
+        ))
+    };
     let mut node = Node::builder()
         .service(app("lazy", "10.96.0.10", "10.0.0.1", "when-used"))
         .service(app("always", "10.96.0.11", "10.0.0.2", "always"))

@@ -22,12 +22,20 @@ pub(super) enum Connection {
 ///
 /// The check dials the endpoint itself: the kernel programs leave it alone, also when the agent runs inside the
 /// balanced cgroup, and the endpoint is some service's frontend, or lies inside `virtual-ips`.
-pub(super) async fn connect(address: SocketAddr) -> io::Result<Connection> {
+///
+/// When nothing is going to be said (`is_all`), the endpoint's answer is not acknowledged: it is reset before
+/// that is sent. So the endpoint's program, which has no use for such a connection, never sees it, and neither end
+/// makes one; this costs half of what a whole one does.
+pub(super) async fn connect(address: SocketAddr, is_all: bool) -> io::Result<Connection> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     socket.set_linger(Some(Duration::ZERO))?;
     // Who may not say so does not run the kernel programs either.
     let _ = socket.set_priority(CHECK_PRIORITY);
+    if is_all {
+        // The acknowledgement is delayed as if data were to come with it (`tcp_rcv_synsent_state_process`).
+        socket.set_tcp_quickack(false)?;
+    }
     match socket.connect(&address.into()) {
         Ok(()) => return Ok(Connection::Made(socket)),
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}

@@ -114,7 +114,8 @@ impl Probe {
             return commands.check(check, service.as_str(), address, timeout).await;
         }
         let begin = Instant::now();
-        let connection = tokio::time::timeout(timeout, dial::connect(address)).await;
+        let connection =
+            tokio::time::timeout(timeout, dial::connect(address, matches!(self, Self::Tcp))).await;
         let connection = connection.map_err(slow)??;
         if matches!(self, Self::Tcp) {
             return Ok(());

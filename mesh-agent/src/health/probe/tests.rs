@@ -95,6 +95,30 @@ fn what_says_nothing_about_the_endpoint() {
     assert!(!local(libc::EADDRNOTAVAIL));
 }
 
+/// Whoever only wants to know whether somebody listens does not bother who does.
+#[tokio::test]
+async fn a_program_never_sees_that_it_is_connected_to() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let address = listener.local_addr().expect("address");
+    for _ in 0..10 {
+        let checked = probe(&HealthCheck::Tcp).run(address, PATIENCE, async {}).await;
+        assert_eq!(checked, Ok(()));
+    }
+    // All that came before would be there before this one.
+    let mut visitor = TcpStream::connect(address).await.expect("connected");
+    visitor.write_all(b"x").await.expect("written");
+    let (mut seen, _) = listener.accept().await.expect("a visitor");
+    let mut said = [0];
+    seen.read_exact(&mut said).await.expect("it is the one that says something");
+    assert_eq!(&said, b"x");
+    drop(listener);
+    let checked = probe(&HealthCheck::Tcp).run(address, PATIENCE, async {}).await;
+    assert!(
+        matches!(&checked, Err(Failure::Endpoint(why)) if why.contains("refused")),
+        "{checked:?}"
+    );
+}
+
 #[tokio::test]
 async fn a_page_is_asked_for_as_it_is_written() {
     let (sender, mut heads) = tokio::sync::mpsc::unbounded_channel();

@@ -48,7 +48,7 @@ struct Report {
     endpoints: u32,
     interval_s: u32,
     seconds: f64,
-    /// Checks made meanwhile, as the agent counts them, and as the server does.
+    /// Checks made meanwhile, as the agent counts them, and as the server's kernel does.
     checks: u64,
     connections: u64,
     failed: u64,
@@ -101,7 +101,7 @@ pub fn run(options: &Options, output: Output) -> Result<()> {
     thread::sleep(settle);
 
     let (first, begin, before) = (checks(&agent)?, Instant::now(), cpu(pid)?);
-    let connections = accepted.load(Ordering::Relaxed);
+    let connections = seen(&node, &accepted)?;
     let mut memory_kib = Vec::new();
     for look in 0..LOOKS {
         progress.say(2 + look as usize, "checks")?;
@@ -110,7 +110,7 @@ pub fn run(options: &Options, output: Output) -> Result<()> {
     }
     let (after, last) = (cpu(pid)?, checks(&agent)?);
     let seconds = begin.elapsed().as_secs_f64();
-    let connections = accepted.load(Ordering::Relaxed) - connections;
+    let connections = seen(&node, &accepted)? - connections;
     progress.end();
     let of = |status: &Value, what: &str| status[what].as_u64().context("a number of checks");
     let since = |what: &str| Ok::<_, anyhow::Error>(of(&last, what)? - of(&first, what)?);
@@ -151,6 +151,18 @@ fn serve(node: &Node) -> Result<Arc<AtomicU64>> {
         }
     });
     Ok(accepted)
+}
+
+/// How many connects the other end has seen: those that were accepted, and those that it had answered when they
+/// were reset, as its kernel counts them (`TcpExtEmbryonicRsts`).
+fn seen(node: &Node, accepted: &AtomicU64) -> Result<u64> {
+    let read = || fs::read_to_string("/proc/thread-self/net/netstat");
+    let netstat = netns::inside(node.netns(), read)??;
+    let mut lines = netstat.lines().filter_map(|line| line.strip_prefix("TcpExt: "));
+    let (names, values) = lines.next().zip(lines.next()).context("TcpExt")?;
+    let mut counters = names.split(' ').zip(values.split(' '));
+    let reset = counters.find(|(name, _)| *name == "EmbryonicRsts").context("EmbryonicRsts")?;
+    Ok(reset.1.parse::<u64>()? + accepted.load(Ordering::Relaxed))
 }
 
 /// All services, with this `health`.
@@ -225,7 +237,7 @@ impl Report {
         println!();
         println!(
             "The server that answers is another process; what the kernel does for both ends of a connection\n\
-             over loopback counts as the agent's. It counted {} connections.",
+             over loopback counts as the agent's. Its kernel counted {} connects.",
             self.connections
         );
     }
