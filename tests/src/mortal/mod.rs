@@ -4,6 +4,8 @@
 //! and [`Clients`] are what a test holds of them.
 
 pub mod aborts;
+pub mod lan;
+pub mod scene;
 pub mod server;
 pub mod storm;
 

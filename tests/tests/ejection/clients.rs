@@ -3,36 +3,13 @@
 use anyhow::{Context, Result, ensure};
 use mesh_tests::mortal::Pace;
 use mesh_tests::mortal::storm::Trial;
-use mesh_tests::node::Namespace;
 use mesh_tests::process::{LIMIT, until};
 
-use crate::scene::{Scene, ip, nft, wait};
+use crate::lan::firewalled;
+use crate::scene::{Scene, wait};
 
 /// Long enough to look around meanwhile.
 const SLOW: &str = "{failures: 1, base: 4s, max: 4s, share: 50%}";
-
-/// A namespace of a client's own, with a firewall of its own that rejects `backends`. `number` tells
-/// it from others.
-fn firewalled(scene: &Scene, number: u8, backends: &str) -> Result<Namespace> {
-    let (own, node) = (Namespace::create()?, scene.node.namespace());
-    let path =
-        format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(own.netns()));
-    ip(&node, &format!("link add client{number} type veth peer name eth0 netns {path}"))?;
-    ip(&node, &format!("address add 10.8.{number}.1/24 dev client{number}"))?;
-    ip(&node, &format!("link set client{number} up"))?;
-    ip(&own, "link set lo up")?;
-    ip(&own, &format!("address add 10.8.{number}.2/24 dev eth0"))?;
-    ip(&own, "link set eth0 up")?;
-    ip(&own, &format!("route add 10.0.0.0/24 via 10.8.{number}.1"))?;
-    nft(
-        &own,
-        &format!(
-            "add table inet t; add chain inet t out {{ type filter hook output priority 0; }}; \
-             add rule inet t out ip daddr {backends} tcp dport 8080 reject with tcp reset"
-        ),
-    )?;
-    Ok(own)
-}
 
 fn errors(trials: &[Trial]) -> usize {
     trials.iter().filter(|trial| trial.error.is_some()).count()
@@ -59,7 +36,7 @@ fn ensure_even(trials: &[Trial]) -> Result<()> {
 #[test]
 fn a_hostile_client_harms_only_itself() -> Result<()> {
     let scene = Scene::local(&["a", "b", "c"], SLOW)?;
-    let own = firewalled(&scene, 1, "10.0.0.0/24")?;
+    let own = firewalled(&scene.node, 1, "10.0.0.0/24")?;
     let honest = scene.storm_in(&scene.node.namespace(), "honest", Pace::BRISK)?;
     wait(200);
     let pace = Pace { threads: 4, pause: 0, times: 2_500, ..Pace::BRISK };
@@ -89,7 +66,7 @@ fn two_clients_that_agree_eject_for_all() -> Result<()> {
     let node = scene.node.namespace();
     let times = |times| Pace { threads: 1, pause: 500, times, ..Pace::BRISK };
 
-    let one = firewalled(&scene, 1, "10.0.0.2")?;
+    let one = firewalled(&scene.node, 1, "10.0.0.2")?;
     let trials = scene.storm_in(&one, "one", times(400))?.wait()?;
     // The last connect of its own that it failed with took the backend out for it.
     ensure!(errors(&trials) == 1 && by(&trials, "b") == 0, "{} failed", errors(&trials));
@@ -97,7 +74,7 @@ fn two_clients_that_agree_eject_for_all() -> Result<()> {
     ensure!(shown.state != "ejected" && shown.is_out(), "{shown:?}");
     ensure_even(&scene.storm_in(&node, "third", times(600))?.wait()?)?;
 
-    let other = firewalled(&scene, 2, "10.0.0.2")?;
+    let other = firewalled(&scene.node, 2, "10.0.0.2")?;
     let trials = scene.storm_in(&other, "other", times(100))?.wait()?;
     ensure!(errors(&trials) == 1 && by(&trials, "b") == 0, "{} failed", errors(&trials));
     let shown = scene.standing("10.0.0.2:8080")?;

@@ -7,8 +7,8 @@
 mod clients;
 mod death;
 mod healthy;
-mod lan;
 mod rates;
 mod rules;
-mod scene;
 mod silence;
+
+use mesh_tests::mortal::{lan, scene};

@@ -6,12 +6,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsRawFd as _;
 
 use anyhow::{Context, Result};
-use mesh_tests::Node;
-use mesh_tests::node::Namespace;
 
-use crate::scene::ip;
+use super::scene::{ip, nft};
+use crate::Node;
+use crate::node::Namespace;
 
 /// The bridge, and what is plugged into it.
+#[derive(Debug)]
 pub struct Lan {
     switch: Namespace,
     machines: BTreeMap<u8, Namespace>,
@@ -20,6 +21,10 @@ pub struct Lan {
 impl Lan {
     /// Plugs in the node, as `eth0`, and `count` machines, which are 10.9.0.n and fd00:9::n, from 1
     /// on. Connects to the n-th leave the node from 10.9.1.n.
+    ///
+    /// # Errors
+    ///
+    /// Those of unshare(2) and ip(8).
     pub fn new(node: &Node, count: u8) -> Result<Self> {
         let switch = Namespace::create()?;
         ip(&switch, "link add br0 type bridge")?;
@@ -42,11 +47,19 @@ impl Lan {
     }
 
     /// A machine.
+    ///
+    /// # Errors
+    ///
+    /// There is none of this number.
     pub fn machine(&self, n: u8) -> Result<Namespace> {
         self.machines.get(&n).cloned().with_context(|| format!("there is no machine {n}"))
     }
 
     /// Pulls a machine's cable out of the bridge, or puts it back.
+    ///
+    /// # Errors
+    ///
+    /// Those of ip(8).
     pub fn pull(&self, n: u8, out: bool) -> Result<()> {
         let state = if out { "nomaster" } else { "master br0" };
         ip(&self.switch, &format!("link set port{n} {state}"))
@@ -65,4 +78,30 @@ impl Lan {
         ip(namespace, "link set lo up")?;
         ip(namespace, "link set eth0 up")
     }
+}
+
+/// A namespace of a client's own, with a firewall of its own that rejects `backends`. `number` tells
+/// it from others.
+///
+/// # Errors
+///
+/// Those of unshare(2), ip(8) and nft(8).
+pub fn firewalled(node: &Node, number: u8, backends: &str) -> Result<Namespace> {
+    let (own, node) = (Namespace::create()?, node.namespace());
+    let path = format!("/proc/{}/fd/{}", std::process::id(), own.netns().as_raw_fd());
+    ip(&node, &format!("link add client{number} type veth peer name eth0 netns {path}"))?;
+    ip(&node, &format!("address add 10.8.{number}.1/24 dev client{number}"))?;
+    ip(&node, &format!("link set client{number} up"))?;
+    ip(&own, "link set lo up")?;
+    ip(&own, &format!("address add 10.8.{number}.2/24 dev eth0"))?;
+    ip(&own, "link set eth0 up")?;
+    ip(&own, &format!("route add 10.0.0.0/24 via 10.8.{number}.1"))?;
+    nft(
+        &own,
+        &format!(
+            "add table inet t; add chain inet t out {{ type filter hook output priority 0; }}; \
+             add rule inet t out ip daddr {backends} tcp dport 8080 reject with tcp reset"
+        ),
+    )?;
+    Ok(own)
 }
