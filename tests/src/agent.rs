@@ -31,6 +31,8 @@ pub struct Agent {
     pub other_layout: bool,
     /// More arguments of `run`.
     pub arguments: Vec<&'static str>,
+    /// More variables of its environment, and of nobody else's.
+    pub environment: Vec<(&'static str, PathBuf)>,
 }
 
 /// A service file that is whole and not in its place yet.
@@ -130,6 +132,7 @@ impl Agent {
             stays: false,
             other_layout: false,
             arguments: Vec::new(),
+            environment: Vec::new(),
         };
         fs::create_dir_all(agent.services_directory())?;
         fs::write(agent.file(), agent.yaml(virtual_ips))?;
@@ -194,7 +197,7 @@ impl Agent {
         if !self.stays {
             command.arg("--detach-on-exit");
         }
-        command.args(&self.arguments);
+        command.args(&self.arguments).envs(self.environment.iter().cloned());
         Ok(command)
     }
 

@@ -167,6 +167,12 @@ impl Log {
         self.lines().iter().any(|line| texts.iter().all(|text| line.contains(text)))
     }
 
+    /// All lines so far.
+    #[must_use]
+    pub fn all(&self) -> Vec<String> {
+        self.lines().clone()
+    }
+
     /// The last lines.
     #[must_use]
     pub fn tail(&self) -> String {

@@ -96,6 +96,15 @@ impl Backend {
         self.order("open", "open")
     }
 
+    /// Has it treat connections otherwise from now on.
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub fn behave(&mut self, manner: Manner) -> Result<()> {
+        self.order(manner.name(), manner.name())
+    }
+
     /// Kills it with SIGKILL.
     ///
     /// # Errors
@@ -214,4 +223,9 @@ impl Drop for Clients {
 impl Pace {
     /// Four threads, a connect of each about every two milliseconds.
     pub const BRISK: Self = Self { threads: 4, pause: 1_500, hold: 0, reset: false, times: 0 };
+
+    /// 100 connects a second, also while many of them wait for an answer that does not come: as many threads,
+    /// each of which has time.
+    pub const STEADY: Self =
+        Self { threads: 100, pause: 1_000_000, hold: 0, reset: false, times: 0 };
 }

@@ -97,6 +97,8 @@ pub fn run(address: SocketAddr, pace: Pace, bound: Duration, record: &Path) -> R
 fn storm(address: SocketAddr, pace: Pace, deadline: Instant, stop: &AtomicBool) -> Vec<Trial> {
     let mut trials = Vec::new();
     let mut held: VecDeque<(Instant, Socket)> = VecDeque::new();
+    // Those who have much time do not all come at once.
+    thread::sleep(Duration::from_micros(fastrand::u64(0..=pace.pause)));
     let mut left = if pace.times == 0 { u64::MAX } else { pace.times };
     while left > 0 && !stop.load(Ordering::Relaxed) && Instant::now() < deadline {
         left -= 1;
