@@ -18,6 +18,7 @@ pub mod client;
 pub mod datagram;
 pub mod later;
 pub mod long;
+pub mod matrix;
 pub mod mortal;
 pub mod node;
 pub mod process;

@@ -11,6 +11,9 @@ use super::scene::{ip, nft};
 use crate::Node;
 use crate::node::Namespace;
 
+/// From a machine to where connects of the node come from.
+const ROUTE_BACK: &str = "route add 10.9.1.0/24 via 10.9.0.254";
+
 /// The bridge, and what is plugged into it.
 #[derive(Debug)]
 pub struct Lan {
@@ -38,7 +41,7 @@ impl Lan {
             lan.plug(&machine, &format!("port{n}"))?;
             ip(&machine, &format!("address add 10.9.0.{n}/24 dev eth0"))?;
             ip(&machine, &format!("address add fd00:9::{n}/64 dev eth0 nodad"))?;
-            ip(&machine, "route add 10.9.1.0/24 via 10.9.0.254")?;
+            ip(&machine, ROUTE_BACK)?;
             node.add_address(IpAddr::V4(Ipv4Addr::new(10, 9, 1, n)))?;
             ip(&node.namespace(), &format!("route add 10.9.0.{n}/32 dev eth0 src 10.9.1.{n}"))?;
             lan.machines.insert(n, machine);
@@ -63,6 +66,21 @@ impl Lan {
     pub fn pull(&self, n: u8, out: bool) -> Result<()> {
         let state = if out { "nomaster" } else { "master br0" };
         ip(&self.switch, &format!("link set port{n} {state}"))
+    }
+
+    /// Takes a machine's own link down, or up again.
+    ///
+    /// # Errors
+    ///
+    /// Those of ip(8).
+    pub fn unplug(&self, n: u8, down: bool) -> Result<()> {
+        let machine = self.machine(n)?;
+        if down {
+            return ip(&machine, "link set eth0 down");
+        }
+        ip(&machine, "link set eth0 up")?;
+        // It went with the link.
+        ip(&machine, ROUTE_BACK)
     }
 
     /// Deletes a machine. What runs there must have ended.

@@ -1,0 +1,156 @@
+//! The course of most rows: clients connect, endpoints fail, stay so for a while, and work again.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::bounds::{ENDPOINTS, LATE, RECOVERY, share, silence, tries, unhealthy};
+use super::damage::{Damage, Leaves, Victim};
+use super::figure::{Figure, Of, Value};
+use super::stage::{Fault, Stage, name};
+use crate::mortal::Pace;
+use crate::mortal::server::Manner;
+
+/// Checks by default.
+pub const TCP: &str = "health: {tcp: {}}";
+
+/// Checks that ask for a page.
+pub const HTTP: &str = "health: {http: {}}";
+
+/// What happens.
+#[derive(Clone, Copy, Debug)]
+pub struct Course {
+    /// The `health` of the service; nothing for none.
+    pub health: &'static str,
+    /// How endpoints fail.
+    pub fault: Fault,
+    /// Which, by number.
+    pub victims: &'static [u8],
+    /// How long they are out of order.
+    pub down: Duration,
+    /// When clients are through with them.
+    pub leaves: Leaves,
+    /// Whether the agent is killed before.
+    pub alone: bool,
+}
+
+/// Longer than checks need to find it, on a busy machine too.
+const LONG: Duration = Duration::from_millis(5_500);
+
+/// So long that an ejection that is in force when it is over lasts for [`RECOVERY`] at the most, also
+/// where nothing is checked: tries after 1 s and 3 s.
+const SHORT: Duration = Duration::from_millis(2_500);
+
+impl Course {
+    /// One of four refuses connections, and is checked.
+    pub const CHECKED: Self = Self {
+        health: TCP,
+        fault: Fault::Killed,
+        victims: &[2],
+        down: LONG,
+        leaves: Leaves::AtOnce,
+        alone: false,
+    };
+
+    /// The same without checks.
+    pub const PASSIVE: Self = Self { health: "", down: SHORT, ..Self::CHECKED };
+
+    /// Lets it happen.
+    ///
+    /// # Errors
+    ///
+    /// Something else than what is measured goes wrong.
+    pub fn run(&self) -> Result<Vec<Figure>> {
+        let keys: Vec<&str> = Some(self.health).into_iter().filter(|key| !key.is_empty()).collect();
+        let state = if keys.is_empty() { "unknown" } else { "healthy" };
+        let mut stage = match self.fault {
+            Fault::Gone => Stage::machines(&keys)?,
+            _ => Stage::local(&keys, Manner::Plain)?,
+        };
+        stage.scene.node.agent.stays = self.alone;
+        stage.run(state)?;
+        if self.alone {
+            stage.scene.node.agent.kill()?;
+        }
+        stage.connect(Pace::STEADY)?;
+        let mut victims = Vec::new();
+        for &n in self.victims {
+            let from = stage.fail(n, self.fault)?;
+            victims.push(Victim { name: name(n), source: stage.source(n), from, back: 0 });
+        }
+        sleep(self.down);
+        for (&n, victim) in self.victims.iter().zip(&mut victims) {
+            victim.back = stage.repair(n, self.fault)?;
+        }
+        sleep(RECOVERY + LATE);
+        let seen = stage.seen()?;
+        if self.alone {
+            // What the kernel has counted meanwhile, the next agent shows.
+            stage.run("unknown")?;
+        }
+        let mut damage = Damage::default();
+        for &victim in &victims {
+            damage = damage.and(&Damage::of(victim, self.leaves, &seen)?);
+        }
+        let others = seen.iter().flatten().filter(|trial| trial.error.is_some());
+        let others = others.filter(|trial| victims.iter().all(|v| trial.source != Some(v.source)));
+        let others = others.count() as u64;
+        let left = stage.left_out(state, RECOVERY)?;
+        let mut figures = self.figures(&damage);
+        figures.push(Figure::count(Of::False, stage.innocents(self.victims)?, 0));
+        figures.push(Figure::count(Of::Other("failed connects to others"), others, 0));
+        figures.push(Figure::count(Of::Other("left out in the end"), left, 0));
+        let connects = seen.iter().map(Vec::len).sum::<usize>() as u64;
+        ensure!(connects > 500, "only {connects} connects");
+        figures.push(Figure::told("connects", Value::Count(connects)));
+        if self.alone {
+            stage.scene.node.agent.stop()?;
+            stage.scene.node.agent.stays = false;
+            stage.scene.node.agent.start()?;
+        }
+        stage.control()?;
+        Ok(figures)
+    }
+
+    fn figures(&self, damage: &Damage) -> Vec<Figure> {
+        let checked = !self.health.is_empty() && !self.alone;
+        // For how long connects go there that are no tries.
+        let met = match self.leaves {
+            Leaves::AtOnce => LATE,
+            Leaves::WhenSilent => silence() + LATE,
+            Leaves::WhenChecked => unhealthy() + LATE,
+            Leaves::Never => self.down + LATE,
+        };
+        // For how long it is tried.
+        let until = if checked { unhealthy() + LATE } else { self.down };
+        let tried = match self.leaves {
+            Leaves::AtOnce => tries(until),
+            Leaves::WhenSilent => tries(until.saturating_sub(silence())),
+            Leaves::WhenChecked | Leaves::Never => 0,
+        };
+        let endpoints = self.victims.len();
+        let tried = tried * endpoints as u64;
+        let failed = share(endpoints, met) + tried;
+        let most = damage.failed.iter().copied().max().unwrap_or_default();
+        let sum: u64 = damage.failed.iter().sum();
+        let mean = sum as f64 / damage.failed.len().max(1) as f64;
+        let mut figures = vec![
+            Figure::count(Of::Failed, most, failed),
+            Figure::told("failed connects of a client, mean", Value::Share(mean)),
+            Figure::time(Of::Back, damage.back, RECOVERY),
+        ];
+        if endpoints < usize::from(ENDPOINTS) {
+            figures.push(Figure::time(Of::Last, damage.last, met));
+            figures.push(Figure::count(Of::Tries, damage.tries, tried));
+            figures.push(Figure::count(
+                Of::Other("connects there though it was out"),
+                damage.leaks,
+                0,
+            ));
+            let name = "failed connects when it worked again";
+            figures.push(Figure::count(Of::Other(name), damage.relapses, 0));
+        }
+        figures
+    }
+}
