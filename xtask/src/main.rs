@@ -105,6 +105,15 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         arguments: Vec<String>,
     },
+    /// Let endpoints fail in every way, and show what clients see of it beside what they may see. Needs root.
+    ///
+    /// With more connects, and each row several times, what the test `matrix` does. Fails when a bound
+    /// does not hold.
+    Matrix {
+        /// Which rows (without any, all), and `[--short] [--times N] [--connects N] [--json]`; `--list` names them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Run for long what the tests run for short. Needs root.
     Soak {
         /// What, and its options: `records [--connects 1000000] [--seed N]`, or `restarts [--times 200]`:
@@ -168,6 +177,11 @@ fn run(cli: Cli) -> Result<()> {
         Task::Bench { arguments } => {
             let profile = Profile::Release;
             let program = test::BENCHMARKS;
+            process::exec(&mut test::program(workspace, program, profile, &arguments, yes)?)
+        }
+        Task::Matrix { arguments } => {
+            let profile = Profile::Release;
+            let program = test::MATRIX;
             process::exec(&mut test::program(workspace, program, profile, &arguments, yes)?)
         }
         Task::Soak { arguments } => {

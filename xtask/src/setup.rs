@@ -104,8 +104,15 @@ const LINKER: [Need; 4] = [
     need(Group::Build, Probe::File("/usr/include/zlib.h"), "zlib1g-dev", "likewise"),
 ];
 
+/// What sets the clock of one process.
+const FAKETIME: &str = if cfg!(target_arch = "aarch64") {
+    "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1"
+} else {
+    "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+};
+
 /// Everything else.
-const NEEDS: [Need; 18] = [
+const NEEDS: [Need; 19] = [
     need(Group::Show, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
     need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
@@ -122,6 +129,12 @@ const NEEDS: [Need; 18] = [
         Probe::File("/usr/lib/python3/dist-packages/prometheus_client/__init__.py"),
         "python3-prometheus-client",
         "reads what the agent tells Prometheus",
+    ),
+    need(
+        Group::Test,
+        Probe::File(FAKETIME),
+        "libfaketime",
+        "sets the clock of an agent in the tests, and no other",
     ),
     need(
         Group::Kernels,

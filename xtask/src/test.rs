@@ -20,6 +20,9 @@ const BINARIES_VARIABLE: &str = "MESH_TEST_BIN_DIR";
 
 /// The program that measures, which needs more than the others, and where it finds that.
 pub(crate) const BENCHMARKS: &str = "mesh-bench";
+/// The program that lets endpoints fail in every way, with the means of the tests.
+pub(crate) const MATRIX: &str = "mesh-matrix";
+
 /// The program that ends and starts agents, also of another map layout.
 const RESTARTS: &str = "mesh-restarts";
 
@@ -131,6 +134,7 @@ pub(crate) fn program(
     process::require_root("this")?;
     let mut groups = vec![Group::Build, Group::Show];
     groups.extend((name == BENCHMARKS).then_some(Group::Bench));
+    groups.extend((name == MATRIX).then_some(Group::Test));
     let compiler = setup::ensure(workspace, &groups, yes)?;
     if name == RESTARTS {
         ebpf::build_other(workspace, &compiler, profile, Linkage::Dynamic)?;

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, ensure};
 use super::bounds::{LATE, RECOVERY, share};
 use super::course::{Course, TCP};
 use super::damage::{Damage, Leaves, Victim};
+use super::ears::journal;
 use super::figure::{Bound, Figure, Of, Value};
 use super::stage::{Fault, PORT, Stage, name};
 use crate::check;
@@ -23,10 +24,11 @@ use crate::process::stdout;
 use crate::service::Service;
 
 /// Where Debian has the library, for programs with threads.
-const LIBRARIES: [&str; 2] = [
-    "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1",
-    "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1",
-];
+const LIBRARY: &str = if cfg!(target_arch = "aarch64") {
+    "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1"
+} else {
+    "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+};
 
 /// How far it is set.
 const STEP: Duration = Duration::from_secs(3_600);
@@ -118,10 +120,9 @@ fn sticky() -> Service {
 
 /// Has one process, and those that it starts, see another clock: what `file` says.
 fn environment(file: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
-    let library = LIBRARIES.iter().find(|library| Path::new(library).exists());
-    let library = library.context("libfaketime is missing: `apt-get install libfaketime`")?;
+    ensure!(Path::new(LIBRARY).exists(), "{LIBRARY} is missing: `apt-get install libfaketime`");
     Ok(vec![
-        ("LD_PRELOAD", library.into()),
+        ("LD_PRELOAD", LIBRARY.into()),
         ("FAKETIME_TIMESTAMP_FILE", file.to_owned()),
         ("FAKETIME_NO_CACHE", "1".into()),
         ("FAKETIME_DONT_FAKE_MONOTONIC", "1".into()),
@@ -144,7 +145,7 @@ fn ensure_kept(stage: &Stage, kept: &str, drained: &str) -> Result<()> {
 /// failed just now.
 fn ahead(stage: &Stage, n: u8) -> Result<f64> {
     let place = stage.place(n).to_string();
-    let heard = stage.heard()?;
+    let heard = journal(&stage.scene.node)?;
     let event = heard.iter().rfind(|event| {
         event.kind == "unhealthy" && event.backend.as_deref() == Some(place.as_str())
     });

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::bounds::{ENDPOINTS, LATE, RECOVERY, share, silence, tries, unhealthy};
+use super::bounds::{LATE, RECOVERY, share, silence, tries, unhealthy};
 use super::damage::{Damage, Leaves, Victim};
 use super::figure::{Figure, Of, Value};
 use super::stage::{Fault, Stage, name};
 use crate::mortal::Pace;
 use crate::mortal::server::Manner;
+use crate::mortal::storm::Trial;
 
 /// Checks by default.
 pub const TCP: &str = "health: {tcp: {}}";
@@ -89,6 +90,9 @@ impl Course {
             // What the kernel has counted meanwhile, the next agent shows.
             stage.run("unknown")?;
         }
+        if self.leaves == Leaves::Never {
+            ensure_nobody_answered(&victims, &seen)?;
+        }
         let mut damage = Damage::default();
         for &victim in &victims {
             damage = damage.and(&Damage::of(victim, self.leaves, &seen)?);
@@ -137,20 +141,32 @@ impl Course {
         let mean = sum as f64 / damage.failed.len().max(1) as f64;
         let mut figures = vec![
             Figure::count(Of::Failed, most, failed),
-            Figure::told("failed connects of a client, mean", Value::Share(mean)),
+            Figure::told("failed connects of a client, mean", Value::Mean(mean)),
             Figure::time(Of::Back, damage.back, RECOVERY),
         ];
-        if endpoints < usize::from(ENDPOINTS) {
+        if self.leaves != Leaves::Never {
             figures.push(Figure::time(Of::Last, damage.last, met));
-            figures.push(Figure::count(Of::Tries, damage.tries, tried));
-            figures.push(Figure::count(
-                Of::Other("connects there though it was out"),
-                damage.leaks,
-                0,
-            ));
             let name = "failed connects when it worked again";
             figures.push(Figure::count(Of::Other(name), damage.relapses, 0));
         }
+        if matches!(self.leaves, Leaves::AtOnce | Leaves::WhenSilent) {
+            figures.push(Figure::count(Of::Tries, damage.tries, tried));
+            let name = "connects there though it was out";
+            figures.push(Figure::count(Of::Other(name), damage.leaks, 0));
+        }
         figures
     }
+}
+
+/// While all are out of order, nobody answers: who did would be none of them.
+fn ensure_nobody_answered(victims: &[Victim], seen: &[Vec<Trial>]) -> Result<()> {
+    let from = victims.iter().map(|victim| victim.from).max().unwrap_or_default();
+    let back = victims.iter().map(|victim| victim.back).min().unwrap_or_default();
+    let repaired = back.saturating_sub(u64::try_from(LATE.as_nanos())?);
+    let meanwhile = |trial: &&Trial| trial.start > from && trial.end < repaired;
+    let mut meanwhile = seen.iter().flatten().filter(meanwhile).peekable();
+    ensure!(meanwhile.peek().is_some(), "nobody connected while all were out of order");
+    let answered = meanwhile.find(|trial| trial.error.is_none());
+    ensure!(answered.is_none(), "somebody answered: {answered:?}");
+    Ok(())
 }

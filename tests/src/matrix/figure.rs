@@ -43,6 +43,8 @@ pub enum Value {
     Count(u64),
     /// A part of a whole.
     Share(f64),
+    /// A number of something, on average.
+    Mean(f64),
     /// MiB of memory.
     Mebibytes(f64),
 }
@@ -134,7 +136,10 @@ pub fn worst(runs: Vec<Vec<Figure>>) -> Vec<Figure> {
 impl Value {
     fn number(self) -> f64 {
         match self {
-            Self::Seconds(number) | Self::Share(number) | Self::Mebibytes(number) => number,
+            Self::Seconds(number)
+            | Self::Share(number)
+            | Self::Mean(number)
+            | Self::Mebibytes(number) => number,
             Self::Count(count) => count as f64,
         }
     }
@@ -144,6 +149,7 @@ impl Value {
             Self::Seconds(seconds) => format!("{seconds:.2} s"),
             Self::Count(count) => count.to_string(),
             Self::Share(share) => format!("{share:.3}"),
+            Self::Mean(mean) => format!("{mean:.1}"),
             Self::Mebibytes(mebibytes) => format!("{mebibytes:.1} MiB"),
         }
     }

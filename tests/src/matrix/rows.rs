@@ -1,12 +1,13 @@
 //! The rows: what fails, and how.
 
+use anyhow::Result;
+
 use super::course::{Course, HTTP};
 use super::damage::Leaves;
 use super::figure::Figure;
 use super::stage::Fault;
-use super::{Size, clock, flapping, slow};
+use super::{Size, clock, flapping, healthy, slow, targets};
 use crate::mortal::server::Manner;
-use anyhow::Result;
 
 /// A row.
 #[derive(Clone, Copy, Debug)]
@@ -15,99 +16,51 @@ pub struct Row {
     pub name: &'static str,
     /// What happens, for people.
     pub what: &'static str,
+    /// Whether it needs the machine for itself, and is as long as its size says.
+    pub alone: bool,
     /// Measures it.
-    pub run: fn(&Size) -> Result<Vec<Figure>>,
+    pub run: fn(Size) -> Result<Vec<Figure>>,
 }
 
-/// All of them.
+const fn row(name: &'static str, what: &'static str, run: fn(Size) -> Result<Vec<Figure>>) -> Row {
+    Row { name, what, alone: false, run }
+}
+
+/// All of them. The long ones come first, so that none is waited for alone.
 pub const ROWS: &[Row] = &[
-    Row { name: "killed", what: "process killed", run: |_| Course::CHECKED.run() },
-    Row {
-        name: "killed-unchecked",
-        what: "process killed, no checks",
-        run: |_| Course::PASSIVE.run(),
-    },
-    Row {
-        name: "gone",
-        what: "machine gone",
-        run: |_| Course { fault: Fault::Gone, leaves: Leaves::WhenSilent, ..Course::CHECKED }.run(),
-    },
-    Row {
-        name: "dropped",
-        what: "packets dropped",
-        run: |_| {
-            Course { fault: Fault::Dropped, leaves: Leaves::WhenSilent, ..Course::CHECKED }.run()
-        },
-    },
-    Row {
-        name: "dropped-unchecked",
-        what: "packets dropped, no checks",
-        run: |_| {
-            Course {
-                fault: Fault::Dropped,
-                leaves: Leaves::WhenSilent,
-                down: Course::CHECKED.down,
-                ..Course::PASSIVE
-            }
-            .run()
-        },
-    },
-    Row {
-        name: "closed",
-        what: "port closed",
-        run: |_| Course { fault: Fault::Closed, ..Course::CHECKED }.run(),
-    },
-    Row {
-        name: "silent",
-        what: "accepts, never answers",
-        run: |_| {
-            Course {
-                health: HTTP,
-                fault: Fault::Behaves(Manner::Hang),
-                leaves: Leaves::WhenChecked,
-                ..Course::CHECKED
-            }
-            .run()
-        },
-    },
-    Row {
-        name: "broken",
-        what: "answers 500",
-        run: |_| {
-            Course {
-                health: HTTP,
-                fault: Fault::Behaves(Manner::Broken),
-                leaves: Leaves::WhenChecked,
-                ..Course::CHECKED
-            }
-            .run()
-        },
-    },
-    Row {
-        name: "slow",
-        what: "ten times slower",
-        run: |_| slow::run("balance: least-connections"),
-    },
-    Row {
-        name: "slow-latency",
-        what: "the same, by latency",
-        run: |_| slow::run("balance: latency"),
-    },
-    Row { name: "flapping", what: "down and up every 2 s", run: |_| flapping::run() },
-    Row {
-        name: "half",
-        what: "half of them at once",
-        run: |_| Course { victims: &[2, 3], ..Course::CHECKED }.run(),
-    },
-    Row {
-        name: "all",
-        what: "all at once",
-        run: |_| Course { victims: &[1, 2, 3, 4], leaves: Leaves::Never, ..Course::CHECKED }.run(),
-    },
-    Row {
-        name: "agent",
-        what: "agent killed, then process",
-        run: |_| Course { alone: true, ..Course::PASSIVE }.run(),
-    },
-    Row { name: "clock", what: "clock stepped by an hour", run: |_| clock::run() },
+    Row { alone: true, ..row("healthy", "nothing (control)", |size| healthy::run(size.connects)) },
+    row("clock", "clock stepped by an hour", |_| clock::run()),
+    row("flapping", "down and up every 2 s", |_| flapping::run()),
+    row("targets", "odd answers to checks", |_| targets::run()),
+    row("killed", "process killed", |_| Course::CHECKED.run()),
+    row("killed-unchecked", "process killed, no checks", |_| Course::PASSIVE.run()),
+    row("gone", "machine gone", |_| Course { fault: Fault::Gone, ..SILENT }.run()),
+    row("dropped", "packets dropped", |_| SILENT.run()),
+    row("dropped-unchecked", "packets dropped, no checks", |_| {
+        Course { health: "", ..SILENT }.run()
+    }),
+    row("closed", "port closed", |_| Course { fault: Fault::Closed, ..Course::CHECKED }.run()),
+    row("silent", "accepts, never answers", |_| misbehaves(Manner::Hang).run()),
+    row("broken", "answers 500", |_| misbehaves(Manner::Broken).run()),
+    row("slow", "ten times slower", |_| slow::run("balance: least-connections")),
+    row("slow-latency", "the same, by latency", |_| slow::run("balance: latency")),
+    row("half", "half of them at once", |_| Course { victims: &[2, 3], ..Course::CHECKED }.run()),
+    row("all", "all at once", |_| {
+        Course { victims: &[1, 2, 3, 4], leaves: Leaves::Never, ..Course::CHECKED }.run()
+    }),
+    row("agent", "agent killed, then process", |_| Course { alone: true, ..Course::PASSIVE }.run()),
 ];
+
+/// What is sent to it vanishes.
+const SILENT: Course =
+    Course { fault: Fault::Dropped, leaves: Leaves::WhenSilent, ..Course::CHECKED };
+
+/// It accepts connections, and what comes of them is of no use.
+const fn misbehaves(manner: Manner) -> Course {
+    Course {
+        health: HTTP,
+        fault: Fault::Behaves(manner),
+        leaves: Leaves::WhenChecked,
+        ..Course::CHECKED
+    }
+}

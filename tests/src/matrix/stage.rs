@@ -1,20 +1,20 @@
-//! What most rows have in common: a service with four endpoints that can fail in many ways, three clients of
-//! it, and ears for what the agent says.
+//! What most rows have in common: a service with four endpoints that can fail in many ways, and three clients
+//! of it.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use anyhow::{Context, Result};
 
 use super::bounds::{CLIENTS, ENDPOINTS};
+use super::ears::journal;
 use crate::agent::Backend;
 use crate::mortal::lan::Lan;
 use crate::mortal::scene::{Scene, Standing, nft};
 use crate::mortal::server::Manner;
 use crate::mortal::storm::Trial;
 use crate::mortal::{Clients, Pace};
-use crate::process::{Echo, LIMIT, Process, until};
+use crate::process::{LIMIT, until};
 use crate::service::Service;
 use crate::sys::netns;
 use crate::sys::socket::monotonic_nanos;
@@ -46,23 +46,7 @@ pub struct Stage {
     /// The node and its endpoints.
     pub scene: Scene,
     machines: Option<Lan>,
-    ears: Option<Process>,
     clients: Vec<Clients>,
-}
-
-/// What rows read of `events -o json`.
-#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
-pub struct Event {
-    /// Its number, from 1 on.
-    pub seq: u64,
-    /// When, RFC 3339.
-    pub time: String,
-    /// What has happened.
-    pub kind: String,
-    /// To which backend.
-    pub backend: Option<String>,
-    /// For which client.
-    pub client: Option<String>,
 }
 
 /// The name of the n-th endpoint, from 1 on.
@@ -88,7 +72,7 @@ impl Stage {
         let service =
             (1..=ENDPOINTS).fold(app(keys), |app, n| app.endpoint(&format!("10.0.0.{n}")));
         let scene = Scene::bare(service)?;
-        Self { scene, machines: None, ears: None, clients: Vec::new() }.start(manner)
+        Self { scene, machines: None, clients: Vec::new() }.start(manner)
     }
 
     /// The same, each endpoint on a machine of its own.
@@ -101,7 +85,7 @@ impl Stage {
             (1..=ENDPOINTS).fold(app(keys), |app, n| app.endpoint(&format!("10.9.0.{n}")));
         let scene = Scene::bare(service)?;
         let machines = Some(Lan::new(&scene.node, ENDPOINTS)?);
-        Self { scene, machines, ears: None, clients: Vec::new() }.start(Manner::Plain)
+        Self { scene, machines, clients: Vec::new() }.start(Manner::Plain)
     }
 
     fn start(mut self, manner: Manner) -> Result<Self> {
@@ -123,20 +107,6 @@ impl Stage {
         self.scene.node.agent.start()?;
         let all = |shown: &[Backend]| shown.iter().all(|backend| backend.state == state);
         self.scene.node.agent.until_backends("app", all)
-    }
-
-    /// Listens to what the agent says from now on: where that may be more than it keeps.
-    ///
-    /// # Errors
-    ///
-    /// It does not say anything.
-    pub fn listen(&mut self) -> Result<()> {
-        let command = self.scene.node.agent.cli(&["-o", "json", "events", "--follow"])?;
-        let ears = Process::spawn("events", command, Echo::Off)?;
-        // What has happened before is told at once: that checks have found the endpoints.
-        until("events", LIMIT, || Ok((!ears.log().all().is_empty()).then_some(())))?;
-        self.ears = Some(ears);
-        Ok(())
     }
 
     /// Starts the clients, each in a cgroup of its own, and lets them connect for a while.
@@ -237,28 +207,6 @@ impl Stage {
         self.machines.as_ref().context("it has no machine of its own")
     }
 
-    /// What the agent has said.
-    ///
-    /// # Errors
-    ///
-    /// Something was missed, or cannot be read.
-    pub fn heard(&self) -> Result<Vec<Event>> {
-        let events: Vec<Event> = match &self.ears {
-            None => self.scene.node.agent.json(&["events"])?,
-            Some(ears) => {
-                let lines = ears.log().all();
-                let event = |line: &String| {
-                    serde_json::from_str(line).with_context(|| format!("an event: {line}"))
-                };
-                lines.iter().map(event).collect::<Result<_>>()?
-            }
-        };
-        let first = events.first().map_or(1, |event| event.seq);
-        let missed = first > 1 || events.iter().any(|event| event.kind == "missed");
-        ensure!(!missed, "events were missed, from the first, {first}, on");
-        Ok(events)
-    }
-
     /// How many of the other endpoints than `victims` were out for anybody, or unhealthy, or have failed a
     /// connect.
     ///
@@ -271,12 +219,10 @@ impl Stage {
         if places.is_empty() {
             return Ok(0);
         }
-        let (heard, standings) = (self.heard()?, self.scene.standings()?);
+        let (heard, standings) = (journal(&self.scene.node)?, self.scene.standings()?);
         let accused = |place: &&String| {
             let told = heard.iter().filter(|event| event.backend.as_ref() == Some(*place));
-            let told = told.filter(|event| {
-                ["failed", "suspected", "ejected", "spared", "unhealthy"].contains(&&*event.kind)
-            });
+            let told = told.filter(|event| event.accuses());
             let shown = standings.iter().filter(|shown| shown.address == **place);
             told.count() > 0 || shown.filter(|shown| shown.failed > 0 || shown.is_out()).count() > 0
         };
@@ -306,8 +252,8 @@ impl Stage {
     ///
     /// As [`Scene::control`].
     pub fn control(self) -> Result<()> {
-        let Self { scene, machines, ears, clients } = self;
-        drop((ears, clients));
+        let Self { scene, machines, clients } = self;
+        drop(clients);
         let control = scene.control();
         drop(machines);
         control

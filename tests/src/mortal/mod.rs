@@ -5,6 +5,7 @@
 
 pub mod aborts;
 pub mod lan;
+pub mod mixture;
 pub mod scene;
 pub mod server;
 pub mod storm;

@@ -1,0 +1,19 @@
+//! What happens when something fails: every row of `cargo xtask matrix`, in its short form.
+
+use anyhow::{Result, ensure};
+use mesh_tests::matrix::rows::ROWS;
+use mesh_tests::matrix::{self, Size, Told, table};
+
+#[test]
+fn every_bound_holds() -> Result<()> {
+    let reports = matrix::run(ROWS, Size::SHORT, &|told| {
+        if let Told::Ends(report) = told {
+            println!("{} after {:.0} s", report.name, report.seconds);
+        }
+    });
+    let table = table::of(&reports);
+    println!("{table}");
+    ensure!(reports.len() == ROWS.len(), "{} rows of {}", reports.len(), ROWS.len());
+    ensure!(reports.iter().all(matrix::Report::holds), "{table}");
+    Ok(())
+}
