@@ -24,6 +24,8 @@ pub const HTTP: &str = "health: {http: {}}";
 pub struct Course {
     /// The `health` of the service; nothing for none.
     pub health: &'static str,
+    /// Its `ejection`; nothing for the default.
+    pub ejection: &'static str,
     /// How endpoints fail.
     pub fault: Fault,
     /// Which, by number.
@@ -37,7 +39,11 @@ pub struct Course {
 }
 
 /// Longer than checks need to find it, on a busy machine too.
-const LONG: Duration = Duration::from_millis(5_500);
+const LONG: Duration = Duration::from_millis(4_500);
+
+/// Longer than two connects take, one after the other, to find that nobody answers: so that also where nothing
+/// is checked, an ejection that is in force when it is over lasts no longer than [`RECOVERY`].
+const LONGER: Duration = Duration::from_millis(5_500);
 
 /// So long that an ejection that is in force when it is over lasts for [`RECOVERY`] at the most, also
 /// where nothing is checked: tries after 1 s and 3 s.
@@ -47,6 +53,7 @@ impl Course {
     /// One of four refuses connections, and is checked.
     pub const CHECKED: Self = Self {
         health: TCP,
+        ejection: "",
         fault: Fault::Killed,
         victims: &[2],
         down: LONG,
@@ -54,7 +61,11 @@ impl Course {
         alone: false,
     };
 
-    /// The same without checks.
+    /// One of four answers nothing, and is checked.
+    pub const SILENT: Self =
+        Self { fault: Fault::Dropped, leaves: Leaves::WhenSilent, down: LONGER, ..Self::CHECKED };
+
+    /// One of four refuses connections, and is not checked.
     pub const PASSIVE: Self = Self { health: "", down: SHORT, ..Self::CHECKED };
 
     /// Lets it happen.
@@ -63,8 +74,9 @@ impl Course {
     ///
     /// Something else than what is measured goes wrong.
     pub fn run(&self) -> Result<Vec<Figure>> {
-        let keys: Vec<&str> = Some(self.health).into_iter().filter(|key| !key.is_empty()).collect();
-        let state = if keys.is_empty() { "unknown" } else { "healthy" };
+        let keys = [self.health, self.ejection].into_iter().filter(|key| !key.is_empty());
+        let keys: Vec<&str> = keys.collect();
+        let state = if self.health.is_empty() { "unknown" } else { "healthy" };
         let mut stage = match self.fault {
             Fault::Gone => Stage::machines(&keys)?,
             _ => Stage::local(&keys, Manner::Plain)?,

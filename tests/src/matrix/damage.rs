@@ -158,9 +158,12 @@ fn out(leaves: Leaves, number: usize, failures: &[Vec<&Trial>]) -> Option<Out> {
             Some(Out { from, due: began + alone })
         }
         Leaves::WhenSilent => {
-            let first = failures.get(number)?.iter().map(|trial| trial.start).min()?;
-            let silent = first + nanos(silence());
-            Some(Out { from: silent + nanos(LATE), due: silent + alone })
+            let began = |own: &Vec<&Trial>| own.iter().map(|trial| trial.start).min();
+            let own = failures.get(number).and_then(began)?;
+            // Who met it first may be the first to try it.
+            let first = failures.iter().filter_map(began).min()?;
+            let silence = nanos(silence());
+            Some(Out { from: own + silence + nanos(LATE), due: first + silence + alone })
         }
         Leaves::WhenChecked | Leaves::Never => None,
     }
@@ -214,6 +217,18 @@ mod tests {
         );
         assert_eq!((found.tries, found.leaks), (1, 0));
         assert_eq!(found.last, Duration::from_millis(5 + silent));
+    }
+
+    #[test]
+    fn a_try_is_due_for_all_alike() {
+        let silent = u64::try_from(silence().as_millis()).expect("small");
+        // That is less than a second after it is out for the second one, and not for the first one.
+        let tried = [(190, 6_190), (1_110 + silent, 8_500)];
+        let found = damage(Leaves::WhenSilent, &[(110, 6_110)], &tried);
+        assert_eq!((found.tries, found.leaks), (1, 0));
+        let found =
+            damage(Leaves::WhenSilent, &[(110, 6_110)], &[(190, 6_190), (1_050 + silent, 8_500)]);
+        assert_eq!((found.tries, found.leaks), (0, 1));
     }
 
     #[test]

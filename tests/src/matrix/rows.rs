@@ -34,10 +34,10 @@ pub const ROWS: &[Row] = &[
     row("targets", "odd answers to checks", |_| targets::run()),
     row("killed", "process killed", |_| Course::CHECKED.run()),
     row("killed-unchecked", "process killed, no checks", |_| Course::PASSIVE.run()),
-    row("gone", "machine gone", |_| Course { fault: Fault::Gone, ..SILENT }.run()),
-    row("dropped", "packets dropped", |_| SILENT.run()),
+    row("gone", "machine gone", |_| Course { fault: Fault::Gone, ..Course::SILENT }.run()),
+    row("dropped", "packets dropped", |_| Course::SILENT.run()),
     row("dropped-unchecked", "packets dropped, no checks", |_| {
-        Course { health: "", ..SILENT }.run()
+        Course { health: "", ..Course::SILENT }.run()
     }),
     row("closed", "port closed", |_| Course { fault: Fault::Closed, ..Course::CHECKED }.run()),
     row("silent", "accepts, never answers", |_| misbehaves(Manner::Hang).run()),
@@ -50,10 +50,6 @@ pub const ROWS: &[Row] = &[
     }),
     row("agent", "agent killed, then process", |_| Course { alone: true, ..Course::PASSIVE }.run()),
 ];
-
-/// What is sent to it vanishes.
-const SILENT: Course =
-    Course { fault: Fault::Dropped, leaves: Leaves::WhenSilent, ..Course::CHECKED };
 
 /// It accepts connections, and what comes of them is of no use.
 const fn misbehaves(manner: Manner) -> Course {
