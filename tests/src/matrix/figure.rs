@@ -98,6 +98,10 @@ impl Figure {
         }
     }
 
+    const fn broken(&self) -> &'static str {
+        if matches!(self.bound, Bound::Least(_)) { "<" } else { ">" }
+    }
+
     /// How far it is from its bound, to compare figures of the same kind.
     fn badness(&self) -> f64 {
         match self.bound {
@@ -106,12 +110,16 @@ impl Figure {
         }
     }
 
-    /// `1.2 s ≤ 2.7 s`.
+    /// `1.20 ≤ 2.70 s`, or `3.10 > 2.70 s` when it is not what it may be.
     #[must_use]
     pub fn text(&self) -> String {
+        let text = |holds, bound: Value| {
+            let sign = if self.holds() { holds } else { self.broken() };
+            format!("{} {sign} {}", self.value.bare(bound), bound.text())
+        };
         match self.bound {
-            Bound::Most(most) => format!("{} ≤ {}", self.value.bare(most), most.text()),
-            Bound::Least(least) => format!("{} ≥ {}", self.value.bare(least), least.text()),
+            Bound::Most(most) => text("≤", most),
+            Bound::Least(least) => text("≥", least),
             Bound::None => self.value.text(),
         }
     }
@@ -178,7 +186,7 @@ mod tests {
         assert_eq!(figure.text(), "1.23 ≤ 2.00 s");
         assert!(figure.holds());
         let figure = Figure::count(Of::Failed, 4, 3);
-        assert_eq!(figure.text(), "4 ≤ 3");
+        assert_eq!(figure.text(), "4 > 3");
         assert!(!figure.holds());
         let bound = Bound::Least(Value::Share(0.5));
         let figure = Figure { of: Of::Other("share"), value: Value::Share(0.25), bound };

@@ -133,8 +133,8 @@ mod tests {
         let reports = [report(figures, None), report(Vec::new(), Some(&"long ".repeat(60)))];
         let text = of(&reports);
         assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
-        assert!(text.contains("2.35 ≤ 2.00 s") && text.contains("BROKEN\n"), "{text}");
-        assert!(text.contains("BROKEN: last failed 2.35 ≤ 2.00 s; connects 3000\n"), "{text}");
+        assert!(text.contains("2.35 > 2.00 s") && text.contains("BROKEN\n"), "{text}");
+        assert!(text.contains("BROKEN: last failed 2.35 > 2.00 s; connects 3000\n"), "{text}");
         assert!(text.contains("failed\n") && !text.contains("left out"), "{text}");
     }
 
