@@ -393,6 +393,8 @@ impl Schedule {
 /// How long after a check the next one of this endpoint comes, before jitter.
 fn pause(policy: &HealthPolicy, is_used: bool, checked: Checked) -> Duration {
     match policy.pace {
+        // It is on its way back, and clients have done without it for long enough.
+        _ if checked.recovers(policy) => policy.interval / 2,
         // What is not clear yet is to become so.
         Pace::WhenUsed { background } if !is_used && checked.is_settled() => {
             background.max(policy.interval)

@@ -58,6 +58,13 @@ impl Checked {
         self.state != State::Unknown && self.against == 0
     }
 
+    /// Whether it passes again, after it was unhealthy, and has not flapped.
+    #[must_use]
+    pub fn recovers(&self, policy: &HealthPolicy) -> bool {
+        let passes = self.state == State::Unhealthy && self.against > 0;
+        passes && self.needed(policy) == policy.rise
+    }
+
     /// How many consecutive passes make it healthy again.
     #[must_use]
     pub fn needed(&self, policy: &HealthPolicy) -> u32 {
@@ -164,6 +171,21 @@ mod tests {
             checked.needed(&HealthPolicy { interval: Duration::from_millis(10), ..fast }),
             4
         );
+    }
+
+    /// What is on its way back is checked more often, unless it flaps.
+    #[test]
+    fn what_recovers() {
+        let policy = policy(3, 1);
+        let mut checked = Checked::default();
+        let mut after = |passed, second| {
+            checked.observe(passed, Duration::from_secs(second), &policy);
+            checked.recovers(&policy)
+        };
+        let found = [true, false, true, true, true].into_iter().zip(1..);
+        let found: Vec<bool> = found.map(|(passed, second)| after(passed, second)).collect();
+        assert_eq!(found, [false, false, true, true, false]);
+        assert!(!after(false, 6) && !after(true, 7), "it flaps");
     }
 
     /// One that was well for long has not flapped.
