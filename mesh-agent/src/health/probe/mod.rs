@@ -118,6 +118,7 @@ impl Probe {
             tokio::time::timeout(timeout, dial::connect(address, matches!(self, Self::Tcp))).await;
         let connection = connection.map_err(slow)??;
         if matches!(self, Self::Tcp) {
+            connection.end(address);
             return Ok(());
         }
         let left = timeout.saturating_sub(begin.elapsed());
