@@ -167,8 +167,10 @@ fn ejection_is_on_unless_it_is_off() {
         ("ejection: {failures: 5}", Some(EjectionPolicy { failures: 5, ..default() })),
         ("ejection: {base: 60s}", Some(EjectionPolicy { base: seconds(60), ..default() })),
         ("ejection: {max: 1s}", Some(EjectionPolicy { max: seconds(1), ..default() })),
-        ("ejection: {failure-rate: 5%}", Some(EjectionPolicy { rate: 5, ..default() })),
-        ("ejection: {samples: 1000}", Some(EjectionPolicy { samples: 1000, ..default() })),
+        (
+            "ejection: {failures: 5, failure-rate: 5%, samples: 1000}",
+            Some(EjectionPolicy { failures: 5, rate: 5, samples: 1000, ..default() }),
+        ),
         ("ejection: {share: 1%}", Some(EjectionPolicy { share: 1, ..default() })),
         ("ejection: {share: \"20%\"}", Some(EjectionPolicy { share: 20, ..default() })),
         ("ejection: off", None),

@@ -77,7 +77,8 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
 }
 
 /// Whether it is a check of the agent's, which is to reach the endpoint itself, though the agent may run in the
-/// cgroup that is balanced. Nobody else can be meant: it takes CAP_NET_ADMIN to say so.
+/// cgroup that is balanced. Whoever else says so, which takes CAP_NET_ADMIN or CAP_NET_RAW, is left alone too, and
+/// could have sent what it likes without that.
 #[inline(always)]
 fn is_of_agent(ctx: &SockAddrContext) -> bool {
     priority(ctx) == CHECK_PRIORITY

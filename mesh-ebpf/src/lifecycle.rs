@@ -383,14 +383,12 @@ fn stricter(backend: u32, stats: &BackendStats, rate: Rate, policy: Policy) -> P
     policy.at_once()
 }
 
-/// Whether too many connects to a backend fail, of which so many were opened. What was counted is forgotten
-/// then: when the backend is back, it is counted anew.
+/// Whether too many connects to a backend fail, of which so many were opened. They are counted on: what one
+/// client has seen fail too often is out for it alone, and others need not see as many again.
 #[inline(never)]
 fn is_often(backend: u32, opened: u64, rate: u32) -> bool {
     let Some(word) = WINDOWS.get(backend) else { return false };
     let before = Window(word.load());
     let window = before.with_failure(opened, Maps.now());
-    let is_bad = window.is_bad(Rate(rate), opened);
-    let after = if is_bad { Window::NONE } else { window };
-    word.replace(before.0, after.0) && is_bad
+    word.replace(before.0, window.0) && window.is_bad(Rate(rate), opened)
 }

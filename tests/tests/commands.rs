@@ -19,6 +19,7 @@ grep -q '^CapEff:[[:space:]]0000000000000000$' /proc/self/status || { echo "capa
 grep -q '^NoNewPrivs:[[:space:]]1$' /proc/self/status || { echo "privileged" >&2; exit 2; }
 test "$(ulimit -n):$(ulimit -c):$(ulimit -d)" = 256:0:262144 || { echo "unbounded" >&2; exit 2; }
 test "$(ls /proc/self/fd | wc -l)" -le 5 || { ls -l /proc/self/fd | tail -n +2 | cut -c 35- >&2; exit 2; }
+(: < /dev/tty) 2> /dev/null && { echo "a terminal" >&2; exit 2; }
 test "$MESH_SERVICE:$MESH_PORT" = app:8080 || { env >&2; exit 2; }
 test "$1" = "two words" || { echo "told $1" >&2; exit 2; }
 test "$MESH_ADDRESS" = 10.0.0.1 && exit 0
@@ -101,15 +102,24 @@ fn processes(words: &str) -> Vec<i32> {
     named.filter_map(|one| one.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// The child of this agent that runs commands.
-fn runner(node: &Node) -> Result<i32> {
-    let agent = node.agent.id()?;
-    let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children"))?;
+/// The child of a process whose command line has this.
+fn child(parent: i32, words: &str) -> Result<i32> {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))?;
     let child = children.split_whitespace().find(|id| {
-        fs::read(format!("/proc/{id}/cmdline"))
-            .is_ok_and(|text| text.windows(12).any(|part| part == b"run-commands"))
+        let line = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(words)
     });
-    Ok(child.context("the agent has no runner")?.parse()?)
+    Ok(child.with_context(|| format!("{parent} has no child {words}"))?.parse()?)
+}
+
+/// The process that runs commands, and the one that keeps it.
+fn runner(node: &Node) -> Result<(i32, i32)> {
+    let keeper = child(i32::try_from(node.agent.id()?)?, "run-commands")?;
+    Ok((child(keeper, "run-commands")?, keeper))
+}
+
+fn kill(process: i32) -> Result<()> {
+    Ok(mesh_tests::sys::process::signal(u32::try_from(process)?, libc::SIGKILL)?)
 }
 
 fn until_gone(what: &str, find: impl Fn() -> Vec<i32>) -> Result<()> {
@@ -160,12 +170,11 @@ fn what_hangs_is_ended_with_all_that_it_started() -> Result<()> {
     until("the hanging check", Duration::from_secs(20), || {
         Ok((!processes(&mark).is_empty()).then_some(()))
     })?;
-    let runner = runner(&scene.node)?;
+    let (runner, keeper) = runner(&scene.node)?;
     scene.node.agent.kill()?;
     until_gone("what a killed agent's checks left behind", || processes(&mark))?;
-    until_gone("its runner", || {
-        Path::new(&format!("/proc/{runner}")).exists().then_some(runner).into_iter().collect()
-    })
+    let is_there = |id: &i32| Path::new(&format!("/proc/{id}")).exists();
+    until_gone("its runner", || [runner, keeper].into_iter().filter(is_there).collect())
 }
 
 #[test]
@@ -182,12 +191,73 @@ fn what_cannot_be_run_says_nothing_of_endpoints() -> Result<()> {
     until("the trouble to be over", Duration::from_secs(30), || {
         Ok(scene.node.agent.status()?.reasons.is_empty().then_some(()))
     })?;
-    // Without the one who runs them: that is said, and nobody is unhealthy for it.
-    let runner = runner(&scene.node)?;
-    mesh_tests::sys::process::signal(u32::try_from(runner)?, libc::SIGKILL)?;
-    scene.until_reason("the process that runs commands has ended")?;
+    check::balanced(&mut scene.node, &["a", "b"], |node| check::who(node, VIP))
+}
+
+/// Whoever has the same user can end the one who runs commands: that does not last, and nothing of it stays.
+#[test]
+fn an_ended_runner_comes_back() -> Result<()> {
+    let mut scene = Scene::new("command-checks: {user: nobody}\n")?;
+    let mark = format!("orphan-{}", std::process::id());
+    let hanging = scene.script("hanging", &HANGING.replace("left-behind", &mark), 0o755)?;
+    scene.define(&health(&hanging, ", timeout: 500ms"))?;
+    scene.node.agent.start()?;
+    until("the hanging check", Duration::from_secs(20), || {
+        Ok((!processes(&mark).is_empty()).then_some(()))
+    })?;
+    let (before, keeper) = runner(&scene.node)?;
+    let well = scene.script("well", "exit 0", 0o755)?;
+    scene.define(&health(&well, ""))?;
+    kill(before)?;
+    scene.until("10.0.0.1:8080", "healthy", "command checks pass")?;
+    until_gone("what its runner left behind", || processes(&mark))?;
+    let (after, same) = runner(&scene.node)?;
+    ensure!(after != before && same == keeper, "{before} {after}, {keeper} {same}");
+    until("the trouble to be over", Duration::from_secs(30), || {
+        Ok(scene.node.agent.status()?.reasons.is_empty().then_some(()))
+    })?;
+    // Without its keeper there is none: that is said, and nobody is unhealthy for it.
+    kill(keeper)?;
+    kill(after)?;
+    scene.until_reason("the process that has commands run has ended")?;
     scene.until("10.0.0.1:8080", "healthy", "command checks pass")?;
     check::balanced(&mut scene.node, &["a", "b"], |node| check::who(node, VIP))
+}
+
+/// However many commands hang, those of other services run, and other checks are made.
+#[test]
+fn what_hangs_holds_up_nobody_else() -> Result<()> {
+    let mut scene = Scene::new("command-checks: {user: nobody}\n")?;
+    let hanging = scene.script("hanging", "sleep 1000", 0o755)?;
+    let well = scene.script("well", "exit 0", 0o755)?;
+    let service = |name: &str, address: &str, health: &str| {
+        Service::new(name).address(address).port(80, 8080).key(health)
+    };
+    let slow = health(&hanging, ", timeout: 10s").replace("500ms", "10s");
+    let many = service("many", "10.96.0.20", &slow);
+    let many = (1..=64).fold(many, |many, n| many.endpoint(&format!("10.0.9.{n}")));
+    let other = service("other", "10.96.0.21", &health(&well, "")).endpoint("10.0.0.1");
+    let tcp = service("tcp", "10.96.0.22", "health: {tcp: {}, probe: always}").endpoint("10.0.0.1");
+    scene.node.agent.write_services("test.yaml", &Service::file(&[many]))?;
+    scene.node.agent.start()?;
+    until("so many commands as may run", Duration::from_secs(20), || {
+        Ok((processes("hanging").len() >= 8).then_some(()))
+    })?;
+    scene.node.agent.write_services("more.yaml", &Service::file(&[other, tcp]))?;
+    for name in ["other", "tcp"] {
+        scene
+            .node
+            .agent
+            .until_backends(name, |all| all.iter().all(|one| one.state == "healthy"))?;
+    }
+    // Before any of those has come to its end.
+    let hanging = scene.node.agent.backends("many")?;
+    ensure!(hanging.iter().all(|one| one.state == "unknown"), "{hanging:?}");
+    let running = processes("/hanging").len();
+    ensure!(running <= 8, "{running} of one service");
+    let seen = check::ask(&scene.node, "blocking", "10.96.0.21:80")?;
+    ensure!(seen.backend.as_deref() == Some("a"), "{seen:?}");
+    scene.node.agent.stop()
 }
 
 /// Nobody runs anything whom the administrator has not allowed to.

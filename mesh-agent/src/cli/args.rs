@@ -118,7 +118,14 @@ released when two audits in a row find it so.")]
     },
     /// Run what health checks name, for the agent that has started this
     #[command(hide = true)]
-    RunCommands,
+    RunCommands {
+        /// Only keeps one that does, as this user
+        #[arg(long, requires = "gid")]
+        uid: Option<u32>,
+        /// In this group
+        #[arg(long, requires = "uid")]
+        gid: Option<u32>,
+    },
     /// Write the manual pages, for those who pack this program
     #[command(hide = true)]
     Man {

@@ -102,8 +102,12 @@ fn execute(cli: Cli) -> Result<(), Failure> {
                 canary::connect(address).map_err(|error| Failure::failed(format!("{error:#}")))?;
             output::write(said.as_bytes())
         }
-        Command::RunCommands => {
-            commands::run().map_err(|error| Failure::failed(format!("{error:#}")))
+        Command::RunCommands { uid, gid } => {
+            let result = match uid.zip(gid) {
+                Some((uid, gid)) => commands::keep(uid, gid),
+                None => commands::run(),
+            };
+            result.map_err(|error| Failure::failed(format!("commands: {error:#}")))
         }
         Command::Man { directory } => manual(&directory),
         Command::Status => ask::status(socket, &output),

@@ -43,12 +43,15 @@ pub(super) fn run(
         None => Err("no user is named for them".to_owned()),
         Some(account) => Runner::start(account).map_err(|error| {
             format!(
-                "commands cannot be run as {}: {error}; give the agent CAP_SETUID and CAP_SETGID, or leave \
+                "commands cannot be run as {}: {error}; give the agent CAP_SETUID, CAP_SETGID and CAP_KILL, or leave \
                  `command-checks` out of the agent file",
                 account.name
             )
         }),
     };
+    if let (Err(why), Some(_)) = (&runner, &config.commands) {
+        tracing::error!("{why}");
+    }
     // Before there are other threads, each of which would keep what it has.
     let low = config.metrics.is_some_and(|listen| listen.port() < 1_024);
     let mut besides = if low { privileges::LOW_PORT } else { CapabilitySet::empty() };

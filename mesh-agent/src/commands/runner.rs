@@ -2,7 +2,8 @@
 //!
 //! A command has an end: at its timeout it is killed with its process group, and what it has left behind,
 //! in whatever group or session, comes to this process as its subreaper (prctl(2)), and is killed too. It
-//! cannot get more rights than its user has, whatever it executes (`PR_SET_NO_NEW_PRIVS`).
+//! cannot get more rights than its user has, whatever it executes (`PR_SET_NO_NEW_PRIVS`), and this process
+//! sees to it that it has none itself.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -15,22 +16,26 @@ use std::process::{ExitStatus, Stdio};
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use futures_util::{SinkExt as _, StreamExt as _};
 use rustix::process::{
-    DumpableBehavior, Pid, Resource, Rlimit, Signal, WaitOptions, getpid, kill_process,
-    kill_process_group, prlimit, set_child_subreaper, set_dumpable_behavior, setrlimit, waitpid,
+    DumpableBehavior, Pid, Resource, Rlimit, Signal, geteuid, getgroups, getpid, getrlimit,
+    kill_process, kill_process_group, prlimit, set_child_subreaper, set_dumpable_behavior,
+    setrlimit,
 };
-use rustix::thread::set_no_new_privs;
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, clear_ambient_capability_set, set_capabilities, set_no_new_privs,
+};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
 use tokio::sync::mpsc;
 use tokio::task::{JoinSet, LocalSet};
+use tokio::time::MissedTickBehavior;
 use tokio_util::codec::{FramedRead, FramedWrite, LinesCodec};
 
-use crate::dataplane::sys::inherited;
-
+use super::children;
 use super::wire::{Outcome, Reply, Request};
+use crate::dataplane::sys::inherited;
 
 /// Where programs are looked for by those that run.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -54,9 +59,14 @@ const KEPT: usize = 1_024;
 /// How long the last words may take once it has ended: they are in the pipe already.
 const LAST_WORDS: Duration = Duration::from_millis(20);
 
-/// How often what was left behind is looked for again, at the most, and after how long.
-const SWEEPS: usize = 16;
-const STEP: Duration = Duration::from_millis(1);
+/// How long one may take to end that was killed: one that waits for a device or a dead file system does not.
+const ENDING: Duration = Duration::from_secs(1);
+
+/// How many may be there at a time, with those.
+const MOST: usize = 2 * super::MOST;
+
+/// How often what was left behind is looked for while nothing ends.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What makes a command die before the agent, when memory is short.
 const OOM: &str = "500";
@@ -73,8 +83,10 @@ pub fn run() -> anyhow::Result<()> {
     // Nobody of the same user looks into this process, or speaks in its place.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     set_no_new_privs(true)?;
+    give_up_rights()?;
     set_child_subreaper(Some(getpid()))?;
     inherited::keep()?;
+    children::all().context("looking for children (CONFIG_PROC_CHILDREN)")?;
     for (resource, most) in LIMITS {
         limit(None, resource, most)?;
     }
@@ -83,9 +95,19 @@ pub fn run() -> anyhow::Result<()> {
     let running = Running::default();
     let result = runtime.block_on(LocalSet::new().run_until(serve(socket, Rc::clone(&running))));
     // Nobody waits for them any more.
-    running.borrow_mut().clear();
-    runtime.block_on(sweep(&running));
+    children::kill(|_| false);
     result.context("the socket of the agent")
+}
+
+/// Whoever started this may have left it some, also when it became another user.
+fn give_up_rights() -> anyhow::Result<()> {
+    clear_ambient_capability_set()?;
+    let none = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
+    if geteuid().is_root() || !getgroups()?.is_empty() {
+        bail!("commands do not run as root, nor in the groups of others; start the agent as root");
+    }
+    Ok(())
 }
 
 async fn serve(socket: UnixStream, running: Running) -> anyhow::Result<()> {
@@ -95,6 +117,8 @@ async fn serve(socket: UnixStream, running: Running) -> anyhow::Result<()> {
     let mut replies = FramedWrite::new(writer, LinesCodec::new());
     let (tell, mut told) = mpsc::unbounded_channel();
     let mut commands = JoinSet::new();
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             request = requests.next() => {
@@ -104,13 +128,14 @@ async fn serve(socket: UnixStream, running: Running) -> anyhow::Result<()> {
                 commands.spawn_local(async move {
                     let id = request.id;
                     let outcome = command(&request, &running).await;
-                    sweep(&running).await;
+                    sweep(&running);
                     // Nobody listens once this ends.
                     let _ = tell.send(Reply { id, outcome });
                 });
             }
             Some(reply) = told.recv() => replies.send(serde_json::to_string(&reply)?).await?,
             Some(_) = commands.join_next() => {}
+            _ = look.tick() => sweep(&running),
         }
     }
 }
@@ -125,6 +150,9 @@ async fn command(request: &Request, running: &Running) -> Outcome {
     command.env("MESH_SERVICE", service).env("MESH_ADDRESS", address.to_string());
     command.env("MESH_PORT", port.to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    if running.borrow().len() >= MOST {
+        return Outcome::Unmade("too many commands do not end, though they were killed".into());
+    }
     let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => return Outcome::Unmade(format!("{program} cannot be run: {error}")),
@@ -136,32 +164,33 @@ async fn command(request: &Request, running: &Running) -> Outcome {
     running.borrow_mut().insert(id.as_raw_pid());
     confine(id, *timeout);
 
-    let mut said = Vec::new();
-    let ended = {
-        let mut listening = std::pin::pin!(listen(stderr, &mut said));
-        let ending = async {
-            tokio::select! {
-                biased;
-                status = child.wait() => {
-                    // What it left behind may keep the pipe open.
-                    let _ = tokio::time::timeout(LAST_WORDS, listening).await;
-                    status
-                }
-                () = &mut listening => child.wait().await,
+    let said = Rc::new(RefCell::new(Vec::new()));
+    let listening = tokio::task::spawn_local(listen(stderr, Rc::clone(&said)));
+    let outcome = match tokio::time::timeout(*timeout, child.wait()).await {
+        Ok(Ok(status)) => {
+            // What it has left behind may keep the pipe open.
+            let _ = tokio::time::timeout(LAST_WORDS, listening).await;
+            match status.success() {
+                true => Outcome::Passed,
+                false => Outcome::Failed(with_words(&describe(status), &said.borrow())),
             }
-        };
-        tokio::time::timeout(*timeout, ending).await
-    };
-    let outcome = match ended {
-        Ok(Ok(status)) if status.success() => Outcome::Passed,
-        Ok(Ok(status)) => Outcome::Failed(with_words(&describe(status), &said)),
+        }
         Ok(Err(error)) => Outcome::Unmade(format!("{program}: {error}")),
         Err(_) => {
-            // It has not been waited for, so the number is its own.
+            listening.abort();
+            // It has not been waited for, so the number is its own; its group may be another.
             let _ = kill_process_group(id, Signal::KILL);
-            let _ = child.wait().await;
+            let _ = kill_process(id, Signal::KILL);
+            if tokio::time::timeout(ENDING, child.wait()).await.is_err() {
+                let running = Rc::clone(running);
+                tokio::task::spawn_local(async move {
+                    let _ = child.wait().await;
+                    running.borrow_mut().remove(&id.as_raw_pid());
+                });
+                return Outcome::Unmade(format!("{program} does not end, though it was killed"));
+            }
             let timeout = humantime::format_duration(*timeout);
-            Outcome::Failed(with_words(&format!("no end within {timeout}"), &said))
+            Outcome::Failed(with_words(&format!("no end within {timeout}"), &said.borrow()))
         }
     };
     running.borrow_mut().remove(&id.as_raw_pid());
@@ -176,8 +205,10 @@ fn confine(id: Pid, timeout: Duration) {
     let _ = fs::write(format!("/proc/{}/oom_score_adj", id.as_raw_pid()), OOM);
 }
 
-/// Lowers a limit, of this process or another.
+/// Lowers a limit, of this process or another. One that is lower already stays.
 fn limit(of: Option<Pid>, resource: Resource, most: u64) -> io::Result<()> {
+    // What this process has, those have that it starts.
+    let most = getrlimit(resource).maximum.map_or(most, |there| there.min(most));
     let lowered = Rlimit { current: Some(most), maximum: Some(most) };
     match of {
         None => setrlimit(resource, lowered)?,
@@ -187,9 +218,10 @@ fn limit(of: Option<Pid>, resource: Resource, most: u64) -> io::Result<()> {
 }
 
 /// Reads all that it says, so that it does not fail for want of a listener, and keeps the beginning.
-async fn listen(mut stderr: impl AsyncRead + Unpin, said: &mut Vec<u8>) {
+async fn listen(mut stderr: impl AsyncRead + Unpin, said: Rc<RefCell<Vec<u8>>>) {
     let mut part = [0; KEPT];
     while let Ok(many @ 1..) = stderr.read(&mut part).await {
+        let mut said = said.borrow_mut();
         let room = KEPT - said.len();
         said.extend(part.iter().take(many.min(room)));
     }
@@ -210,30 +242,7 @@ fn with_words(how: &str, said: &[u8]) -> String {
     }
 }
 
-/// Kills what ended commands have left behind. What those had started comes to this process in turn, so it
-/// is looked for again; the rest when the next command ends.
-async fn sweep(running: &Running) {
-    for _ in 0..SWEEPS {
-        let left: Vec<_> = {
-            let running = running.borrow();
-            children().into_iter().filter(|id| !running.contains(id)).collect()
-        };
-        if left.is_empty() {
-            return;
-        }
-        for id in left.into_iter().filter_map(Pid::from_raw) {
-            // A child that was not waited for keeps its number.
-            let _ = kill_process(id, Signal::KILL);
-            let _ = waitpid(Some(id), WaitOptions::NOHANG);
-        }
-        tokio::time::sleep(STEP).await;
-    }
-}
-
-/// The children of this process.
-fn children() -> Vec<i32> {
-    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    let ids = |list: String| list.split_whitespace().filter_map(|id| id.parse().ok()).collect();
-    lists.flat_map::<Vec<i32>, _>(ids).collect()
+/// Kills what ended commands have left behind, and not what belongs to the group of one that runs.
+fn sweep(running: &Running) {
+    children::kill(|id| running.borrow().contains(&id));
 }

@@ -79,23 +79,22 @@ pub(super) fn rows(
 /// it is than the threshold, in per cent by weight: so few could not bear what comes to all. What drains
 /// does so on purpose, and what another service's checks found is that one's business.
 fn with_failing<'f>(found: &'f [Found], members: &[usize], threshold: u8) -> Cow<'f, [Found]> {
-    let state = |&&i: &&usize| found[i].condition.state;
-    let sum = |of: &dyn Fn(State) -> bool| -> u64 {
-        let some = members.iter().filter(|i| of(state(i)));
+    let sum = |of: &dyn Fn(Condition) -> bool| -> u64 {
+        let some = members.iter().filter(|&&i| of(found[i].condition));
         some.map(|&i| u64::from(found[i].backend.weight)).sum()
     };
-    let (all, usable) = (sum(&|state| state != State::Draining), sum(&|state| state.is_usable()));
-    if usable * 100 >= u64::from(threshold) * all {
+    let all = sum(&|condition| condition.state != State::Draining);
+    let fails =
+        |&i: &usize| found[i].condition.state == State::Unhealthy && found[i].group != FALLBACK;
+    let suffices = sum(&serves) * 100 >= u64::from(threshold) * all;
+    if suffices || !members.iter().any(fails) {
         return Cow::Borrowed(found);
     }
-    let mut found = found.to_vec();
-    for &i in members {
-        let Found { condition, group, .. } = &mut found[i];
-        if condition.state == State::Unhealthy && *group != FALLBACK {
-            condition.state = State::Unknown;
-        }
+    let mut taken = found.to_vec();
+    for &i in members.iter().filter(|i| fails(i)) {
+        taken[i].condition.state = State::Unknown;
     }
-    Cow::Owned(found)
+    Cow::Owned(taken)
 }
 
 /// With its own weight.

@@ -79,6 +79,16 @@ fn policy(node: &Node, problems: &mut Problems) -> Option<EjectionPolicy> {
         Some(node) => integer(node, "samples", SAMPLES, problems),
         None => Some(default.samples),
     };
+    if failures == Some(1)
+        && let Some(key) =
+            ["failure-rate", "samples"].into_iter().find(|key| fields.get(key).is_some())
+    {
+        let default = if fields.get("failures").is_none() { ", the default" } else { "" };
+        problems.add(
+            fields.key_at(key),
+            format!("`{key}` says nothing with `failures: 1`{default}: one failure is enough"),
+        );
+    }
     let (base, max) = (base?, max?);
     if max < base {
         shorter(&fields, base, max, problems);

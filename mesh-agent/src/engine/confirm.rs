@@ -157,7 +157,7 @@ impl Engine {
             detail: "out for all clients: the agent's own connect failed as well".to_owned(),
             ..journal::event("ejected", SystemTime::now())
         });
-        self.end_waiting_at(&service, address);
+        self.end_waiting(&service, address);
         self.reconsider(vec![(service, None)]);
     }
 

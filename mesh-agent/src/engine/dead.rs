@@ -191,11 +191,12 @@ impl Engine {
             let known = health.endpoints.get(address).filter(|_| is_meant);
             known.is_some_and(|known| known.life == watch.life && known.state == State::Unhealthy)
         });
-        let mut due = BTreeMap::<ServiceName, HashMap<SocketAddr, Ending>>::new();
+        let mut due = BTreeMap::<ServiceName, HashMap<SocketAddr, (Ending, Instant)>>::new();
         for ((service, address), watch) in &mut self.dead.endpoints {
             if watch.next <= now {
                 watch.next = now + step(watch.ending);
-                due.entry(service.clone()).or_default().insert(*address, watch.ending);
+                let entry = due.entry(service.clone()).or_default();
+                entry.insert(*address, (watch.ending, watch.since));
             }
         }
         let (mut lives, mut gone) = (HashMap::<Life, Ending>::new(), Vec::new());
@@ -204,13 +205,14 @@ impl Engine {
                 let own = name == service;
                 for (key, id) in self.reconciler.backends(&name) {
                     let ending = addresses.get(&key.address);
-                    let Some(&ending) = ending.filter(|_| key.protocol == Protocol::Tcp) else {
-                        continue;
-                    };
-                    // Who falls back there says itself what becomes of its connections.
+                    let ending = ending.filter(|_| key.protocol == Protocol::Tcp);
+                    let Some(&(ending, since)) = ending else { continue };
+                    // Who falls back there says itself what becomes of its connections, and when.
                     let ending = if own { ending } else { self.ending_of(&name) };
-                    if ending == Ending::Never {
-                        continue;
+                    match ending {
+                        Ending::Never => continue,
+                        Ending::All(after) if now < since + after => continue,
+                        Ending::All(_) | Ending::Silent(_) => {}
                     }
                     let Some(backend) = self.reconciler.maps().backend(id) else { continue };
                     // While it is used for want of any better one, the checks are the likelier culprit.

@@ -30,7 +30,7 @@ impl Engine {
                 tracing::info!(%service, endpoint = %address, state = state.name(), "{reason}");
                 self.journal.push(observed::checked(&service, address, state, &reason));
                 if state == State::Unhealthy {
-                    self.end_waiting_at(&service, address);
+                    self.end_waiting(&service, address);
                 }
                 if was_unhealthy && state == State::Healthy {
                     well.entry(service.clone()).or_default().insert(address);

@@ -57,7 +57,7 @@ impl Engine {
                 let place = self.backend_at(&observed);
                 let owner = self.reconciler.owner(&observed.event.frontend).cloned();
                 if let Some((service, address)) = owner.zip(place) {
-                    self.end_waiting_at(&service, address);
+                    self.end_waiting(&service, address);
                 }
             }
             self.note_suspect(observed);

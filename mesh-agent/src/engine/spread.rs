@@ -148,6 +148,7 @@ impl Engine {
             let service = &entry.service;
             let matters = service.locality.is_some()
                 || service.slow_start.is_some()
+                || service.panic_threshold > 0
                 || service.fallback_service.is_some()
                 || service.endpoints.iter().any(|endpoint| endpoint.priority > 0);
             if !matters {

@@ -6,15 +6,14 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_common::Protocol;
+use mesh_common::{Backend, Client, Protocol, State};
 use tokio::sync::mpsc;
 use tokio::task::JoinError;
 use tokio::time::Instant;
 
-use super::Engine;
 use super::ending::{self, Ended, Life};
+use super::{Engine, out};
 use crate::audit::sockets::Socket;
-use crate::compile::BackendKey;
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::reconcile::LetGo;
 use crate::model::ServiceName;
@@ -28,6 +27,9 @@ const STEP: Duration = Duration::from_millis(1_300);
 
 /// How often it is looked for them, for each endpoint.
 const LOOKS: u32 = 3;
+
+/// So much passes at least between two looks, each of which goes over all records and sockets.
+const APART: Duration = Duration::from_millis(200);
 
 /// What is to be done now, or was done.
 #[derive(Debug)]
@@ -44,6 +46,8 @@ pub(super) struct Waiting {
     /// The next look at each, and how many there are to come.
     looks: BTreeMap<Life, (LetGo, Instant, u32)>,
     is_looking: bool,
+    /// No look before.
+    rests: Instant,
     sender: mpsc::UnboundedSender<Next>,
     receiver: mpsc::UnboundedReceiver<Next>,
 }
@@ -51,7 +55,8 @@ pub(super) struct Waiting {
 impl Waiting {
     pub(super) fn new() -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
-        Self { looks: BTreeMap::new(), is_looking: false, sender, receiver }
+        let rests = Instant::now();
+        Self { looks: BTreeMap::new(), is_looking: false, rests, sender, receiver }
     }
 
     /// Waits until there is something to do.
@@ -59,7 +64,7 @@ impl Waiting {
         let first = self.looks.values().map(|(_, at, _)| *at).min();
         let due = async {
             match first.filter(|_| !self.is_looking) {
-                Some(at) => tokio::time::sleep_until(at).await,
+                Some(at) => tokio::time::sleep_until(at.max(self.rests)).await,
                 None => std::future::pending().await,
             }
         };
@@ -71,26 +76,38 @@ impl Waiting {
 }
 
 impl Engine {
-    /// A backend is out for all, or its checks fail: who waits for it is told, if its service says so.
-    pub(super) fn end_waiting(&mut self, service: &ServiceName, key: BackendKey, id: u32) {
-        let entry = self.catalog.get(service.as_str());
-        let asks = entry.is_some_and(|entry| entry.service.end_waiting);
-        if !asks || key.protocol != Protocol::Tcp {
-            return;
+    /// An endpoint is out for all, or its checks fail: who waits for it is told, of its service and of those that
+    /// fall back to it, if they say so.
+    pub(super) fn end_waiting(&mut self, service: &ServiceName, address: SocketAddr) {
+        for name in self.holders(service) {
+            let own = name == *service;
+            if !self.ends_waiting(&name) || !own && self.defines(&name, address) {
+                continue;
+            }
+            for (key, id) in self.reconciler.backends(&name) {
+                let is_meant = key.address == address && key.protocol == Protocol::Tcp;
+                let backend = self.reconciler.maps().backend(id).filter(|_| is_meant);
+                let Some(Backend { generation, .. }) = backend else { continue };
+                let gone = LetGo { service: name.clone(), key, id, generation };
+                self.awaited.looks.insert((id, generation), (gone, Instant::now(), LOOKS));
+            }
         }
-        let Some(backend) = self.reconciler.maps().backend(id) else { return };
-        let generation = backend.generation;
-        let gone = LetGo { service: service.clone(), key, id, generation };
-        self.awaited.looks.insert((id, generation), (gone, Instant::now(), LOOKS));
     }
 
-    /// The same for the backends of an endpoint.
-    pub(super) fn end_waiting_at(&mut self, service: &ServiceName, address: SocketAddr) {
-        let backends = self.reconciler.backends(service);
-        let there: Vec<_> = backends.filter(|(key, _)| key.address == address).collect();
-        for (key, id) in there {
-            self.end_waiting(service, key, id);
-        }
+    fn ends_waiting(&self, service: &ServiceName) -> bool {
+        let entry = self.catalog.get(service.as_str());
+        entry.is_some_and(|entry| entry.service.end_waiting)
+    }
+
+    /// Whether nobody is led to a backend any more: not when its checks fail, but it is used for want of any
+    /// better one, nor when it is back.
+    fn is_left(&self, gone: &LetGo) -> bool {
+        let maps = self.reconciler.maps();
+        let backend = maps.backend(gone.id).filter(|there| there.generation == gone.generation);
+        backend.is_some_and(|backend| {
+            let fails = backend.marks.state() == State::Unhealthy && !backend.marks.is_listed();
+            fails || out::is_out(maps.counts(gone.id).ejection, Client::NOBODY)
+        })
     }
 
     /// Looks for connects that wait, or tells what was ended.
@@ -114,14 +131,17 @@ impl Engine {
 
     fn look_for_waiting(&mut self) {
         let now = Instant::now();
+        let mut looks = std::mem::take(&mut self.awaited.looks);
+        looks.retain(|_, (gone, ..)| self.ends_waiting(&gone.service) && self.is_left(gone));
         let mut gone = Vec::new();
-        self.awaited.looks.retain(|_, (backend, at, left)| {
+        looks.retain(|_, (backend, at, left)| {
             if *at <= now {
                 gone.push(backend.clone());
                 (*at, *left) = (now + STEP, *left - 1);
             }
             *left > 0
         });
+        (self.awaited.looks, self.awaited.rests) = (looks, now + APART);
         if gone.is_empty() {
             return;
         }
@@ -140,8 +160,8 @@ impl Engine {
     }
 }
 
-/// Whether a connect waits that has not been answered for a second: one that tries whether the endpoint is back
-/// is not meant, which begins when it has been out for a while.
+/// Whether a connect waits that has not been answered for a second. It may be one that tries whether the endpoint
+/// is back: then that is not, and nobody has to wait for longer.
 fn waits(socket: &Socket) -> bool {
     socket.state == SYN_SENT && socket.retransmits > 0
 }

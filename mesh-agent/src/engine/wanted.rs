@@ -122,6 +122,7 @@ impl Engine {
         // Without ejection nothing is out, whatever is left of it.
         let matters = service.ejection.is_some()
             && (service.locality.is_some()
+                || service.panic_threshold > 0
                 || behind.is_some()
                 || service.endpoints.iter().any(|endpoint| endpoint.priority > 0));
         let out: HashSet<SocketAddr> = match matters {

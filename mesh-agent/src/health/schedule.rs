@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use mesh_common::State;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::time::{DelayQueue, delay_queue};
@@ -23,13 +23,16 @@ use super::probe::{Failure, Probe};
 use super::state::Checked;
 use super::tally::Tally;
 use super::{Finding, Order, Plan, Verdict};
-use crate::commands::Commands;
+use crate::commands::{self, Commands};
 use crate::model::{HealthPolicy, Pace, ServiceName};
 
 /// One service may have this share of all checks that run: one in so many.
 const SHARE: usize = 4;
 
-/// Trouble is over when there was none for so long, and for two intervals.
+/// A command that has waited for so long could not be run.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Trouble is over when there was none for so long, and for two intervals, and checks were made meanwhile.
 const TROUBLE: Duration = Duration::from_secs(5);
 
 /// Checks that would come together, since their endpoints do, are spread over this.
@@ -80,6 +83,8 @@ struct Permits {
     connections: Arc<Semaphore>,
     /// To talk over it, by weight. Waited for with a connection, and never the other way round.
     talks: Arc<Semaphore>,
+    /// To have a program run, instead of a connection.
+    commands: Arc<Semaphore>,
 }
 
 struct Target {
@@ -110,11 +115,21 @@ pub(super) struct Schedule {
     probes: JoinSet<Outcome>,
     permits: Permits,
     permits_of_one: usize,
-    /// Services of which checks cannot be made, and when that will be over.
-    trouble: BTreeMap<ServiceName, Instant>,
+    /// Services of which checks cannot be made.
+    trouble: BTreeMap<ServiceName, Trouble>,
     findings: mpsc::UnboundedSender<Finding>,
     tally: Arc<Tally>,
     commands: Commands,
+}
+
+/// Checks of a service cannot be made.
+struct Trouble {
+    /// When it may be over.
+    until: Instant,
+    /// How long after the last one that could not be made.
+    after: Duration,
+    /// Whether one was made since.
+    is_made: bool,
 }
 
 /// When the next of those may come that come as soon as they can.
@@ -145,9 +160,27 @@ impl Turn {
 // === impl Permits ===
 
 impl Permits {
-    fn new(many: usize) -> Self {
-        let semaphore = || Arc::new(Semaphore::new(many));
-        Self { connections: semaphore(), talks: semaphore() }
+    fn new(many: usize, commands: usize) -> Self {
+        let semaphore = |many| Arc::new(Semaphore::new(many));
+        Self { connections: semaphore(many), talks: semaphore(many), commands: semaphore(commands) }
+    }
+
+    /// Waits for a turn, of one service and of all. What holds up connections does not keep one waiting for
+    /// long; a program that does not end may.
+    async fn turn(own: &Self, all: &Self, is_command: bool) -> Result<impl Sized + use<>, Failure> {
+        let [own, all] = [own, all].map(|permits| {
+            Arc::clone(if is_command { &permits.commands } else { &permits.connections })
+        });
+        let turn = async move { (own.acquire_owned().await, all.acquire_owned().await) };
+        if !is_command {
+            return Ok(turn.await);
+        }
+        tokio::time::timeout(PATIENCE, turn).await.map_err(|_| {
+            let patience = PATIENCE.as_secs();
+            Failure::Local(format!(
+                "there was no turn for {patience} s: so many others run, or do not end"
+            ))
+        })
     }
 }
 
@@ -211,7 +244,7 @@ impl Schedule {
             queue: DelayQueue::new(),
             soon: Soon(began),
             probes: JoinSet::new(),
-            permits: Permits::new(concurrency.max(Probe::HEAVIEST)),
+            permits: Permits::new(concurrency.max(Probe::HEAVIEST), commands::MOST),
             permits_of_one: (concurrency / SHARE).max(Probe::HEAVIEST),
             trouble: BTreeMap::new(),
             findings,
@@ -238,26 +271,26 @@ impl Schedule {
                     let at = due.deadline();
                     self.start(due.into_inner(), at);
                 }
-                Some(outcome) = self.probes.join_next() => match outcome {
-                    Ok(outcome) => self.take(outcome),
+                Some(outcome) = self.probes.join_next_with_id() => match outcome {
+                    Ok((id, outcome)) => self.take(id, outcome),
                     Err(error) if error.is_cancelled() => {}
                     // A check that panicked would never be due again: end, and be noticed.
                     Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
                 // Some checks may go well while others cannot be made: it is over when none failed
                 // for a while.
-                () = until(self.trouble.values().min().copied()) => self.end_trouble(Instant::now()),
+                () = until(self.trouble.values().map(|trouble| trouble.until).min()) => self.end_trouble(Instant::now()),
             }
         }
     }
 
     fn follow(&mut self, name: &ServiceName, plan: Plan) {
         let Plan { policy, targets } = plan;
-        let Self { services, queue, soon, permits_of_one, commands, .. } = self;
+        let Self { services, queue, soon, permits_of_one, commands: runner, .. } = self;
         let service = services.entry(name.clone()).or_insert_with(|| Service {
             policy: policy.clone(),
-            probe: Probe::new(&policy.check, name, commands),
-            permits: Permits::new(*permits_of_one),
+            probe: Probe::new(&policy.check, name, runner),
+            permits: Permits::new(*permits_of_one, commands::MOST / SHARE),
             targets: HashMap::new(),
         });
         service.targets.retain(|address, target| {
@@ -271,7 +304,7 @@ impl Schedule {
             // What was planned by the old interval may be far away.
             service.hasten(queue, soon);
             if service.policy.check != policy.check {
-                service.probe = Probe::new(&policy.check, name, commands);
+                service.probe = Probe::new(&policy.check, name, runner);
                 // What the former kind of check has said does not hold for this one, nor what one of it will
                 // say that is under way.
                 for (address, target) in &mut service.targets {
@@ -293,7 +326,12 @@ impl Schedule {
                 Target { checked, said: None, life: life.number, turn }
             });
         }
+        let is_other = service.policy.check != policy.check;
         service.policy = policy;
+        if is_other {
+            // What is in the way of the former kind may not be in that of this one.
+            self.end_trouble_of(name);
+        }
     }
 
     fn forget(&mut self, service: &ServiceName) {
@@ -326,30 +364,34 @@ impl Schedule {
         let mut address = due.address;
         address.set_port(service.policy.port.unwrap_or(address.port()));
         target.turn = Turn::Running(self.probes.spawn(async move {
-            let connections = [&own, &all].map(|permits| Arc::clone(&permits.connections));
-            let [own_one, one] = connections;
-            let _connected = (own_one.acquire_owned().await, one.acquire_owned().await);
+            let admitted = Permits::turn(&own, &all, probe.is_command()).await;
             let started = Instant::now();
+            let delay = started.saturating_duration_since(at);
+            let _admitted = match admitted {
+                Ok(admitted) => admitted,
+                Err(failure) => return Outcome { due, life, started, delay, result: Err(failure) },
+            };
             let weight = probe.weight().unwrap_or(0);
             // An endpoint that answers nothing holds up nobody's talks.
             let turn = async {
                 (own.talks.acquire_many(weight).await, all.talks.acquire_many(weight).await)
             };
             let result = probe.run(address, timeout, turn).await;
-            Outcome { due, life, started, delay: started.saturating_duration_since(at), result }
+            Outcome { due, life, started, delay, result }
         }));
     }
 
-    fn take(&mut self, outcome: Outcome) {
+    fn take(&mut self, id: Id, outcome: Outcome) {
         let Outcome { due, life, started, delay, result } = outcome;
         self.tally.note(&result, delay);
         let Self { services, used, queue, began, .. } = self;
         let Some(service) = services.get_mut(&due.service) else { return };
         let Service { policy, targets, .. } = service;
-        let Some(target) = targets.get_mut(&due.address).filter(|target| target.life == life)
-        else {
-            return;
+        // Another check may be planned instead by now: it was over when it was to be given up.
+        let is_this = |target: &&mut Target| {
+            target.life == life && matches!(&target.turn, Turn::Running(task) if task.id() == id)
         };
+        let Some(target) = targets.get_mut(&due.address).filter(is_this) else { return };
         let range = if target.said.is_none() { SECOND } else { LATER };
         let told = match result {
             Ok(()) => Ok(target.take(Ok(()), started - *began, policy)),
@@ -360,6 +402,11 @@ impl Schedule {
         let pause = pause(policy, used.contains(&due.service), target.checked);
         let next = slot(*began, started + pause.mul_f64(factor));
         target.turn = Turn::Queued(queue.insert_at(due.clone(), next));
+        if told.is_ok()
+            && let Some(trouble) = self.trouble.get_mut(&due.service)
+        {
+            trouble.is_made = true;
+        }
         match told {
             Ok(None) => {}
             Ok(Some((state, reason))) => {
@@ -368,8 +415,10 @@ impl Schedule {
                 report(&self.findings, Finding::Verdict(verdict));
             }
             Err(error) => {
-                let over = Instant::now() + TROUBLE.max(2 * pause);
-                if self.trouble.insert(due.service.clone(), over).is_none() {
+                let after = TROUBLE.max(2 * pause);
+                let until = Instant::now() + after;
+                let trouble = Trouble { until, after, is_made: false };
+                if self.trouble.insert(due.service.clone(), trouble).is_none() {
                     report(&self.findings, Finding::Trouble(due.service, Some(error)));
                 }
             }
@@ -377,8 +426,15 @@ impl Schedule {
     }
 
     fn end_trouble(&mut self, now: Instant) {
-        let over = self.trouble.iter().filter(|(_, over)| **over <= now);
-        for service in over.map(|(service, _)| service.clone()).collect::<Vec<_>>() {
+        let mut over = Vec::new();
+        for (service, trouble) in self.trouble.iter_mut().filter(|(_, one)| one.until <= now) {
+            match trouble.is_made {
+                true => over.push(service.clone()),
+                // Nothing is known yet.
+                false => trouble.until = now + trouble.after,
+            }
+        }
+        for service in over {
             self.end_trouble_of(&service);
         }
     }

@@ -217,4 +217,7 @@ fn too_few_usable_ones_are_not_left_alone() {
     let other = Service { name: ServiceName::new("other"), ..service(&[]) };
     let ends = [far(1, DOWN), far(100, UP), far(101, DOWN)];
     assert_eq!(weights(&behind, Some(&other), &ends, 0), (Ok(vec![(100, 100)]), FALLBACK));
+    // What the kernel has out serves nobody.
+    let out = Condition { is_out: true, ..UP };
+    assert_eq!(of(&app, [UP, out, DOWN, DOWN]), Ok(vec![1, 2, 3, 4]));
 }

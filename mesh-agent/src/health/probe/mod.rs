@@ -72,6 +72,12 @@ impl Probe {
         }
     }
 
+    /// Whether it has a program run.
+    #[must_use]
+    pub const fn is_command(&self) -> bool {
+        matches!(self, Self::Command(..))
+    }
+
     /// For such checks of a service; `commands` has them run that are programs.
     #[must_use]
     pub fn new(check: &HealthCheck, service: &ServiceName, commands: &Commands) -> Self {
