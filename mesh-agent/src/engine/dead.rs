@@ -7,12 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mesh_common::{Protocol, State};
-use tokio::sync::mpsc;
-use tokio::task::JoinError;
 use tokio::time::Instant;
 
 use super::Engine;
-use super::ending::{self, Ended, Life};
+use super::ending::{Ended, Life, Looks, Next};
 use super::wanted::Health;
 use crate::audit::sockets::Socket;
 use crate::dataplane::maps::Maps as _;
@@ -28,24 +26,13 @@ const PARTS: u32 = 4;
 /// What was not seen for so long is forgotten: longer than any two looks are apart.
 const FORGET: Duration = Duration::from_secs(1_200);
 
-/// What is to be done now, or was done.
-#[derive(Debug)]
-pub(super) enum Next {
-    /// It is time to look.
-    Due,
-    /// A look is over.
-    Looked(Ended),
-}
-
 /// Unhealthy endpoints whose connections will be ended.
 #[derive(Debug)]
 pub(super) struct Dead {
     endpoints: BTreeMap<(ServiceName, SocketAddr), Watch>,
     /// Connections that waited for an acknowledgement at the last look, by cookie.
     waiting: Arc<Mutex<HashMap<u64, Waiting>>>,
-    is_looking: bool,
-    sender: mpsc::UnboundedSender<Next>,
-    receiver: mpsc::UnboundedReceiver<Next>,
+    looks: Looks,
 }
 
 /// An endpoint that is watched.
@@ -95,9 +82,7 @@ impl Waiting {
 
 impl Dead {
     pub(super) fn new() -> Self {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let (endpoints, waiting) = (BTreeMap::new(), Arc::default());
-        Self { endpoints, waiting, is_looking: false, sender, receiver }
+        Self { endpoints: BTreeMap::new(), waiting: Arc::default(), looks: Looks::new() }
     }
 
     /// Follows what the checks say of an endpoint, and which connections its service wants ended.
@@ -130,16 +115,7 @@ impl Dead {
     /// Waits until there is something to do.
     pub(super) async fn next(&mut self) -> Next {
         let first = self.endpoints.values().map(|watch| watch.next).min();
-        let due = async {
-            match first.filter(|_| !self.is_looking) {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            Some(next) = self.receiver.recv() => next,
-            () = due => Next::Due,
-        }
+        self.looks.next(first).await
     }
 }
 
@@ -149,7 +125,6 @@ impl Engine {
         match next {
             Next::Due => self.look_at_dead(),
             Next::Looked(Ended { counts, problems }) => {
-                self.dead.is_looking = false;
                 for (backend, count) in counts {
                     self.tell_ended(&backend, count, "an unhealthy endpoint");
                 }
@@ -229,31 +204,19 @@ impl Engine {
         if gone.is_empty() {
             return;
         }
-        self.dead.is_looking = true;
-        let (auditor, tell) = (self.auditor.clone(), self.dead.sender.clone());
         let waiting = Arc::clone(&self.dead.waiting);
-        tokio::spawn(async move {
-            let known = Arc::clone(&waiting);
-            let choose = move |life: Life, socket: &Socket| match lives.get(&life) {
-                Some(Ending::All(_)) => true,
-                Some(ending @ Ending::Silent(after)) => {
-                    waits(&known, socket, *after, step(*ending))
-                }
-                Some(Ending::Never) | None => false,
-            };
-            let ended = tokio::spawn(ending::end(auditor, gone, choose)).await;
-            // Of connections that are gone nothing is remembered for longer than any is waited for.
+        let known = Arc::clone(&waiting);
+        let choose = move |life: Life, socket: &Socket| match lives.get(&life) {
+            Some(Ending::All(_)) => true,
+            Some(ending @ Ending::Silent(after)) => waits(&known, socket, *after, step(*ending)),
+            Some(Ending::Never) | None => false,
+        };
+        // Of connections that are gone nothing is remembered for longer than any is waited for.
+        let forget = move || {
             let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
             waiting.retain(|_, one| one.seen + FORGET > now);
-            drop(waiting);
-            // A look that fails is followed by others all the same.
-            let failed = |error: JoinError| {
-                let problems = vec![error.to_string()];
-                Ended { problems, ..Ended::default() }
-            };
-            // Nobody listens once the agent stops.
-            let _ = tell.send(Next::Looked(ended.unwrap_or_else(failed)));
-        });
+        };
+        self.dead.looks.begin(self.auditor.clone(), gone, choose, forget);
     }
 }
 

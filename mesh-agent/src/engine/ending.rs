@@ -8,6 +8,9 @@ use std::sync::mpsc;
 use std::time::SystemTime;
 
 use mesh_common::{Held, Protocol};
+use tokio::sync::mpsc as channel;
+use tokio::task::JoinError;
+use tokio::time::Instant;
 
 use super::{Engine, journal};
 use crate::api::types::Event;
@@ -29,6 +32,70 @@ pub(super) struct Ended {
     pub(super) counts: Vec<(LetGo, usize)>,
     /// What could not be done, and why.
     pub(super) problems: Vec<String>,
+}
+
+/// Looks at connections that are to be ended, one at a time.
+#[derive(Debug)]
+pub(super) struct Looks {
+    is_looking: bool,
+    sender: channel::UnboundedSender<Ended>,
+    receiver: channel::UnboundedReceiver<Ended>,
+}
+
+/// What is to be done now, or was done.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// It is time to look.
+    Due,
+    /// A look is over.
+    Looked(Ended),
+}
+
+impl Looks {
+    pub(super) fn new() -> Self {
+        let (sender, receiver) = channel::unbounded_channel();
+        Self { is_looking: false, sender, receiver }
+    }
+
+    /// Waits for the end of a look, or, while there is none, for this moment.
+    pub(super) async fn next(&mut self, first: Option<Instant>) -> Next {
+        let due = async {
+            match first.filter(|_| !self.is_looking) {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(ended) = self.receiver.recv() => {
+                self.is_looking = false;
+                Next::Looked(ended)
+            }
+            () = due => Next::Due,
+        }
+    }
+
+    /// Begins one: [`end`], and then `after`.
+    pub(super) fn begin(
+        &mut self,
+        auditor: Auditor,
+        gone: Vec<LetGo>,
+        choose: impl FnMut(Life, &Socket) -> bool + Send + 'static,
+        after: impl FnOnce() + Send + 'static,
+    ) {
+        self.is_looking = true;
+        let tell = self.sender.clone();
+        tokio::spawn(async move {
+            let ended = tokio::spawn(end(auditor, gone, choose)).await;
+            after();
+            // A look that fails is followed by others all the same.
+            let failed = |error: JoinError| {
+                let problems = vec![error.to_string()];
+                Ended { problems, ..Ended::default() }
+            };
+            // Nobody listens once the agent stops.
+            let _ = tell.send(ended.unwrap_or_else(failed));
+        });
+    }
 }
 
 /// Ends those connections of these backends that `choose` is for; it may be asked about each a second time

@@ -7,11 +7,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_common::{Backend, Client, Protocol, State};
-use tokio::sync::mpsc;
-use tokio::task::JoinError;
 use tokio::time::Instant;
 
-use super::ending::{self, Ended, Life};
+use super::ending::{Ended, Life, Looks, Next};
 use super::{Engine, out};
 use crate::audit::sockets::Socket;
 use crate::dataplane::maps::Maps as _;
@@ -31,47 +29,25 @@ const LOOKS: u32 = 3;
 /// So much passes at least between two looks, each of which goes over all records and sockets.
 const APART: Duration = Duration::from_millis(200);
 
-/// What is to be done now, or was done.
-#[derive(Debug)]
-pub(super) enum Next {
-    /// It is time to look.
-    Due,
-    /// A look is over.
-    Looked(Ended),
-}
-
 /// Endpoints for which nobody has to wait any more.
 #[derive(Debug)]
 pub(super) struct Waiting {
     /// The next look at each, and how many there are to come.
-    looks: BTreeMap<Life, (LetGo, Instant, u32)>,
-    is_looking: bool,
+    endpoints: BTreeMap<Life, (LetGo, Instant, u32)>,
     /// No look before.
     rests: Instant,
-    sender: mpsc::UnboundedSender<Next>,
-    receiver: mpsc::UnboundedReceiver<Next>,
+    looks: Looks,
 }
 
 impl Waiting {
     pub(super) fn new() -> Self {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let rests = Instant::now();
-        Self { looks: BTreeMap::new(), is_looking: false, rests, sender, receiver }
+        Self { endpoints: BTreeMap::new(), rests: Instant::now(), looks: Looks::new() }
     }
 
     /// Waits until there is something to do.
     pub(super) async fn next(&mut self) -> Next {
-        let first = self.looks.values().map(|(_, at, _)| *at).min();
-        let due = async {
-            match first.filter(|_| !self.is_looking) {
-                Some(at) => tokio::time::sleep_until(at.max(self.rests)).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            Some(next) = self.receiver.recv() => next,
-            () = due => Next::Due,
-        }
+        let first = self.endpoints.values().map(|(_, at, _)| *at).min();
+        self.looks.next(first.map(|at| at.max(self.rests))).await
     }
 }
 
@@ -89,7 +65,7 @@ impl Engine {
                 let backend = self.reconciler.maps().backend(id).filter(|_| is_meant);
                 let Some(Backend { generation, .. }) = backend else { continue };
                 let gone = LetGo { service: name.clone(), key, id, generation };
-                self.awaited.looks.insert((id, generation), (gone, Instant::now(), LOOKS));
+                self.awaited.endpoints.insert((id, generation), (gone, Instant::now(), LOOKS));
             }
         }
     }
@@ -115,7 +91,6 @@ impl Engine {
         match next {
             Next::Due => self.look_for_waiting(),
             Next::Looked(Ended { counts, problems }) => {
-                self.awaited.is_looking = false;
                 for (backend, count) in counts {
                     self.tell_ended(&backend, count, "a dead endpoint that still waited");
                 }
@@ -131,32 +106,22 @@ impl Engine {
 
     fn look_for_waiting(&mut self) {
         let now = Instant::now();
-        let mut looks = std::mem::take(&mut self.awaited.looks);
-        looks.retain(|_, (gone, ..)| self.ends_waiting(&gone.service) && self.is_left(gone));
+        let mut endpoints = std::mem::take(&mut self.awaited.endpoints);
+        endpoints.retain(|_, (gone, ..)| self.ends_waiting(&gone.service) && self.is_left(gone));
         let mut gone = Vec::new();
-        looks.retain(|_, (backend, at, left)| {
+        endpoints.retain(|_, (backend, at, left)| {
             if *at <= now {
                 gone.push(backend.clone());
                 (*at, *left) = (now + STEP, *left - 1);
             }
             *left > 0
         });
-        (self.awaited.looks, self.awaited.rests) = (looks, now + APART);
+        (self.awaited.endpoints, self.awaited.rests) = (endpoints, now + APART);
         if gone.is_empty() {
             return;
         }
-        self.awaited.is_looking = true;
-        let (auditor, tell) = (self.auditor.clone(), self.awaited.sender.clone());
-        tokio::spawn(async move {
-            let ended = tokio::spawn(ending::end(auditor, gone, |_, socket| waits(socket))).await;
-            // A look that fails is followed by others all the same.
-            let failed = |error: JoinError| {
-                let problems = vec![error.to_string()];
-                Ended { problems, ..Ended::default() }
-            };
-            // Nobody listens once the agent stops.
-            let _ = tell.send(Next::Looked(ended.unwrap_or_else(failed)));
-        });
+        let choose = |_: Life, socket: &Socket| waits(socket);
+        self.awaited.looks.begin(self.auditor.clone(), gone, choose, || {});
     }
 }
 
