@@ -88,6 +88,15 @@ impl Figure {
         Self { of: Of::Other(name), value, bound: Bound::None }
     }
 
+    /// The same, where recovery may take so much longer.
+    #[must_use]
+    pub fn late(mut self, late: Duration) -> Self {
+        if let (Of::Back, Bound::Most(Value::Seconds(most))) = (&self.of, &mut self.bound) {
+            *most += late.as_secs_f64();
+        }
+        self
+    }
+
     /// Whether it is what it may be.
     #[must_use]
     pub fn holds(&self) -> bool {

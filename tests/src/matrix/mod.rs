@@ -22,10 +22,11 @@ pub mod targets;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use bounds::LATE;
 use figure::{Figure, worst};
 use rows::Row;
 
@@ -38,6 +39,9 @@ pub struct Size {
     pub times: u32,
     /// How many of these are run at a time, each on a node of its own.
     pub at_once: usize,
+    /// How much longer recovery may take than is aimed at: when so many rows are run at a time, the machine is
+    /// busy. All other times have this in their bounds.
+    pub late: Duration,
 }
 
 /// What came of a row.
@@ -66,10 +70,10 @@ pub enum Told<'r> {
 
 impl Size {
     /// With as many connects as make one in a million noticed.
-    pub const FULL: Self = Self { connects: 1_000_000, times: 3, at_once: 3 };
+    pub const FULL: Self = Self { connects: 1_000_000, times: 3, at_once: 3, late: Duration::ZERO };
 
     /// In little more than a minute. A row needs a quarter of a processor.
-    pub const SHORT: Self = Self { connects: 20_000, times: 1, at_once: 6 };
+    pub const SHORT: Self = Self { connects: 20_000, times: 1, at_once: 6, late: LATE };
 }
 
 impl Report {
@@ -78,7 +82,10 @@ impl Report {
         let times = if row.alone { 1 } else { size.times };
         let runs: Result<Vec<_>, _> = (0..times).map(|_| (row.run)(size)).collect();
         let (figures, error) = match runs {
-            Ok(runs) => (worst(runs), None),
+            Ok(runs) => {
+                let allow = |figure: Figure| figure.late(size.late);
+                (worst(runs).into_iter().map(allow).collect(), None)
+            }
             Err(error) => (Vec::new(), Some(format!("{error:#}"))),
         };
         let seconds = begin.elapsed().as_secs_f64();
