@@ -42,8 +42,14 @@ fn pinned(node: &Node) -> Result<Vec<String>> {
 fn known(agent: &Agent) -> Result<Vec<Value>> {
     let mut backends: Vec<Value> = agent.get("/v1/backends")?;
     for backend in &mut backends {
-        let backend = backend.as_object_mut().context("an object")?;
-        backend.retain(|key, _| !matches!(&**key, "since" | "reason"));
+        // Since when, and why, each agent finds out by itself.
+        let strip = |value: &mut Value| {
+            let fields = value.as_object_mut().context("an object")?;
+            fields.retain(|key, _| !matches!(&**key, "since" | "reason"));
+            anyhow::Ok(())
+        };
+        strip(backend)?;
+        backend["inputs"].as_array_mut().context("inputs")?.iter_mut().try_for_each(strip)?;
     }
     Ok(backends)
 }
