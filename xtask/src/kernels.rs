@@ -23,9 +23,9 @@ use crate::workspace::{Profile, Workspace};
 /// The series that are tried when none is named.
 pub(crate) const SERIES: [&str; 2] = ["6.1", "6.12"];
 
-/// How long a guest may take, from power on to its last line. It takes about a minute, most of it in the
+/// How long a guest may take, from power on to its last line. It takes about two minutes, most of it in the
 /// verifier, three times.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(540);
 
 /// What `kernel_init` writes last when every assertion held, and what it writes before the name
 /// of one that did not.
