@@ -3,12 +3,12 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use rustix::process::{getpid, set_child_subreaper, setsid};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 ///
-/// When it cannot be started.
+/// When it cannot be started, or ends by an error of its own.
 pub fn keep(uid: u32, gid: u32) -> anyhow::Result<()> {
     // Without the terminal of who started the agent, into which commands could type.
     setsid()?;
@@ -44,8 +44,11 @@ pub fn keep(uid: u32, gid: u32) -> anyhow::Result<()> {
         runner.stdin(Stdio::from(io::stdin().as_fd().try_clone_to_owned()?));
         let ended = runner.status().context("starting the process that runs commands")?;
         children::kill(|_| false);
-        if ended.success() {
-            return Ok(());
+        match ended.signal() {
+            Some(_) => {}
+            None if ended.success() => return Ok(()),
+            // It has said why, and would say so again.
+            None => bail!("the process that runs commands has ended: {ended}"),
         }
         eprintln!("the process that runs commands has ended ({ended}), and is started again");
         sleep(PAUSE);
