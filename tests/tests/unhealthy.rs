@@ -68,7 +68,13 @@ fn health(ending: &str) -> String {
 
 /// Two endpoints that come to this state.
 fn scene_of(health: &str, state: &str) -> Result<Scene> {
-    let mut node = Node::builder().service(app(health)).start_without_agent()?;
+    scene_with(&[app(health)], "app", state)
+}
+
+/// The two endpoints of one of these services.
+fn scene_with(services: &[Service], name: &str, state: &str) -> Result<Scene> {
+    let node = services.iter().cloned().fold(Node::builder(), mesh_tests::Builder::service);
+    let mut node = node.start_without_agent()?;
     let script = node.directory().join("server.py");
     fs::write(&script, SERVER)?;
     let mut servers = Vec::new();
@@ -79,7 +85,7 @@ fn scene_of(health: &str, state: &str) -> Result<Scene> {
         servers.push(Process::spawn(name, command, Echo::On)?);
     }
     node.agent.start()?;
-    node.agent.until_backends("app", |all| all.iter().all(|one| one.state == state))?;
+    node.agent.until_backends(name, |all| all.iter().all(|one| one.state == state))?;
     Ok(Scene { node, _servers: servers })
 }
 
@@ -164,6 +170,26 @@ fn all_are_ended() -> Result<()> {
         until_ended(client, Duration::from_secs(20))?;
     }
     ensure_goes_on(&[&busy_a, &idle_a])
+}
+
+/// A service that falls back to another one says itself what becomes of its connections there, and when.
+#[test]
+fn who_falls_back_says_so_itself() -> Result<()> {
+    let other = Service::new("other").address("10.96.0.20").port(80, 8080);
+    let other = other.key(&format!("health: {}", health(", end-connections: all, end-after: 1h")));
+    let other = other.endpoint("10.0.0.1").endpoint("10.0.0.2");
+    let app = Service::new("app").address("10.96.0.10").port(80, 8080).endpoint("10.0.0.9");
+    let app = app.key("fallback: {service: other}");
+    let app = app.key(&format!("health: {}", health(", end-connections: silent, end-after: 2s")));
+    let scene = scene_with(&[other, app], "other", "healthy")?;
+    scene.node.agent.until_backends("app", |all| {
+        all.iter().any(|one| one.address == "10.0.0.9:8080" && one.state == "unhealthy")
+    })?;
+    let [busy_a, busy_b] = clients(&scene, "busy")?;
+    let [idle_a, idle_b] = clients(&scene, "idle")?;
+    unplug(&scene.node)?;
+    until_ended(&busy_b, Duration::from_secs(30))?;
+    ensure_goes_on(&[&busy_a, &idle_a, &idle_b])
 }
 
 /// When the checks of all fail, all are used, since it may be the checks: then nothing is ended.

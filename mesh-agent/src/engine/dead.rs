@@ -104,12 +104,8 @@ impl Dead {
             return;
         }
         let since = known.map_or(now, |known| known.since);
-        // Who waits is looked for from the beginning.
-        let next = match ending {
-            Ending::All(after) => since + after,
-            Ending::Silent(_) | Ending::Never => now,
-        };
-        self.endpoints.insert(endpoint, Watch { life, ending, since, next });
+        // Who waits is looked for from the beginning; others may do so who fall back there.
+        self.endpoints.insert(endpoint, Watch { life, ending, since, next: now });
     }
 
     /// Waits until there is something to do.
@@ -169,7 +165,9 @@ impl Engine {
         let mut due = BTreeMap::<ServiceName, HashMap<SocketAddr, (Ending, Instant)>>::new();
         for ((service, address), watch) in &mut self.dead.endpoints {
             if watch.next <= now {
-                watch.next = now + step(watch.ending);
+                // Those who fall back there may have to be looked at more often.
+                let is_shared = self.spread.dependents(service).next().is_some();
+                watch.next = now + if is_shared { LOOK } else { step(watch.ending) };
                 let entry = due.entry(service.clone()).or_default();
                 entry.insert(*address, (watch.ending, watch.since));
             }
