@@ -2,7 +2,8 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::env;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -11,6 +12,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::agent::Agent;
 use crate::cgroup::{self, Cgroup};
@@ -49,6 +51,22 @@ pub struct Namespace {
     net: Arc<OwnedFd>,
     mounts: Arc<OwnedFd>,
 }
+
+/// What the environment of the tests' own process says of this host, and no program of a node is to know:
+/// a proxy would answer in place of a backend, and a service manager would be told of the agent.
+const HOST_VARIABLES: [&str; 11] = [
+    "http_proxy",
+    "https_proxy",
+    "all_proxy",
+    "HTTP_PROXY",
+    "ALL_PROXY",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "RUST_LOG",
+];
 
 // === impl Builder ===
 
@@ -108,6 +126,7 @@ impl Builder {
             sys::process::is_root(),
             "root is needed for network namespaces, cgroups and BPF: run as root"
         );
+        allow_many_files();
         let directory = tempfile::Builder::new().prefix("mesh-test-").tempdir()?;
         let cgroup = Cgroup::create(directory.path())?;
         // From here on removed by the cgroup's janitor, which also works when this process is killed.
@@ -320,10 +339,33 @@ impl Namespace {
     fn command(&self, program: impl AsRef<OsStr>, procs: Option<&Arc<File>>) -> Command {
         let mut command = Command::new(program);
         sys::process::confine(&mut command, &self.net, procs);
-        // A proxy of the machine would answer in place of a backend.
-        for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"] {
+        for name in HOST_VARIABLES {
             command.env_remove(name);
         }
+        command.env("PATH", search_path());
         command
     }
+}
+
+// === functions ===
+
+/// Where programs are searched. Administrators' tools are not everywhere in the `PATH` of root.
+fn search_path() -> OsString {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut places: Vec<PathBuf> = env::split_paths(&path).collect();
+    places.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    // What came out of a `PATH` can be put into one.
+    env::join_paths(places).unwrap_or(path)
+}
+
+/// As many files as this process and its children may open, if the host's hard limit allows it. Most hosts
+/// have a soft limit of 1,024, less than some tests have connections; and where there is no limit, some
+/// servers close a billion descriptors before they start.
+const FILES: u64 = 65_536;
+
+fn allow_many_files() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let current = Some(maximum.map_or(FILES, |maximum| maximum.min(FILES)));
+    // Not above the hard limit, so it cannot fail; where it does, the test that needs more says so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
 }

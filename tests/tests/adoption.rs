@@ -367,6 +367,8 @@ fn ensure_refused(node: &Node, pins: &str, texts: &[&str]) -> Result<()> {
 #[test]
 fn directories_that_are_no_place_for_pins() -> Result<()> {
     let mut node = Node::builder().start_without_agent()?;
+    // Where none is mounted, the agent mounts it.
+    mounts::without_bpf(node.namespace().mounts())?;
     let elsewhere = node.directory().join("elsewhere");
     ensure_refused(&node, &elsewhere.to_string_lossy(), &["not on a BPF file system"])?;
     ensure!(!elsewhere.exists());

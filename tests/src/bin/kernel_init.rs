@@ -1,7 +1,7 @@
 //! The first process of a test kernel: starts the agent and asserts that it balances there.
 //!
 //! `cargo xtask kernels` boots it from an initial ram disk that holds this program as `/init` and
-//! the agent as `/bin/mesh-agent`, with one of another map layout beside it, all static, and nothing else. It prints a line for each
+//! the agent as `/bin/mesh-agent`, with one of another map layout beside it, the libraries that these need, and nothing else. It prints a line for each
 //! assertion (`ok …` or `FAILED …`), `kernel-init: passed` at the end when all of them held, and
 //! powers the machine off in any case. There is no route but loopback, so an answer through a
 //! service address can only come from the kernel programs.

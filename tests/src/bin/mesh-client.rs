@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use std::{fs, io};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Parser;
 use mesh_tests::client::{self, Way};
 use mesh_tests::{datagram, selections, storm};
@@ -173,8 +173,10 @@ fn main() -> Result<()> {
 
 fn hold<S>(count: usize, connect: impl Fn() -> io::Result<S>) -> Result<()> {
     // Beyond what a process has at first.
-    let files = Some(count as u64 + 100);
-    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: files, maximum: files })?;
+    let Rlimit { maximum, .. } = rustix::process::getrlimit(Resource::Nofile);
+    let files = count as u64 + 100;
+    let limit = Rlimit { current: Some(files), maximum: maximum.map(|most| most.max(files)) };
+    rustix::process::setrlimit(Resource::Nofile, limit).context("the limit of open files")?;
     let held: Vec<_> = (0..count).map(|_| connect()).collect::<io::Result<_>>()?;
     println!("held");
     io::copy(&mut io::stdin(), &mut io::sink())?;

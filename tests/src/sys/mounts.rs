@@ -1,20 +1,31 @@
 //! Mount namespaces without a name, as [`super::netns`]: what is mounted in one is seen by nobody else,
 //! and goes with it.
+//!
+//! Each has a BPF file system of its own at the usual place. A host that systemd booted has one mounted
+//! there, which a new mount namespace inherits: without one of their own all tests would pin into the
+//! same directory, on the host.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
-use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
 
 use super::checked;
 
-/// Makes a mount namespace: what is mounted here is mounted there, until either changes.
+/// Where BPF file systems are mounted on every machine.
+const BPF: &str = "/sys/fs/bpf";
+
+/// Makes a mount namespace: what is mounted here is mounted there, until either changes, but for an empty
+/// BPF file system at the usual place.
 ///
 /// # Errors
 ///
-/// Those of unshare(2): `EPERM` without `CAP_SYS_ADMIN`.
+/// Those of unshare(2) and mount(2): `EPERM` without `CAP_SYS_ADMIN`.
 pub fn create() -> io::Result<OwnedFd> {
     // A thread of its own, so that no other code of this process ever runs in the namespace.
     let maker = thread::spawn(|| {
@@ -22,9 +33,27 @@ pub fn create() -> io::Result<OwnedFd> {
         checked(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
         let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         mount_change("/", flags)?;
+        mount("bpf", BPF, "bpf", MountFlags::empty(), None)?;
         Ok(File::open("/proc/thread-self/ns/mnt")?.into())
     });
     maker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Leaves no BPF file system mounted in the namespace at the usual place, whatever the host has there.
+///
+/// # Errors
+///
+/// Those of [`inside`] and umount2(2).
+pub fn without_bpf(mounts: &OwnedFd) -> io::Result<()> {
+    // One may hide another.
+    let unmount_all = || loop {
+        match unmount(BPF, UnmountFlags::empty()) {
+            // It is no mount point any more.
+            Err(Errno::INVAL) => return Ok(()),
+            result => result?,
+        }
+    };
+    inside(mounts, unmount_all)?
 }
 
 /// Runs `work` on a thread inside the namespace.
