@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use mesh_tests::client::Outcome;
 use mesh_tests::server::Kind;
 use mesh_tests::{Builder, Node, Service, check, process};
 use object::Endianness;
@@ -60,12 +59,12 @@ fn python_asyncio() -> Result<()> {
 #[test]
 fn a_static_binary() -> Result<()> {
     // Built by `cargo xtask test`.
-    let program = process::binary("mesh-client-static")?;
+    let program = process::binary("mesh-static-client")?;
     ensure!(is_static(&std::fs::read(&program)?)?, "{} is not static", program.display());
     check::balanced(&mut three(Kind::Plain, 80).start()?, &NAMES, |node| {
         let mut command = node.command(&program);
-        command.args(["ask", "10.96.0.10:80"]);
-        check::printed::<Outcome>(command)?.name()
+        command.arg("10.96.0.10:80");
+        process::stdout(command)
     })
 }
 

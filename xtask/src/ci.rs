@@ -1,10 +1,9 @@
 //! Everything that must hold before a change goes in, in the order in which it fails fastest.
 
-use std::time::{Duration, Instant};
-
 use anyhow::Result;
 
 use crate::setup::{self, Group};
+use crate::steps::Times;
 use crate::toolchain::Compiler;
 use crate::workspace::{BPF_TARGET, Profile, Workspace};
 use crate::{dist, ebpf, fuzz, kernels, process, sanitizer, test, tidy};
@@ -18,10 +17,7 @@ const FUZZ_SECONDS: u64 = 20;
 ///
 /// The first step that fails.
 pub(crate) fn run(workspace: &Workspace, yes: bool) -> Result<()> {
-    let mut times = Times(Vec::new());
-    let result = steps(workspace, yes, &mut times);
-    times.print();
-    result
+    Times::of(|times| steps(workspace, yes, times))
 }
 
 fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
@@ -31,11 +27,12 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.step("tidy", || tidy::check(workspace))?;
     times.step("clippy", || clippy_host(workspace))?;
     times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
+    times.step("documentation", || documentation(workspace))?;
     times.step("test", || test::run(workspace, &test::Selection::default(), yes))?;
     times.step("sanitize", || sanitizer::run(workspace))?;
     times.step("fuzz", || fuzz::run(workspace, None, FUZZ_SECONDS))?;
     times.step("kernels", || kernels::run(workspace, None, yes))?;
-    times.step("dist", || dist::run(workspace, yes).map(drop))?;
+    times.step("dist", || dist::draft(workspace, yes).map(drop))?;
     times.step("demo", || {
         process::run(&mut test::program(workspace, "mesh-demo", Profile::Dev, &[], yes)?)
     })
@@ -51,6 +48,14 @@ fn clippy_host(workspace: &Workspace) -> Result<()> {
     cargo.current_dir(&workspace.root);
     cargo.args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-Dwarnings"]);
     process::run(&mut cargo)
+}
+
+/// Every link in it leads somewhere.
+fn documentation(workspace: &Workspace) -> Result<()> {
+    let mut cargo = process::cargo();
+    cargo.current_dir(&workspace.root).env("RUSTDOCFLAGS", "-Dwarnings");
+    cargo.args(["doc", "--quiet", "--locked", "--no-deps", "--document-private-items"]);
+    process::run(cargo.args(crate::host::SELECTION))
 }
 
 /// For their own target: on the host most of their code is left out.
@@ -71,25 +76,4 @@ fn clippy_bpf(workspace: &Workspace, compiler: &Compiler) -> Result<()> {
     cargo.args(["--package=mesh-ebpf", "--release", "--target", BPF_TARGET]);
     cargo.arg("--target-dir").arg(workspace.ebpf());
     process::run(&mut cargo)
-}
-
-/// How long the steps took.
-struct Times(Vec<(&'static str, Duration)>);
-
-impl Times {
-    fn step<T>(&mut self, name: &'static str, f: impl FnOnce() -> Result<T>) -> Result<T> {
-        let start = Instant::now();
-        let result = process::step(name, f);
-        self.0.push((name, start.elapsed()));
-        result
-    }
-
-    fn print(&self) {
-        eprintln!("\nTime per step:");
-        for (name, duration) in &self.0 {
-            eprintln!("  {name:24} {:>8}", process::seconds(*duration));
-        }
-        let total = self.0.iter().map(|(_, duration)| *duration).sum();
-        eprintln!("  {:24} {:>8}", "all", process::seconds(total));
-    }
 }

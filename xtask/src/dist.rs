@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::ebpf::{self, Linkage};
+use crate::host::{self, Linkage};
 use crate::process;
 use crate::setup::{self, Group};
 use crate::workspace::{Profile, Workspace, host_target};
@@ -32,9 +32,27 @@ const SHELLS: [(&str, &str); 3] =
 /// When the build fails, or a file cannot be written.
 pub(crate) fn run(workspace: &Workspace, yes: bool) -> Result<PathBuf> {
     let compiler = setup::ensure(workspace, &[Group::Build], yes)?;
-    let agent = ebpf::build_agent(workspace, &compiler, Profile::Release, Linkage::Static)?;
+    let agent = host::build_agent(workspace, &compiler, Profile::Release, Linkage::Static)?;
+    let tarball = pack(workspace, &agent, &workspace.dist())?;
+    check(&agent)?;
+    Ok(tarball)
+}
+
+/// The same with the agent that the tests use, which is neither optimised nor static: for whether all that
+/// belongs to a release is there.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn draft(workspace: &Workspace, yes: bool) -> Result<PathBuf> {
+    let compiler = setup::ensure(workspace, &[Group::Build], yes)?;
+    let agent = host::build_agent(workspace, &compiler, Profile::Dev, Linkage::Dynamic)?;
+    pack(workspace, &agent, &workspace.dist().join("draft"))
+}
+
+/// Puts all that is released into a directory below another, and that into a tarball.
+fn pack(workspace: &Workspace, agent: &Path, dist: &Path) -> Result<PathBuf> {
     let name = format!("mesh-agent-{}-{}", env!("CARGO_PKG_VERSION"), host_target());
-    let dist = workspace.dist();
     let directory = dist.join(&name);
     if directory.exists() {
         fs::remove_dir_all(&directory)?;
@@ -42,24 +60,23 @@ pub(crate) fn run(workspace: &Workspace, yes: bool) -> Result<PathBuf> {
     for (from, to) in FILES {
         copy(&workspace.root.join(from), &directory.join(to))?;
     }
-    copy(&agent, &directory.join("mesh-agent"))?;
+    copy(agent, &directory.join("mesh-agent"))?;
     for (shell, file) in SHELLS {
-        let script = process::output(Command::new(&agent).args(["completions", shell]))?;
+        let script = process::output(Command::new(agent).args(["completions", shell]))?;
         let path = directory.join("completions").join(shell).join(file);
         create_parent(&path)?;
         fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     }
     let man = directory.join("man");
     fs::create_dir_all(&man)?;
-    process::run(Command::new(&agent).arg("man").arg(&man))?;
+    process::run(Command::new(agent).arg("man").arg(&man))?;
     ensure!(man.join("mesh-agent.8").is_file(), "no manual page was written");
-    check(&directory.join("mesh-agent"))?;
 
     let tarball = dist.join(format!("{name}.tar.gz"));
     let mut tar = Command::new("tar");
     // The same bytes for the same files.
     tar.args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-czf"]);
-    tar.arg(&tarball).arg("-C").arg(&dist).arg(&name);
+    tar.arg(&tarball).arg("-C").arg(dist).arg(&name);
     process::run(&mut tar)?;
     Ok(tarball)
 }

@@ -1,21 +1,19 @@
-//! Building the kernel programs and the agent that embeds them.
+//! Building the kernel programs.
 
 use std::env::consts::ARCH;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::host::copy_if_other;
 use crate::toolchain::Compiler;
-use crate::workspace::{BPF_TARGET, Profile, Workspace, host_target};
+use crate::workspace::{BPF_TARGET, Workspace};
 use crate::{elf, process};
 
-/// The variable that tells the agent's build script which object to embed.
-const OBJECT_VARIABLE: &str = "MESH_EBPF_OBJECT";
-
 /// Cargo takes several compiler flags from the environment when they are separated by this.
-const SEPARATOR: &str = "\x1f";
+pub(crate) const SEPARATOR: &str = "\x1f";
 
 /// Compiles the kernel programs, checks the object, and puts it at [`Workspace::ebpf_object`].
 ///
@@ -68,98 +66,21 @@ pub(crate) fn command(workspace: &Workspace, compiler: &Compiler) -> Result<Comm
     Ok(cargo)
 }
 
-/// Cargo, for the host, with the object to embed.
-pub(crate) fn host_cargo(workspace: &Workspace) -> Command {
-    let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).env(OBJECT_VARIABLE, workspace.ebpf_object());
-    cargo
-}
-
-/// How binaries are linked.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Linkage {
-    /// Against the host's libraries.
-    Dynamic,
-    /// All in one file, for containers and initial ram disks.
-    Static,
-}
-
-/// Builds binaries of a package for the host, and returns the directory they are in. No names
-/// means all of them.
+/// Compiles kernel programs whose records have their fields in other places, as a later version's could, and
+/// returns where the object is.
 ///
 /// # Errors
 ///
-/// When cargo fails.
-pub(crate) fn build_binaries(
-    workspace: &Workspace,
-    package: &str,
-    names: &[&str],
-    profile: Profile,
-    linkage: Linkage,
-) -> Result<PathBuf> {
-    let (mut cargo, directory) = host_build(workspace, package, profile, linkage);
-    for name in names {
-        cargo.args(["--bin", name]);
-    }
-    if names.is_empty() {
-        cargo.arg("--bins");
-    }
-    let linked = if linkage == Linkage::Static { ", static" } else { "" };
-    process::step(&format!("building {package}{linked}"), || process::run(&mut cargo))?;
-    Ok(directory)
-}
-
-/// Cargo, to build binaries of a package for the host, and where it puts them.
-fn host_build(
-    workspace: &Workspace,
-    package: &str,
-    profile: Profile,
-    linkage: Linkage,
-) -> (Command, PathBuf) {
-    let mut cargo = host_cargo(workspace);
-    cargo.args(["build", "--package", package, profile.flag()]);
-    let directory = match linkage {
-        Linkage::Dynamic => workspace.binaries(profile),
-        Linkage::Static => {
-            // With a target named, the flags do not reach build scripts and procedural macros.
-            cargo.args(["--target", &host_target()]);
-            let flags = ["-Ctarget-feature=+crt-static", "-Cstrip=debuginfo"];
-            cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join(SEPARATOR));
-            workspace.static_binaries(profile)
-        }
-    };
-    (cargo, directory)
-}
-
-/// The feature by which records have their fields in other places, and what the agent is called then.
-const OTHER_LAYOUT: (&str, &str) = ("other-layout", "mesh-agent-other");
-
-/// Builds an agent of another map layout, as a later version could have, and puts it beside the binaries.
-/// Before the usual one is built: both have the same name where cargo puts them.
-///
-/// # Errors
-///
-/// When one does not build.
-pub(crate) fn build_other(
-    workspace: &Workspace,
-    compiler: &Compiler,
-    profile: Profile,
-    linkage: Linkage,
-) -> Result<PathBuf> {
-    let (feature, name) = OTHER_LAYOUT;
-    let object = workspace.ebpf().join(format!("{feature}.o"));
+/// When it does not compile.
+pub(crate) fn build_other_object(workspace: &Workspace, compiler: &Compiler) -> Result<PathBuf> {
+    let object = workspace.ebpf().join("other-layout.o");
     process::step("building kernel programs of another map layout", || {
         let mut cargo = object_command(workspace, compiler)?;
-        cargo.args(["--features", feature]);
+        cargo.args(["--features", "other-layout"]);
         process::run(&mut cargo)?;
-        copy_if_other(&built_object(workspace), &object)
-    })?;
-    let (mut cargo, directory) = host_build(workspace, "mesh-agent", profile, linkage);
-    cargo.args(["--bin", "mesh-agent", "--features", feature]).env(OBJECT_VARIABLE, &object);
-    process::step("building an agent of another map layout", || process::run(&mut cargo))?;
-    let path = directory.join(name);
-    copy_if_other(&directory.join("mesh-agent"), &path)?;
-    Ok(path)
+        copy_if_other(&built_object(workspace), &object)?;
+        Ok(object)
+    })
 }
 
 /// Cargo, to build the object.
@@ -176,32 +97,4 @@ fn object_command(workspace: &Workspace, compiler: &Compiler) -> Result<Command>
 /// Where cargo puts it.
 fn built_object(workspace: &Workspace) -> PathBuf {
     workspace.ebpf().join(BPF_TARGET).join("release/mesh-ebpf")
-}
-
-/// Copies a file; one that is the same is left alone, so that nothing is built again for it.
-fn copy_if_other(from: &Path, to: &Path) -> Result<()> {
-    let bytes = fs::read(from)
-        .with_context(|| format!("cannot read what was built, {}", from.display()))?;
-    if fs::read(to).ok().as_ref() != Some(&bytes) {
-        // Not into the file itself, which may be running, or be the same.
-        drop(fs::remove_file(to));
-        fs::copy(from, to).with_context(|| format!("cannot write {}", to.display()))?;
-    }
-    Ok(())
-}
-
-/// Builds the object and the agent, and returns the agent's path.
-///
-/// # Errors
-///
-/// Those of the parts.
-pub(crate) fn build_agent(
-    workspace: &Workspace,
-    compiler: &Compiler,
-    profile: Profile,
-    linkage: Linkage,
-) -> Result<PathBuf> {
-    build_object(workspace, compiler)?;
-    let directory = build_binaries(workspace, "mesh-agent", &["mesh-agent"], profile, linkage)?;
-    Ok(directory.join("mesh-agent"))
 }

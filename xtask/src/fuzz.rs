@@ -12,23 +12,6 @@ use crate::{process, sanitizer};
 const PACKAGE: &str = "mesh-fuzz";
 pub(crate) const PROGRAMS: [&str; 2] = ["selection", "adoption"];
 
-/// What libFuzzer needs to see: which edges are taken, and what is compared. And what it is to find besides
-/// what the sanitizer does: arithmetic that overflows.
-const FLAGS: [&str; 9] = [
-    "--cfg=fuzzing",
-    "-Cpasses=sancov-module",
-    "-Cllvm-args=-sanitizer-coverage-level=4",
-    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
-    "-Cllvm-args=-sanitizer-coverage-pc-table",
-    "-Cllvm-args=-sanitizer-coverage-trace-compares",
-    "-Ccodegen-units=1",
-    "-Cdebug-assertions",
-    "-Coverflow-checks",
-];
-
-/// How it is optimised.
-const PROFILE: &str = "fuzz";
-
 /// The longest data; a decision that looks at as many slots as may be takes less.
 const MAX_LEN: &str = "-max_len=8192";
 
@@ -40,18 +23,14 @@ const MAX_LEN: &str = "-max_len=8192";
 /// When data was found: then its file is named, and how to look at it. When one does not build, or is not
 /// instrumented.
 pub(crate) fn run(workspace: &Workspace, program: Option<&str>, seconds: u64) -> Result<()> {
-    let directory = workspace.target.join("fuzz");
+    let directory = workspace.fuzz();
     let programs = || PROGRAMS.into_iter().filter(|name| program.is_none_or(|only| only == *name));
-    let mut cargo = sanitizer::cargo(workspace, "build", &directory, &FLAGS);
-    cargo.args(["--profile", PROFILE, "--package", PACKAGE]);
-    cargo.args(programs().flat_map(|name| ["--bin", name]));
-    process::step("building the fuzzers", || process::run(&mut cargo))?;
-
+    sanitizer::build(workspace)?;
     for name in programs() {
         let (corpus, found) =
             (directory.join("corpus").join(name), directory.join("found").join(name));
         fs::create_dir_all(&corpus).and_then(|()| fs::create_dir_all(&found))?;
-        let program = directory.join(host_target()).join(PROFILE).join(name);
+        let program = directory.join(host_target()).join(sanitizer::PROFILE).join(name);
         let mut fuzzer = std::process::Command::new(program);
         fuzzer.arg(&corpus).args([MAX_LEN, "-len_control=0", "-timeout=10"]);
         fuzzer.args(["-print_final_stats=1", &format!("-max_total_time={seconds}")]);

@@ -1,9 +1,10 @@
 //! The oldest kernels that the programs must load on, booted in an emulator.
 //!
-//! A guest's only file is an initial ram disk with the static agent, one of another map layout, and
-//! `kernel_init` of the tests crate, which does the assertions (see there). The emulator is always software (TCG), so it
-//! works inside any virtual machine.
+//! A guest's only file is an initial ram disk with the agent, one of another map layout, `kernel_init` of the tests
+//! crate, which does the assertions (see there), and the libraries of this machine that these need. The emulator is
+//! always software (TCG), so it works inside any virtual machine.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -15,10 +16,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::cpio::Archive;
-use crate::ebpf::{self, Linkage};
+use crate::host::{self, Parts};
 use crate::process;
 use crate::setup::{self, Group};
-use crate::workspace::{Profile, Workspace};
+use crate::workspace::Workspace;
 
 /// The series that are tried when none is named.
 pub(crate) const SERIES: [&str; 2] = ["6.1", "6.12"];
@@ -44,29 +45,50 @@ pub(crate) fn run(workspace: &Workspace, series: Option<&str>, yes: bool) -> Res
     }
     let compiler = setup::ensure(workspace, &[Group::Build, Group::Kernels], yes)?;
     // Not optimised: the kernel programs always are, and the agent's own speed is not the matter.
-    let (profile, linkage) = (Profile::Dev, Linkage::Static);
-    let other = ebpf::build_other(workspace, &compiler, profile, linkage)?;
-    let agent = ebpf::build_agent(workspace, &compiler, profile, linkage)?;
-    let names = ["kernel_init"];
-    let init = ebpf::build_binaries(workspace, "mesh-tests", &names, profile, linkage)?
-        .join("kernel_init");
+    let other = host::build_other(workspace, &compiler)?;
+    let binaries = host::build(workspace, &compiler, Parts::Programs)?;
+    let (agent, init) = (binaries.join("mesh-agent"), binaries.join("kernel_init"));
     fs::create_dir_all(workspace.kernels())
         .with_context(|| format!("cannot make {}", workspace.kernels().display()))?;
     let disk = workspace.kernels().join("initrd.cpio");
     write_disk(&disk, &init, &[("bin/mesh-agent", &agent), ("bin/mesh-agent-other", &other)])?;
     let chosen = series.map_or_else(|| SERIES.to_vec(), |series| vec![series]);
-    for series in chosen {
-        let kernel = fetch(workspace, series)?;
-        process::step(&format!("booting {}", kernel.package), || boot(&kernel.image, &disk))?;
-    }
-    Ok(())
+    let kernels =
+        chosen.iter().map(|series| fetch(workspace, series)).collect::<Result<Vec<_>>>()?;
+    let boot = |kernel: &Kernel| {
+        process::step(&format!("booting {}", kernel.package), || boot(kernel, &disk))
+    };
+    // At the same time: each keeps one processor busy.
+    thread::scope(|scope| {
+        let guests: Vec<_> =
+            kernels.iter().map(|kernel| scope.spawn(move || boot(kernel))).collect();
+        let results = guests.into_iter().map(|guest| match guest.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        // All of them, before the first that failed.
+        results.collect::<Vec<_>>().into_iter().collect()
+    })
 }
 
 fn write_disk(disk: &Path, init: &Path, programs: &[(&str, &Path)]) -> Result<()> {
     let read = |file: &Path| fs::read(file).with_context(|| format!("reading {}", file.display()));
     let mut archive = Archive::default();
-    for directory in ["dev", "proc", "sys", "run", "etc", "var", "tmp", "bin"] {
-        archive.directory(directory)?;
+    let libraries = libraries(programs.iter().map(|(_, program)| *program).chain([init]))?;
+    let mut directories = BTreeSet::from(
+        ["dev", "proc", "sys", "run", "etc", "var", "tmp", "bin"].map(PathBuf::from),
+    );
+    for library in &libraries {
+        let name = library.strip_prefix("/")?;
+        directories.extend(name.ancestors().skip(1).map(Path::to_owned));
+    }
+    // Each after the one that it is in.
+    for directory in directories.iter().filter(|directory| !directory.as_os_str().is_empty()) {
+        archive.directory(&directory.to_string_lossy())?;
+    }
+    for library in &libraries {
+        let name = library.strip_prefix("/")?.to_string_lossy();
+        archive.executable(&name, &read(library)?)?;
     }
     archive.executable("init", &read(init)?)?;
     for (name, program) in programs {
@@ -75,9 +97,28 @@ fn write_disk(disk: &Path, init: &Path, programs: &[(&str, &Path)]) -> Result<()
     fs::write(disk, archive.finish()?).with_context(|| format!("writing {}", disk.display()))
 }
 
+/// The libraries that programs are linked against, and what loads them, by the paths that the loader knows
+/// (ldd(1)).
+fn libraries<'p>(programs: impl Iterator<Item = &'p Path>) -> Result<BTreeSet<PathBuf>> {
+    let mut found = BTreeSet::new();
+    for program in programs {
+        let listing = process::output(Command::new("ldd").arg(program))?;
+        found.extend(listing.lines().filter_map(library));
+    }
+    Ok(found)
+}
+
+/// The path in a line of ldd's: `libc.so.6 => /lib/libc.so.6 (0x7f…)`, or `/lib64/ld-linux.so.2 (0x7f…)`. What
+/// the kernel maps by itself has none.
+fn library(line: &str) -> Option<PathBuf> {
+    let path = line.split("=> ").last()?.split_whitespace().next()?;
+    path.starts_with('/').then(|| PathBuf::from(path))
+}
+
 // === getting a kernel ===
 
 struct Kernel {
+    series: String,
     package: String,
     image: PathBuf,
 }
@@ -92,7 +133,7 @@ fn fetch(workspace: &Workspace, series: &str) -> Result<Kernel> {
             download(&package, &directory, &image)
         })?;
     }
-    Ok(Kernel { package, image })
+    Ok(Kernel { series: series.to_owned(), package, image })
 }
 
 fn find_package(series: &str) -> Result<String> {
@@ -178,7 +219,7 @@ impl Drop for Guest {
     }
 }
 
-fn boot(kernel: &Path, disk: &Path) -> Result<()> {
+fn boot(kernel: &Kernel, disk: &Path) -> Result<()> {
     let mut qemu = Command::new("qemu-system-x86_64");
     // Two processors, which take turns: with a thread for each, one may go on with a breakpoint that the other has
     // taken out of the kernel's code long ago (jump labels), and the guest panics.
@@ -186,7 +227,7 @@ fn boot(kernel: &Path, disk: &Path) -> Result<()> {
     qemu.args(["-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"]);
     // A panic reboots at once, and a reboot ends the emulator.
     qemu.args(["-append", "console=ttyS0 panic=-1 quiet"]);
-    qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(disk);
+    qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(disk);
     qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     let mut guest = Guest(qemu.spawn().context("cannot start qemu-system-x86_64")?);
     let console = guest.0.stdout.take().context("the emulator has no console")?;
@@ -207,7 +248,7 @@ fn boot(kernel: &Path, disk: &Path) -> Result<()> {
         match lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
             Ok(line) => {
                 if line.starts_with("ok ") {
-                    eprintln!("    {line}");
+                    eprintln!("    {}: {line}", kernel.series);
                 }
                 console.push(line);
             }
@@ -251,6 +292,17 @@ mod tests {
             Some("linux-image-6.12.117+deb12-cloud-amd64")
         );
         assert_eq!(newest(listing, "5.10"), None);
+    }
+
+    #[test]
+    fn libraries_are_found_where_the_loader_finds_them() {
+        let path = |line| library(line).map(|path| path.display().to_string());
+        let libc = "\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f1)";
+        assert_eq!(path(libc).as_deref(), Some("/lib/x86_64-linux-gnu/libc.so.6"));
+        let loader = "\t/lib64/ld-linux-x86-64.so.2 (0x00007f2)";
+        assert_eq!(path(loader).as_deref(), Some("/lib64/ld-linux-x86-64.so.2"));
+        assert_eq!(path("\tlinux-vdso.so.1 (0x00007ff)"), None);
+        assert_eq!(path("\tstatically linked"), None);
     }
 
     #[test]

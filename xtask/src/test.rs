@@ -1,13 +1,13 @@
 //! Every test of the workspace, with everything it needs built before.
 
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use crate::ebpf::{self, Linkage};
+use crate::host::{self, Parts};
 use crate::leftovers::Leftovers;
+use crate::nextest;
 use crate::process;
 use crate::setup::{self, Group};
 use crate::workspace::{Profile, Workspace};
@@ -24,17 +24,25 @@ pub(crate) const BENCHMARKS: &str = "mesh-bench";
 pub(crate) const MATRIX: &str = "mesh-matrix";
 
 /// The program that ends and starts agents, also of another map layout.
-const RESTARTS: &str = "mesh-restarts";
+pub(crate) const RESTARTS: &str = "mesh-restarts";
+
+/// The program that has clients end in every way, and compares what was counted with what they did.
+pub(crate) const RECORDS: &str = "mesh-ugly";
 
 const ENVOY_VARIABLE: &str = "MESH_ENVOY_BIN";
 const MEASURED_VARIABLE: &str = "MESH_BENCH_DIR";
 
-/// A client that the tests also run as a static binary: it is put beside the other programs under
-/// the second name.
-const CLIENT: (&str, &str) = ("mesh-client", "mesh-client-static");
-
 /// The test program that runs every interleaving: built in a way of its own.
 const MODELS: &str = "loom";
+
+/// What runs the tests on a host as systemd leaves it when it boots, with a BPF file system at the usual
+/// place, and with nothing of this machine's network: neither its firewall nor its ports in use. Tests that
+/// need a network or a place for pins make their own, whatever is there.
+const HOST: &str = r#"
+mount -t bpf bpf /sys/fs/bpf
+ip link set lo up
+exec "$@"
+"#;
 
 /// Which tests.
 #[derive(Default, clap::Args)]
@@ -44,7 +52,7 @@ pub(crate) struct Selection {
     program: Option<String>,
     /// Only tests whose name contains this.
     filter: Option<String>,
-    /// For the test programs, for instance `-- --nocapture`.
+    /// For cargo-nextest, for instance `-- --no-capture`.
     #[arg(last = true)]
     arguments: Vec<String>,
 }
@@ -54,14 +62,6 @@ impl Selection {
     fn kinds(&self) -> (bool, bool) {
         let program = self.program.as_deref();
         (program.is_none_or(|name| name == MODELS), program != Some(MODELS))
-    }
-
-    /// Adds the filter and the arguments to a `cargo test`.
-    fn narrow(&self, cargo: &mut Command) {
-        cargo.args(&self.filter);
-        if !self.arguments.is_empty() {
-            cargo.arg("--").args(&self.arguments);
-        }
     }
 }
 
@@ -73,34 +73,36 @@ impl Selection {
 /// something on the machine.
 pub(crate) fn run(workspace: &Workspace, selection: &Selection, yes: bool) -> Result<()> {
     let (models, others) = selection.kinds();
-    if !others {
-        return process::step("checking the models", || run_models(workspace, selection));
+    if others {
+        process::require_root("`cargo xtask test`")?;
+        let compiler = setup::ensure(workspace, &[Group::Build, Group::Show, Group::Test], yes)?;
+        host::build_other(workspace, &compiler)?;
+        let binaries = host::build(workspace, &compiler, Parts::Tests)?;
+        host::build_static_client(workspace)?;
+        let before = Leftovers::now(&workspace.target)?;
+        let tests =
+            process::step("running the tests", || run_others(workspace, selection, &binaries));
+        tests.and(before.assert_none_since())?;
     }
-    process::require_root("`cargo xtask test`")?;
-    let compiler = setup::ensure(workspace, &[Group::Build, Group::Show, Group::Test], yes)?;
-    let profile = Profile::Dev;
-    ebpf::build_other(workspace, &compiler, profile, Linkage::Dynamic)?;
-    let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
-    let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
-    let client =
-        ebpf::build_binaries(workspace, "mesh-tests", &[CLIENT.0], profile, Linkage::Static)?;
-    copy(&client.join(CLIENT.0), &binaries.join(CLIENT.1))?;
+    if models {
+        process::step("checking the models", || run_models(workspace, selection))?;
+    }
+    Ok(())
+}
 
-    let before = Leftovers::now(&workspace.target)?;
-    let mut cargo = ebpf::host_cargo(workspace);
-    cargo.args(["test", "--workspace", "--exclude", "mesh-ebpf", "--no-fail-fast"]);
+fn run_others(workspace: &Workspace, selection: &Selection, binaries: &Path) -> Result<()> {
+    let mut tests = Command::new("unshare");
+    tests.args(["--mount", "--net", "--propagation", "private", "sh", "-euc", HOST, "sh"]);
+    nextest::command(workspace, &mut tests);
     if let Some(program) = &selection.program {
-        cargo.args(["--test", program]);
+        tests.args(["--test", program]);
     }
-    selection.narrow(&mut cargo);
-    cargo.env(AGENT_VARIABLE, &agent).env(BINARIES_VARIABLE, &binaries);
-    let tests = process::step("running the tests", || process::run(&mut cargo));
-    let leftovers = before.assert_none_since();
-    let ended = tests.and(leftovers);
-    if !models {
-        return ended;
-    }
-    ended.and(process::step("checking the models", || run_models(workspace, selection)))
+    tests.args(&selection.filter).args(&selection.arguments);
+    tests.current_dir(&workspace.root);
+    tests.env(host::OBJECT_VARIABLE, workspace.ebpf_object());
+    tests.env(AGENT_VARIABLE, binaries.join("mesh-agent")).env(BINARIES_VARIABLE, binaries);
+    process::clean(&mut tests);
+    nextest::run(workspace, &mut tests)
 }
 
 /// Runs what `mesh-common` shares between programs under every interleaving.
@@ -112,8 +114,7 @@ fn run_models(workspace: &Workspace, selection: &Selection) -> Result<()> {
     let mut cargo = process::cargo();
     cargo.current_dir(&workspace.root);
     cargo.args(["test", "--package", "mesh-common", "--release", "--test", MODELS]);
-    cargo.arg("--target-dir").arg(workspace.target.join("loom"));
-    selection.narrow(&mut cargo);
+    cargo.arg("--target-dir").arg(workspace.target.join("loom")).args(&selection.filter);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", "--cfg=loom");
     process::run(&mut cargo)
 }
@@ -136,20 +137,14 @@ pub(crate) fn program(
     groups.extend((name == BENCHMARKS).then_some(Group::Bench));
     groups.extend((name == MATRIX).then_some(Group::Test));
     let compiler = setup::ensure(workspace, &groups, yes)?;
-    if name == RESTARTS {
-        ebpf::build_other(workspace, &compiler, profile, Linkage::Dynamic)?;
-    }
-    let agent = ebpf::build_agent(workspace, &compiler, profile, Linkage::Dynamic)?;
-    let binaries = ebpf::build_binaries(workspace, "mesh-tests", &[], profile, Linkage::Dynamic)?;
+    let binaries: PathBuf = match profile {
+        Profile::Dev => host::build(workspace, &compiler, Parts::Programs)?,
+        Profile::Release => host::build_optimised(workspace, &compiler, name == RESTARTS)?,
+    };
     let mut command = Command::new(binaries.join(name));
     command.env(ENVOY_VARIABLE, workspace.envoy()).env(MEASURED_VARIABLE, workspace.measured());
-    command.args(arguments).env(AGENT_VARIABLE, agent).env(BINARIES_VARIABLE, binaries);
+    command.args(arguments).env(AGENT_VARIABLE, binaries.join("mesh-agent"));
+    command.env(BINARIES_VARIABLE, binaries);
     process::clean(&mut command);
     Ok(command)
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to)
-        .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
-    Ok(())
 }

@@ -50,6 +50,11 @@ impl Workspace {
         self.tools().join("envoy/envoy/_bin/envoy")
     }
 
+    /// Where the fuzzers and what runs under the sanitizer are built, and where the fuzzers keep what they found.
+    pub(crate) fn fuzz(&self) -> PathBuf {
+        self.target.join("fuzz")
+    }
+
     /// What is released.
     pub(crate) fn dist(&self) -> PathBuf {
         self.target.join("dist")

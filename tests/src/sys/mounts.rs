@@ -10,10 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
-use rustix::io::Errno;
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
-};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
 use super::checked;
 
@@ -39,21 +36,14 @@ pub fn create() -> io::Result<OwnedFd> {
     maker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// Leaves no BPF file system mounted in the namespace at the usual place, whatever the host has there.
+/// Hides the BPF file system of the namespace: at the usual place is then what a host has there that has none
+/// mounted.
 ///
 /// # Errors
 ///
-/// Those of [`inside`] and umount2(2).
+/// Those of [`inside`] and mount(2).
 pub fn without_bpf(mounts: &OwnedFd) -> io::Result<()> {
-    // One may hide another.
-    let unmount_all = || loop {
-        match unmount(BPF, UnmountFlags::empty()) {
-            // It is no mount point any more.
-            Err(Errno::INVAL) => return Ok(()),
-            result => result?,
-        }
-    };
-    inside(mounts, unmount_all)?
+    inside(mounts, || Ok(mount("sysfs", BPF, "sysfs", MountFlags::empty(), None)?))?
 }
 
 /// Runs `work` on a thread inside the namespace.

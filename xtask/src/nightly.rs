@@ -1,0 +1,71 @@
+//! What takes too long for every change: `cargo xtask ci --nightly`.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::setup::{self, Group, Tool};
+use crate::steps::Times;
+use crate::workspace::{Profile, Workspace};
+use crate::{dist, fuzz, guest, process, test};
+
+/// How long each fuzzer runs.
+const FUZZ_SECONDS: u64 = 300;
+
+/// How often agents are ended and started again, and how many connects are made meanwhile.
+const RESTARTS: &str = "200";
+const CONNECTS: &str = "1000000";
+
+/// Runs every step, and says how long each took.
+///
+/// # Errors
+///
+/// The first step that fails.
+pub(crate) fn run(workspace: &Workspace, yes: bool) -> Result<()> {
+    Times::of(|times| steps(workspace, yes, times))
+}
+
+fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
+    process::require_root("`cargo xtask ci --nightly`")?;
+    times.step("setup", || setup::ensure(workspace, &Group::ALL, yes).map(drop))?;
+    times.step("dependencies", || dependencies(workspace))?;
+    times.step("release", || dist::run(workspace, yes).map(drop))?;
+    times.step("a machine that systemd booted", || guest::run(workspace, &[], yes))?;
+    times.step("failure matrix", || program(workspace, test::MATRIX, &[], yes))?;
+    times.step("soak, restarts", || {
+        program(workspace, test::RESTARTS, &["--times", RESTARTS], yes)
+    })?;
+    times.step("soak, records", || {
+        program(workspace, test::RECORDS, &["--connects", CONNECTS], yes)
+    })?;
+    times.step("fuzz", || fuzz::run(workspace, None, FUZZ_SECONDS))
+}
+
+/// Runs one of the programs that people also run, optimised.
+fn program(workspace: &Workspace, name: &str, arguments: &[&str], yes: bool) -> Result<()> {
+    let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+    process::run(&mut test::program(workspace, name, Profile::Release, &arguments, yes)?)
+}
+
+/// Checks licences, sources, duplicates and bans of all dependencies by `deny.toml`; and what is known of
+/// their vulnerabilities, where the list of these can be fetched.
+fn dependencies(workspace: &Workspace) -> Result<()> {
+    let deny = Tool::DENY.ensure(workspace)?;
+    let check = |what: &[&str]| {
+        let mut command = Command::new(&deny);
+        command.current_dir(&workspace.root).args(["--workspace", "check"]).args(what);
+        process::run(&mut command)
+    };
+    check(&["licenses", "bans", "sources"])?;
+    let mut fetch = Command::new(&deny);
+    fetch.current_dir(&workspace.root).args(["fetch", "db"]);
+    match process::output(&mut fetch) {
+        Ok(_) => check(&["advisories"]).context("a dependency has a known vulnerability"),
+        Err(error) => {
+            eprintln!(
+                "NOT CHECKED: known vulnerabilities, because the list cannot be fetched: {error:#}"
+            );
+            Ok(())
+        }
+    }
+}
