@@ -18,7 +18,7 @@ use crate::workspace::{Workspace, host_target};
 
 /// The sanitizer; and what libFuzzer needs to see: which edges are taken, and what is compared. And what both are
 /// to find besides: arithmetic that overflows.
-const FLAGS: [&str; 10] = [
+const FLAGS: [&str; 9] = [
     "-Zsanitizer=address",
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -26,7 +26,6 @@ const FLAGS: [&str; 10] = [
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
-    "-Ccodegen-units=1",
     "-Cdebug-assertions",
     "-Coverflow-checks",
 ];

@@ -221,7 +221,7 @@ async fn the_last_good_state_outlives_a_bad_file() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_changes_a_second_are_all_seen_at_once() {
     let mut bench = Bench::with(&[("x.yaml", &file(&[("a", 1)]))]).await;
-    let mut slowest = Duration::ZERO;
+    let mut delays = Vec::new();
     for port in 100..120 {
         let text = file(&[("a", port)]);
         if port % 2 == 0 {
@@ -231,11 +231,12 @@ async fn ten_changes_a_second_are_all_seen_at_once() {
         }
         let start = Instant::now();
         bench.until_ports(&[("x.yaml/a", port)]).await;
-        slowest = slowest.max(start.elapsed());
+        delays.push(start.elapsed());
         tokio::time::sleep(Duration::from_millis(100).saturating_sub(start.elapsed())).await;
     }
-    // About a millisecond on an idle machine; far below any debouncing on a busy one.
-    assert!(slowest < Duration::from_millis(100), "{slowest:?}");
+    // About a millisecond on an idle machine. Debouncing would delay each of them, a busy machine delays some.
+    delays.sort_unstable();
+    assert!(delays[delays.len() / 2] < Duration::from_millis(100), "{delays:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
