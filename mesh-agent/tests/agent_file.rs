@@ -120,6 +120,19 @@ sources: [{kubernetes: {}}, {file: {}}, {}, {files: {dir: /a}}, {files: {directo
             "a:1:60: ::/96 covers loopback addresses, so every other connect to them would be refused; expected a range outside ::1/128",
         ]
     );
+    // Link-local IPv4 addresses are services' on many nodes.
+    assert_eq!(
+        refused(
+            r#"virtual-ips: [169.254.0.0/16, 239.0.0.0/8, 0.0.0.0/32, "fe80::/64", "ff02::/16", "::"]"#
+        ),
+        [
+            "a:1:31: 239.0.0.0/8 covers multicast addresses, which no service can have, so all that is sent to them would be refused; expected a range outside 224.0.0.0/4",
+            "a:1:44: 0.0.0.0/32 covers unspecified addresses, which no service can have, so all that is sent to them would be refused; expected a range outside 0.0.0.0/8",
+            "a:1:56: fe80::/64 covers link-local addresses, which no service can have, so all that is sent to them would be refused; expected a range outside fe80::/10",
+            "a:1:69: ff02::/16 covers multicast addresses, which no service can have, so all that is sent to them would be refused; expected a range outside ff00::/8",
+            "a:1:82: ::/128 covers unspecified addresses, which no service can have, so all that is sent to them would be refused; expected a range outside ::/128",
+        ]
+    );
     assert_eq!(
         refused("limits: {frontends: 3, backends: many, connections: 65535, entries: 1}"),
         [

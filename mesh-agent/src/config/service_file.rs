@@ -11,7 +11,7 @@ use mesh_common::{Algorithm, Protocol};
 use super::ejection::ejection;
 use super::health::health;
 use super::spread::{affinity, fallback, locality, slow_start};
-use super::values::{address, duration, name, percent, port_number};
+use super::values::{self, address, duration, name, percent, port_number};
 use crate::model::{Endpoint, Service, ServiceName, ServicePort, WhenAllUnhealthy};
 use crate::yaml::{
     self, Fields, Keys, Node, Position, Problem, Problems, Value, boolean, excerpt, fields,
@@ -349,7 +349,7 @@ fn endpoint(node: &Node, problems: &mut Problems) -> Option<Endpoint> {
     let fields = fields(node, &ENDPOINT, problems)?;
     let address = fields
         .require("address", "expected the IP address of a server", problems)
-        .and_then(|node| address(node, problems));
+        .and_then(|node| values::endpoint(node, problems));
     // A key that is absent is nothing; one that is there and wrong has been reported.
     let port = fields.get("port").map(|node| port_number(node, "port", problems));
     let weight =

@@ -34,6 +34,23 @@ pub(super) fn name<'n>(node: &'n Node, what: &str, problems: &mut Problems) -> O
     None
 }
 
+/// The address of an endpoint: that of one host, which means the same wherever it is dialled.
+pub(super) fn endpoint(node: &Node, problems: &mut Problems) -> Option<IpAddr> {
+    let address = address(node, problems)?;
+    if matches!(address, IpAddr::V4(ip) if ip.is_link_local()) {
+        // Which host has it depends on the interface, and a connect names none.
+        problems.add(
+            node.at,
+            format!(
+                "{address} is a link-local address; expected that of an endpoint, which is the same host on every \
+                 interface"
+            ),
+        );
+        return None;
+    }
+    Some(address)
+}
+
 /// The address of one host, with IPv4-mapped IPv6 made IPv4.
 pub(super) fn address(node: &Node, problems: &mut Problems) -> Option<IpAddr> {
     const EXPECTED: &str = "an IP address such as 10.0.0.1 or \"fd00::1\"";
@@ -59,6 +76,9 @@ pub(super) fn address(node: &Node, problems: &mut Problems) -> Option<IpAddr> {
         "a multicast address"
     } else if address == IpAddr::V4(Ipv4Addr::BROADCAST) {
         "the broadcast address"
+    } else if matches!(address, IpAddr::V4(ip) if ip.octets()[0] == 0) {
+        // RFC 1122, 3.2.1.3: this host on this network.
+        "an address of this network (0.0.0.0/8)"
     } else if matches!(address, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
         // It means nothing without a scope, and the kernel programs cannot give it one.
         "a link-local address"
@@ -91,11 +111,32 @@ pub(super) fn network(node: &Node, problems: &mut Problems) -> Option<IpNet> {
             "{network} covers loopback addresses, so every other connect to them would be refused; expected a range outside {}",
             loopback(&network)
         )
+    } else if let Some((kind, range)) = nobodys(&network) {
+        format!(
+            "{network} covers {kind} addresses, which no service can have, so all that is sent to them would be refused; expected a range outside {range}"
+        )
     } else {
         return Some(network);
     };
     problems.add(node.at, wrong);
     None
+}
+
+/// What a network covers that no service can have: [`address`] refuses it. Link-local IPv4 addresses are those of
+/// services on many nodes, such as a resolver of the node's own.
+fn nobodys(network: &IpNet) -> Option<(&'static str, IpNet)> {
+    let v4 = |a, prefix| IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(a, 0, 0, 0), prefix));
+    let v6 = |a, prefix| {
+        IpNet::V6(ipnet::Ipv6Net::new_assert(Ipv6Addr::new(a, 0, 0, 0, 0, 0, 0, 0), prefix))
+    };
+    let ranges = [
+        ("multicast", v4(224, 4)),
+        ("unspecified", v4(0, 8)),
+        ("unspecified", v6(0, 128)),
+        ("multicast", v6(0xff00, 8)),
+        ("link-local", v6(0xfe80, 10)),
+    ];
+    ranges.into_iter().find(|(_, range)| overlap(network, range))
 }
 
 /// Whether an IPv6 network and `::ffff:0:0/96` have an address in common.
