@@ -8,13 +8,14 @@
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::{self, Read as _};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use mesh_common::FrontendKey;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
@@ -53,6 +54,11 @@ pub fn name() -> ServiceName {
 #[must_use]
 pub fn is(name: &ServiceName) -> bool {
     name.as_str() == NAME
+}
+
+/// Whether that is where canaries connect to.
+pub fn is_dialled(frontend: &FrontendKey) -> bool {
+    frontend.addr.ip() == IpAddr::V4(*ADDRESS.ip())
 }
 
 /// Who answers, and who is sent.

@@ -226,6 +226,8 @@ pub(crate) fn errno_name(error: &io::Error) -> String {
         Some(libc::EADDRNOTAVAIL) => "EADDRNOTAVAIL",
         Some(libc::EAGAIN) => "EAGAIN",
         Some(libc::ECONNABORTED) => "ECONNABORTED",
+        Some(libc::EDESTADDRREQ) => "EDESTADDRREQ",
+        Some(libc::ENOTCONN) => "ENOTCONN",
         _ => return error.to_string(),
     };
     name.to_owned()

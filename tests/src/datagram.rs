@@ -70,6 +70,8 @@ impl Datagrams {
     /// * `send`, `send ADDRESS`: does not wait
     /// * `receive`: waits for what was not waited for
     /// * `peer`
+    /// * `error`: fails with what `SO_ERROR` says, which is no more afterwards
+    /// * `readable`: waits until poll(2) says that something, or an error, is there
     /// * `count ADDRESS TIMES`: as many new sockets of the address's family ask once each
     /// * `close`: the socket, and all that was kept
     /// * `keep`: a new socket beside the one before, which stays open
@@ -160,6 +162,8 @@ pub fn obey(lines: impl BufRead) -> Result<()> {
                 socket.send_to(QUESTION, &target(&socket, address)?.into()).map(drop)
             }
             ["receive"] => receive(&socket, &mut reply),
+            ["error"] => socket.take_error().and_then(|error| error.map_or(Ok(()), Err)),
+            ["readable"] => sys::socket::wait_readable(&socket, PATIENCE),
             ["peer"] => socket.peer_addr().map(|peer| reply.peer = peer.as_socket()),
             ["count", address, times] => {
                 count(address.parse()?, times.parse()?, &mut reply.counts)?;

@@ -157,3 +157,48 @@ fn exact_when_there_are_many() -> Result<()> {
     })
     .with_context(|| format!("left: {left:?}"))
 }
+
+/// The name of a service in the kernel is by its record: neither its address nor its name makes what was another's its own.
+#[test]
+fn named_by_the_service_that_gave_it() -> Result<()> {
+    let old = || Service::new("old").address("10.96.0.40").port(80, 8080).udp(53, 8080);
+    let old = || old().endpoint("10.0.0.1");
+    let new = || Service::new("new").address("10.96.0.40").port(80, 8080).udp(53, 8080);
+    let new = || new().endpoint("10.0.0.2");
+    let node = Node::builder().backend("a", "10.0.0.1:8080").backend("b", "10.0.0.2:8080");
+    let mut node = node.service(old()).start()?;
+    node.agent.stays = true;
+    let mut later = Later::start(check::mesh_client(&node)?, "10.96.0.40:80")?;
+    ensure!(later.connect(None)?.name()? == "a");
+    let mut datagrams = Datagrams::start(check::mesh_client(&node)?)?;
+    datagrams.ask("ask 10.96.0.40:53")?;
+    ensure!(connections(&node, Some("old"))?.len() == 2, "the control");
+
+    node.agent.write_services("test.yaml", &Service::file(&[new()]))?;
+    node.agent.until_places("new", &["10.0.0.2:8080", "10.0.0.2:8080"])?;
+    let unnamed = |node: &Node| -> Result<()> {
+        ensure!(connections(node, Some("new"))?.is_empty(), "they were never of this one");
+        let all = connections(node, None)?;
+        ensure!(all.len() == 2 && all.iter().all(|c| c["service"] == ""), "{all:?}");
+        let table = process::stdout(node.agent.cli(&["connections"])?)?;
+        ensure!(table.matches("(removed)").count() == 2 && !table.contains("new"), "{table}");
+        let services: Vec<Value> = node.agent.json(&["services"])?;
+        ensure!(services.iter().all(|service| service["active"] == 0), "{services:?}");
+        Ok(())
+    };
+    unnamed(&node)?;
+    let all = connections(&node, None)?;
+    ensure!(all.iter().all(|c| c["backend"] == "10.0.0.1:8080"), "{all:?}");
+    let mut own = Later::start(check::mesh_client(&node)?, "10.96.0.40:80")?;
+    ensure!(own.connect(None)?.name()? == "b");
+    ensure!(connections(&node, Some("new"))?.len() == 1, "its own");
+    drop(own);
+    until("it to end", LIMIT, || Ok((connections(&node, None)?.len() == 2).then_some(())))?;
+
+    // The next agent has nothing but the records.
+    node.agent.kill()?;
+    node.agent.start()?;
+    unnamed(&node)?;
+    node.agent.stays = false;
+    Ok(())
+}

@@ -127,11 +127,11 @@ pub struct Failures {
 /// `GET /v1/connections`, an element.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Debug)]
 pub struct Connection {
-    /// Service name; empty when its service is gone.
+    /// The service that gave it its backend; empty when that is gone, whoever has its address now.
     pub service: String,
     /// What was dialled, `ip:port` or `[ip]:port`.
     pub frontend: String,
-    /// Where it went; empty when that backend is gone.
+    /// Where it went; empty when that backend was gone before the agent began.
     pub backend: String,
     /// `tcp` or `udp`.
     pub protocol: String,

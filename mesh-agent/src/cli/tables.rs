@@ -124,7 +124,10 @@ pub(super) fn connections(connections: &[Connection], style: Style) -> String {
         let or_none = |name: &str| if name.is_empty() { "-" } else { name }.to_owned();
         let pid = connection.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
         let mut row = vec![
-            text(or_none(&connection.service)),
+            text(match connection.service.as_str() {
+                "" => "(removed)",
+                name => name,
+            }),
             text(format!("{}/{}", connection.frontend, connection.protocol)),
             text(or_none(&connection.backend)),
             text(&connection.state),

@@ -134,7 +134,12 @@ impl Engine {
         frontend: FrontendKey,
         failure: String,
     ) {
-        let Some(service) = self.reconciler.owner(&frontend).cloned() else { return };
+        let Some((service, _)) = self.reconciler.giver(backend, generation) else { return };
+        if self.reconciler.owner(&frontend) != Some(service) {
+            // What was dialled is another service's now, and says nothing of the share that is out.
+            return;
+        }
+        let service = service.clone();
         // The kernel's, not the catalog's: what happened while no agent ran is read before the sources are.
         let policy = self.reconciler.rules(&service).policy;
         let maps = self.reconciler.maps();

@@ -10,9 +10,11 @@ use mesh_common::{Ejection, Failure, FrontendKey, Protocol, Reason, State};
 use super::{Engine, journal};
 use crate::api::types::Event;
 use crate::dataplane::clock;
-use crate::dataplane::maps::Maps as _;
 use crate::model::ServiceName;
 use crate::observe::events::{Batch, Observed};
+
+/// The backend of an event that concerns none.
+const NO_BACKEND: u32 = u32::MAX;
 
 /// The same moment by both clocks.
 #[derive(Clone, Copy)]
@@ -38,11 +40,11 @@ impl Engine {
         let clock = Clock::now();
         let mut moved = Vec::new();
         for observed in batch.events {
-            let service = self.reconciler.owner(&observed.event.frontend);
-            let event = tell(&observed, service, self.backend_at(&observed), clock);
+            let service = self.service_of(&observed).cloned();
+            let event = tell(&observed, service.as_ref(), self.backend_at(&observed), clock);
             self.journal.push(event);
             if matches!(observed.kind, Kind::Ejected | Kind::Recovered)
-                && let Some(service) = service.cloned()
+                && let Some(service) = service.clone()
             {
                 // What was out for one client only was in for all others.
                 let known = (observed.event.backend, observed.event.generation);
@@ -54,9 +56,7 @@ impl Engine {
             self.confirm(&observed);
             if observed.kind == Kind::Ejected {
                 self.make_room(&observed.event.frontend);
-                let place = self.backend_at(&observed);
-                let owner = self.reconciler.owner(&observed.event.frontend).cloned();
-                if let Some((service, address)) = owner.zip(place) {
+                if let Some((service, address)) = service.zip(self.backend_at(&observed)) {
                     self.end_waiting(&service, address);
                 }
             }
@@ -69,12 +69,19 @@ impl Engine {
         self.reconsider(moved);
     }
 
-    /// Where the backend of an event is, if it is still the one that was meant.
+    /// The service that an event is of: that of its backend, whoever has by now what was dialled.
+    fn service_of(&self, observed: &Observed) -> Option<&ServiceName> {
+        let event = &observed.event;
+        if event.backend == NO_BACKEND {
+            return self.reconciler.refuser(&event.frontend, event.time);
+        }
+        self.reconciler.giver(event.backend, event.generation).map(|(name, _)| name)
+    }
+
+    /// Where the backend of an event is, or was.
     pub(super) fn backend_at(&self, observed: &Observed) -> Option<SocketAddr> {
         let event = &observed.event;
-        let backend = self.reconciler.maps().backend(event.backend)?;
-        let same = backend.generation == event.generation && backend.protocol != 0;
-        same.then(|| SocketAddr::new(backend.addr.ip(), u16::from_be(backend.port)))
+        self.reconciler.giver(event.backend, event.generation).map(|(_, key)| key.address)
     }
 
     fn note_suspect(&mut self, observed: Observed) {

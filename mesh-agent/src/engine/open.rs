@@ -12,7 +12,6 @@ use crate::audit::Record;
 use crate::canary;
 use crate::connections;
 use crate::dataplane::clock;
-use crate::dataplane::maps::Maps as _;
 use crate::model::ServiceName;
 use crate::observe::clients::Clients;
 
@@ -46,7 +45,7 @@ impl Handle {
         }
         named.retain(|named| match &wanted {
             Some(_) => named.service == wanted,
-            None => !named.service.as_ref().is_some_and(canary::is),
+            None => !canary::is_dialled(&named.record.given.frontend),
         });
         let records = named.iter().map(|named| named.record).collect();
         let failed = |error: std::io::Error| {
@@ -89,14 +88,12 @@ impl Engine {
 
     fn name_records(&self, records: Vec<Record>) -> Vec<Named> {
         let named = |record: Record| {
-            let (given, id) = (record.given, Held(record.word).backend());
-            let backend = self.reconciler.maps().backend(id);
-            let backend = backend.filter(|b| b.generation == given.generation && b.protocol != 0);
-            Named {
-                record,
-                service: self.reconciler.owner(&given.frontend).cloned(),
-                backend: backend.map(|b| SocketAddr::new(b.addr.ip(), u16::from_be(b.port))),
-            }
+            let given = record.given;
+            let life = (Held(record.word).backend(), given.generation);
+            let giver = self.reconciler.giver_of(life, &given.frontend, given.role.service());
+            let backend = self.reconciler.giver(life.0, life.1).map(|(_, key)| key.address);
+            // Of one that is gone there is no other name.
+            Named { record, service: giver.filter(|name| self.knows(name)).cloned(), backend }
         };
         records.into_iter().map(named).collect()
     }

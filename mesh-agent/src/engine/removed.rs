@@ -139,7 +139,7 @@ async fn end(auditor: Auditor, gone: Vec<LetGo>, tell: mpsc::UnboundedSender<Nex
 
 impl Engine {
     /// Every backend that a service defines, those of the service that it falls back to included.
-    fn keys(&self, name: &ServiceName) -> HashSet<BackendKey> {
+    pub(super) fn keys(&self, name: &ServiceName) -> HashSet<BackendKey> {
         let Some(entry) = self.catalog.get(name.as_str()) else { return HashSet::new() };
         let behind = self.behind(entry).map(|(_, entry)| &entry.service);
         let mut keys = HashSet::new();

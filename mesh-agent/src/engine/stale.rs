@@ -19,7 +19,7 @@ use std::net::SocketAddr;
 use mesh_common::{Client, FrontendKey, Marks};
 
 use super::observed::dialled;
-use super::{Engine, few, out};
+use super::{Engine, few, out, wanted};
 use crate::api::server::ViewError;
 use crate::canary;
 use crate::catalog::Entry;
@@ -93,15 +93,39 @@ impl Stale {
 }
 
 impl Engine {
-    /// How the endpoints of a service that was taken over were, when it is defined for the first time.
+    /// How the endpoints of a service that was taken over were, when it is defined for the first time; or those
+    /// of one that was called something else until now.
     pub(super) fn found(&self, name: &ServiceName) -> BTreeMap<SocketAddr, Marks> {
-        if !self.stale.has(name) {
-            return BTreeMap::new();
-        }
+        let name = match self.stale.has(name) {
+            true => name,
+            false => match self.former_name(name) {
+                Some(former) => former,
+                None => return BTreeMap::new(),
+            },
+        };
         let maps = self.reconciler.maps();
         let marks =
             |(key, id): (compile::BackendKey, u32)| Some((key.address, maps.backend(id)?.marks));
         self.reconciler.backends(name).filter_map(marks).collect()
+    }
+
+    /// What a service that is defined for the first time was called before: its frontends and endpoints are
+    /// all those of one that is defined no more ([`Reconciler::apply`] goes by the same).
+    fn former_name(&self, name: &ServiceName) -> Option<&ServiceName> {
+        if self.health.contains_key(name) {
+            return None;
+        }
+        let entry = self.catalog.get(name.as_str())?;
+        let frontends = wanted::keys(entry);
+        let is_gone = |owner: &&ServiceName| {
+            *owner != name && self.catalog.get(owner.as_str()).is_none() && !self.stale.has(owner)
+        };
+        let owner = |key| self.reconciler.owner(key).filter(is_gone);
+        let former = frontends.iter().find_map(owner)?;
+        let keys = self.keys(name);
+        let has_all = self.reconciler.frontends(former).all(|key| frontends.contains(&key))
+            && self.reconciler.backends(former).all(|(key, _)| keys.contains(&key));
+        has_all.then_some(former)
     }
 
     /// Which group of endpoints each table of such a service uses, where it is not the first: what is needed to

@@ -234,7 +234,7 @@ impl Health {
                 let (state, reason) = match found {
                     _ if !checked => (State::Unknown, "no health check"),
                     Some(state @ (State::Healthy | State::Unhealthy)) => {
-                        (state, "as it was before the agent was started; not checked since")
+                        (state, "as it was found in the kernel; not checked since")
                     }
                     _ => (State::Unknown, "not checked yet"),
                 };
@@ -262,7 +262,7 @@ impl Health {
 }
 
 /// The frontends that a service owns, as the kernel knows them.
-fn keys(entry: &Entry) -> Vec<FrontendKey> {
+pub(super) fn keys(entry: &Entry) -> Vec<FrontendKey> {
     let key = |owned: &crate::catalog::OwnedFrontend| {
         let frontend = owned.frontend;
         FrontendKey::new(frontend.address.into(), frontend.port, frontend.protocol)

@@ -73,6 +73,18 @@ pub fn wait_writable(socket: &Socket, timeout: Duration) -> io::Result<()> {
     }
 }
 
+/// Waits until there is something to read, or an error.
+///
+/// # Errors
+///
+/// Those of poll(2), and `ETIMEDOUT`.
+pub fn wait_readable(socket: &Socket, timeout: Duration) -> io::Result<()> {
+    match poll(socket, libc::POLLIN, timeout)? {
+        0 => Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
+        _ => Ok(()),
+    }
+}
+
 /// Whether a connect in progress has failed.
 ///
 /// That it has an error does not say so, see [`wait_writable`].

@@ -171,6 +171,7 @@ impl<M: Contents> Reconciler<M> {
             table,
             rules,
             named: true,
+            since: 0,
         };
         self.frontends.insert(key, held);
         Ok(true)
@@ -215,7 +216,7 @@ impl<M: Contents> Reconciler<M> {
 }
 
 /// Which backend of its service a record is; nothing when it is none.
-fn backend_key(record: &Backend) -> Option<BackendKey> {
+pub(super) fn backend_key(record: &Backend) -> Option<BackendKey> {
     let protocol = Protocol::from_number(record.protocol)?;
     let address = SocketAddr::new(record.addr.ip(), u16::from_be(record.port));
     (record.port != 0 && record.service_port != 0).then_some(BackendKey {

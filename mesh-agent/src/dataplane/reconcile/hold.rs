@@ -11,6 +11,7 @@ use mesh_common::{
 use super::extents::{Content, Written};
 use super::{Held, HeldBackend, HeldFrontend, Owner, Problem, Reconciler};
 use crate::compile::{self, Rows, Rules, TableKey, Tables};
+use crate::dataplane::clock;
 use crate::dataplane::maps::{Frontend, Kind, MapError, Maps};
 use crate::model::ServiceName;
 
@@ -379,7 +380,10 @@ impl<M: Maps> Reconciler<M> {
         }
         self.extents.acquire(table);
         let (owner, owner_id) = (owner.name.clone(), owner.id);
-        Ok(Some(HeldFrontend { owner, owner_id, index, generation, table, rules, named: true }))
+        let since = clock::monotonic();
+        let held =
+            HeldFrontend { owner, owner_id, index, generation, table, rules, named: true, since };
+        Ok(Some(held))
     }
 
     /// Gives a frontend of another service a record of its own, with a generation of its own: what clients

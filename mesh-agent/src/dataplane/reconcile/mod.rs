@@ -10,11 +10,13 @@
 
 mod adopt;
 mod extents;
+mod giver;
 mod hold;
 mod names;
 mod problem;
 mod ranges;
 mod release;
+mod rename;
 mod share;
 #[cfg(test)]
 mod tests;
@@ -30,6 +32,7 @@ use crate::compile::{BackendKey, Rules, TableKey, Tables};
 use crate::model::ServiceName;
 pub use adopt::Adopted;
 use extents::Extents;
+use giver::Former;
 use names::Names;
 pub use names::UNNAMED;
 pub use problem::Problem;
@@ -54,6 +57,8 @@ struct HeldFrontend {
     rules: Rules,
     /// Whether `FRONTENDS` has it. Without it the record waits to be retired.
     named: bool,
+    /// When this agent had made it, in nanoseconds of `CLOCK_MONOTONIC`; 0 when a former one had.
+    since: u64,
 }
 
 /// What is in the maps for a service.
@@ -137,11 +142,15 @@ pub struct Reconciler<M> {
     clearing: Vec<u32>,
     /// Backends that services let go of, until somebody asks.
     let_go: Vec<LetGo>,
+    /// The last of them.
+    former: Former,
     /// How many grace periods have begun.
     graces: u64,
     /// Connects that were given to backends that are gone.
     gone_opened: u64,
     virtual_ips: u32,
+    /// Services that are called something else now, by their former names, which records may have still.
+    renamed: HashMap<ServiceName, ServiceName>,
     /// What was wanted of services for which something failed.
     unfinished: HashMap<ServiceName, Arc<Tables>>,
 }
@@ -173,10 +182,12 @@ impl<M: Maps> Reconciler<M> {
             retired_backends: Vec::new(),
             waiting_backends: Vec::new(),
             let_go: Vec::new(),
+            former: Former::default(),
             graces: 0,
             gone_opened: 0,
             clearing: Vec::new(),
             virtual_ips: 0,
+            renamed: HashMap::new(),
             unfinished: HashMap::new(),
         }
     }
@@ -256,6 +267,12 @@ impl<M: Maps> Reconciler<M> {
         self.frontends.get(key).map(|held| &held.owner)
     }
 
+    /// A service has let go of a backend.
+    fn let_go(&mut self, gone: LetGo) {
+        self.former.note(&gone);
+        self.let_go.push(gone);
+    }
+
     /// The backends that services have let go of since this was asked last.
     pub fn take_let_go(&mut self) -> Vec<LetGo> {
         std::mem::take(&mut self.let_go)
@@ -275,6 +292,7 @@ impl<M: Maps> Reconciler<M> {
         &mut self,
         wanted: Vec<(ServiceName, Arc<Tables>)>,
     ) -> Vec<(ServiceName, Vec<Problem>)> {
+        self.rename(&wanted);
         // What is given back first can be granted to others of the batch.
         for (name, tables) in &wanted {
             self.shares.shrink(name, tables.backends.len());
@@ -311,9 +329,9 @@ impl<M: Maps> Reconciler<M> {
         for ((name, tables), (_, problems)) in wanted.into_iter().zip(&mut outcome) {
             let Some(mut held) = self.services.remove(&name) else { continue };
             let before = problems.len();
-            let kept = self.release(&name, &mut held, &tables, &claimed, problems);
+            let mut kept = self.release(&name, &mut held, &tables, &claimed, problems);
             if held.is_empty() {
-                self.names.give(&name);
+                kept |= !self.give_name(&name);
             } else {
                 self.services.insert(name.clone(), held);
             }

@@ -22,6 +22,8 @@ pub struct Names {
     ids: IdPool,
     /// With the source that it is noted to be of.
     of: HashMap<ServiceName, (u32, u64)>,
+    /// The same the other way round.
+    by: HashMap<u32, ServiceName>,
     /// Records of nobody that are still to be cleared.
     clearing: Vec<u32>,
 }
@@ -29,7 +31,8 @@ pub struct Names {
 impl Names {
     /// Nobody has any of so many.
     pub fn new(limit: u32) -> Self {
-        Self { limit, ids: IdPool::new(limit), of: HashMap::new(), clearing: Vec::new() }
+        let (of, by) = (HashMap::new(), HashMap::new());
+        Self { limit, ids: IdPool::new(limit), of, by, clearing: Vec::new() }
     }
 
     /// Those that are there. What is no name, or one that another has already, is to be cleared.
@@ -40,7 +43,7 @@ impl Names {
             used.push(index);
             match record.get().map(ServiceName::new) {
                 Some(name) if !names.of.contains_key(&name) => {
-                    names.of.insert(name, (index, record.source));
+                    names.note(name, index, record.source);
                 }
                 _ => names.clearing.push(index),
             }
@@ -51,7 +54,22 @@ impl Names {
 
     /// All names, by their records.
     pub fn by_index(&self) -> HashMap<u32, ServiceName> {
-        self.of.iter().map(|(name, &(index, _))| (index, name.clone())).collect()
+        self.by.clone()
+    }
+
+    /// Whose record this is.
+    pub fn get(&self, index: u32) -> Option<&ServiceName> {
+        self.by.get(&index)
+    }
+
+    fn note(&mut self, name: ServiceName, index: u32, source: u64) {
+        self.by.insert(index, name.clone());
+        self.of.insert(name, (index, source));
+    }
+
+    /// The record of a service, if it has one.
+    pub fn id(&self, name: &ServiceName) -> Option<u32> {
+        self.of.get(name).map(|&(index, _)| index)
     }
 
     /// Which source a service is noted to be of.
@@ -80,7 +98,7 @@ impl Names {
         let Some(index) = index else { return unnamed };
         match maps.write_name(index, &record) {
             Ok(()) => {
-                self.of.insert(name.clone(), (index, source));
+                self.note(name.clone(), index, source);
                 (index, None)
             }
             Err(error) if known.is_some() => (index, Some(error.into())),
@@ -93,7 +111,10 @@ impl Names {
 
     /// Nothing is a service's any more.
     pub fn give(&mut self, name: &ServiceName) {
-        self.clearing.extend(self.of.remove(name).map(|(index, _)| index));
+        if let Some((index, _)) = self.of.remove(name) {
+            self.by.remove(&index);
+            self.clearing.push(index);
+        }
     }
 
     /// Clears the records of those.

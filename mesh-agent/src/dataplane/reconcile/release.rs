@@ -53,8 +53,10 @@ impl<M: Maps> Reconciler<M> {
             }
             keep
         });
-        gone.iter().for_each(|gone| self.retire_backend(gone.id));
-        self.let_go.append(&mut gone);
+        for gone in gone {
+            self.retire_backend(gone.id);
+            self.let_go(gone);
+        }
         self.drop_addresses(problems);
         tracing::debug!(service = %name, problems = problems.len(), kept, "reconciled");
         kept

@@ -46,6 +46,13 @@ impl Shares {
         self.set(name, size);
     }
 
+    /// A service is called something else, and has what it had.
+    pub fn rename(&mut self, former: &ServiceName, name: &ServiceName) {
+        let size = self.of.get(former).copied().unwrap_or_default();
+        self.set(former, 0);
+        self.set(name, size);
+    }
+
     fn set(&mut self, name: &ServiceName, size: usize) {
         if let Some(old) = self.of.remove(name) {
             self.total -= old;

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod model;
+mod rename;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
