@@ -38,6 +38,7 @@ use crate::observe;
 use crate::signals::Signals;
 use crate::supervisor;
 use crate::text;
+use crate::upkeep::{self, Upkeep};
 
 /// How long a source that does not answer can delay the start.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -174,7 +175,10 @@ pub async fn run(
     let alive = supervisor::watchdog(engine.clone(), cancel.clone());
     spawn(&mut tasks, "the watchdog", alive);
     let units = Clients { wanted: units_wanted, there: units_there, again: units_again };
-    let serve = server::serve(claim.listen()?, engine.clone(), journal, cancel.clone());
+    let listener = claim.listen()?;
+    let away = upkeep::tell_of_socket(listener.watch(), engine.clone(), cancel.clone());
+    spawn(&mut tasks, "the upkeep of the socket", away);
+    let serve = server::serve(listener, engine.clone(), journal, cancel.clone());
     spawn(&mut tasks, "the API", async {
         if let Err(error) = serve.await {
             tracing::error!(%error, "the API");
@@ -364,12 +368,12 @@ async fn balance(
     if let Some(attachment) = &attachment {
         prover.prove(attachment).await;
     }
-    let (mut hindrance, mut irreparable) = (None, None);
+    let (mut hindrance, mut upkeep) = (None, Upkeep::new(pins, engine));
     let mut tick = tokio::time::interval(WATCH);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        repair(pins, &mut irreparable);
+        upkeep.look().await;
         if let Some(attachment) = attachment.as_ref().filter(|attachment| attachment.is_whole()) {
             prover.prove_if_due(attachment).await;
             continue;
@@ -420,29 +424,6 @@ fn what_happened(programs: &Programs) -> String {
     let others = replaced.iter().map(|(name, id)| format!("program {id} in place of {name}"));
     let others: Vec<_> = others.collect();
     format!("somebody has put {}; they are put back", others.join(", "))
-}
-
-/// Pins again what somebody has removed. What keeps it from that is said once.
-fn repair(pins: &PinDir, hindrance: &mut Option<String>) {
-    let repaired = pins.repair();
-    let now = repaired.as_ref().err().map(ToString::to_string);
-    let is_known = now.is_some() && *hindrance == now;
-    *hindrance = now;
-    match repaired {
-        Ok(gone) if gone.is_empty() => {}
-        Err(_) if is_known => {}
-        Ok(gone) => tracing::warn!(
-            pins = gone.len(),
-            directory = %pins.directory().display(),
-            "pins were removed by somebody else, and are made again ({}, ...); `mesh-agent cleanup` ends \
-             balancing in order, once the agent is stopped",
-            gone.first().map_or("", String::as_str)
-        ),
-        Err(error) => tracing::error!(
-            "pins were removed by somebody else, and cannot be made again, so balancing would end with the \
-             agent: {error}"
-        ),
-    }
 }
 
 fn spawn(tasks: &mut Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {

@@ -29,4 +29,5 @@ pub mod privileges;
 pub mod signals;
 pub mod supervisor;
 mod text;
+pub mod upkeep;
 pub mod yaml;

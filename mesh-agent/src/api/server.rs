@@ -155,8 +155,8 @@ impl axum::serve::Listener for Accept {
 
     async fn accept(&mut self) -> (UnixStream, ()) {
         loop {
-            match self.0.get().accept().await {
-                Ok((stream, _)) => return (stream, ()),
+            match self.0.accept().await {
+                Ok(stream) => return (stream, ()),
                 Err(error) => {
                     // Most likely no file descriptor is free. Without a pause this would spin.
                     tracing::warn!(%error, socket = %self.0.path().display(), "cannot accept");

@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixSocket, UnixStream};
-use tokio::time::{Instant, sleep};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::text;
 
@@ -33,6 +34,9 @@ const MAX_PATH: usize = 107;
 /// socket, until the kernel is done with it.
 const ENDING: Duration = Duration::from_secs(1);
 
+/// How often it is looked whether the socket is there.
+const UPKEEP: Duration = Duration::from_secs(1);
+
 /// How often it is looked for meanwhile.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -43,14 +47,21 @@ pub struct Claim {
     socket: PathBuf,
     lock: PathBuf,
     /// The lock is this open file's.
-    _file: File,
+    file: File,
 }
 
-/// A socket that listens. Dropping it removes the socket and the lock file.
+/// A socket that listens, and is made again when somebody removes it. Dropping it removes the socket and the
+/// lock file.
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
+    /// Device and inode of the socket.
+    at: Option<(u64, u64)>,
     claim: Claim,
+    /// When it is looked at next, however many clients come.
+    look: Instant,
+    /// Why nobody reaches it.
+    wrong: watch::Sender<Option<String>>,
 }
 
 /// Why the socket cannot be had. Each is for people, and says what to do.
@@ -143,7 +154,7 @@ impl Claim {
     async fn try_take(socket: &Path) -> Result<Self, SocketError> {
         let lock = Self::lock_path(socket);
         let file = lock_file(socket, &lock)?;
-        let claim = Self { socket: socket.to_path_buf(), lock, _file: file };
+        let claim = Self { socket: socket.to_path_buf(), lock, file };
         claim.remove_stale().await?;
         Ok(claim)
     }
@@ -168,8 +179,20 @@ impl Claim {
     ///
     /// What the system says: most often a missing right to write the directory.
     pub fn listen(self) -> Result<Listener, SocketError> {
+        let (listener, at) = self.bind()?;
+        let (look, wrong) = (Instant::now() + UPKEEP, watch::Sender::new(None));
+        Ok(Listener { listener, at, claim: self, look, wrong })
+    }
+
+    fn bind(&self) -> Result<(UnixListener, Option<(u64, u64)>), SocketError> {
         let listener = bind(&self.socket).map_err(failed("cannot listen", &self.socket))?;
-        Ok(Listener { listener, claim: self })
+        Ok((listener, number(&self.socket)))
+    }
+
+    /// Whether the lock is that of the file which is there now.
+    fn is_held(&self) -> bool {
+        let held = self.file.metadata().map(|held| (held.dev(), held.ino()));
+        held.is_ok_and(|held| number(&self.lock) == Some(held))
     }
 
     /// Removes the socket of an agent that is gone.
@@ -197,17 +220,69 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Still under the lock, which ends with the file. That it is already gone is as good.
-        let _ = fs::remove_file(&self.lock);
+        // Still under the lock, which ends with the file. That it is already gone is as good; another's stays.
+        if self.is_held() {
+            let _ = fs::remove_file(&self.lock);
+        }
     }
 }
 
 // === impl Listener ===
 
 impl Listener {
-    /// The listening socket.
-    pub(super) fn get(&self) -> &UnixListener {
-        &self.listener
+    /// Why nobody can reach this socket, whenever that is another.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<Option<String>> {
+        self.wrong.subscribe()
+    }
+
+    /// The next client. Meanwhile the socket is made again if it is removed.
+    ///
+    /// # Errors
+    ///
+    /// Those of accept(2).
+    pub(super) async fn accept(&mut self) -> io::Result<UnixStream> {
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept() => return accepted.map(|(stream, _)| stream),
+                () = sleep_until(self.look) => self.look_after().await,
+            }
+        }
+    }
+
+    async fn look_after(&mut self) {
+        self.look = Instant::now() + UPKEEP;
+        let wrong = self.restore().await.err().map(|error| {
+            format!("commands do not reach this agent by {}: {error}", self.path().display())
+        });
+        let is_new = |told: &mut Option<String>| {
+            let is_new = *told != wrong;
+            told.clone_from(&wrong);
+            is_new
+        };
+        if self.wrong.send_if_modified(is_new)
+            && let Some(wrong) = &wrong
+        {
+            tracing::error!("{wrong}");
+        }
+    }
+
+    /// Makes again what somebody has removed: the lock first, as at the start.
+    async fn restore(&mut self) -> Result<(), SocketError> {
+        let is_there = self.at.is_some() && number(self.path()) == self.at;
+        if is_there && self.claim.is_held() {
+            return Ok(());
+        }
+        if !self.claim.is_held() {
+            self.claim.file = lock_file(&self.claim.socket, &self.claim.lock)?;
+        }
+        if !is_there {
+            self.claim.remove_stale().await?;
+            (self.listener, self.at) = self.claim.bind()?;
+        }
+        let socket = self.path().display();
+        tracing::warn!(%socket, "the socket, or its lock, was removed by somebody else, and is made again");
+        Ok(())
     }
 
     /// The path of the socket.
@@ -219,9 +294,17 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Before the claim is dropped, so nobody else can have made a socket of this name.
-        let _ = fs::remove_file(self.path());
+        // Before the claim is dropped, so only somebody without a claim can have made another of this name.
+        if number(self.path()) == self.at {
+            let _ = fs::remove_file(self.path());
+        }
     }
+}
+
+/// Device and inode of what is at a path.
+fn number(path: &Path) -> Option<(u64, u64)> {
+    let found = fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 /// The process at the other end, unless it is in another PID namespace.

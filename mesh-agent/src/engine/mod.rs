@@ -12,6 +12,7 @@ mod notes;
 mod observed;
 mod open;
 mod out;
+mod outside;
 mod pause;
 mod proof;
 mod readings;
@@ -52,6 +53,8 @@ use confirm::Opinions;
 use dead::Dead;
 use drains::Drains;
 use journal::Journal;
+pub use outside::Outside;
+use outside::Wrong;
 use pause::Pause;
 use proof::Proof;
 pub use proof::Prover;
@@ -94,6 +97,8 @@ pub struct Engine {
     lost: Option<String>,
     /// Why nobody can ask for metrics.
     unheard: Option<String>,
+    /// What is wrong with what the agent has made outside of itself.
+    outside: Wrong,
     grace: Arc<Grace>,
     waiting: Option<JoinHandle<Result<(), MapError>>>,
     /// When the next grace period may start, after one that failed.
@@ -212,6 +217,7 @@ impl Engine {
             attachment: None,
             lost: None,
             unheard: None,
+            outside: Wrong::new(),
             grace,
             waiting: None,
             grace_pause: Pause::default(),

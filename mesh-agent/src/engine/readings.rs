@@ -29,13 +29,14 @@ impl Readings for Handle {
     }
 
     async fn snapshot(&self) -> Result<Snapshot, ViewError> {
-        let mut backends = self.ask(|engine| engine.traffic()).await?;
+        let (mut backends, in_place) =
+            self.ask(|engine| (engine.traffic(), engine.in_place())).await?;
         // Not in the engine's time.
         backends.sort_by(|a, b| {
             let key = |one: &Traffic| (one.port, one.protocol, one.address);
             a.service.cmp(&b.service).then_with(|| key(a).cmp(&key(b)))
         });
-        Ok(Snapshot { status: self.status().await?, backends })
+        Ok(Snapshot { status: self.status().await?, in_place, backends })
     }
 }
 

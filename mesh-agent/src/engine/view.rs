@@ -400,6 +400,7 @@ impl Engine {
         if attached {
             reasons.extend(self.doubts());
         }
+        reasons.extend(self.outside.values().cloned());
         reasons.extend(self.stale.reason());
         reasons.extend(few(self.troubles()));
         reasons.extend(self.unheard.clone());

@@ -106,6 +106,12 @@ fn gauge(value: u64) -> ConstGauge<i64> {
 impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         agent(&self.status, &mut encoder)?;
+        let in_place = self.in_place.iter().map(|&(of, is)| ([("of", of)], is.into()));
+        Family::new(
+            "in_place",
+            "1 while the pins, and the socket of commands, are as the agent made them",
+        )
+        .gauges(&mut encoder, in_place)?;
         data_plane(&self.status.counters, &mut encoder)?;
         checks(self.status.checks, &mut encoder)?;
         traffic(&self.backends, &mut encoder)

@@ -70,6 +70,8 @@ pub trait Readings: Clone + Send + Sync + 'static {
 pub struct Snapshot {
     /// The agent, and the data plane as a whole.
     pub status: types::Status,
+    /// What the agent has made outside of itself, and whether it is there as it was made.
+    pub in_place: Vec<(&'static str, bool)>,
     /// Backends of the services that this node has used.
     pub backends: Vec<Traffic>,
 }

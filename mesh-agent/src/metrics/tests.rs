@@ -65,6 +65,7 @@ fn snapshot() -> Snapshot {
         failures: Failures { reset, ..Failures::default() },
     };
     Snapshot {
+        in_place: vec![("pins", false), ("socket", true)],
         status: Status {
             version: "1.2.3".into(),
             node: "a \"b\"\\c".into(),
@@ -223,6 +224,8 @@ fn names_labels_and_kinds() {
         r#"mesh_agent_info{version="1.2.3",node="a \"b\"\\c"} 1"#,
         "# TYPE mesh_ready gauge",
         "mesh_ready 1",
+        r#"mesh_in_place{of="pins"} 0"#,
+        r#"mesh_in_place{of="socket"} 1"#,
         r#"mesh_program_attached{program="mesh_connect4",hook="cgroup/connect4"} 0"#,
         r#"mesh_source_ready{source="files"} 1"#,
         r#"mesh_source_services{source="files"} 3"#,

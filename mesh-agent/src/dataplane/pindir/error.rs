@@ -74,7 +74,7 @@ pub enum PinError {
         expected: String,
     },
     /// The system refuses.
-    #[error("{}: {source}; run as root, and see `mesh-agent check`", path.display())]
+    #[error("{}: {source}; {}", path.display(), advice(source))]
     Io {
         /// What was touched.
         path: PathBuf,
@@ -82,6 +82,16 @@ pub enum PinError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What to do about it.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "that file system is read-only: make it writable with `mount -o remount,rw`, or name another pin-dir"
+        }
+        _ => "run as root, and see `mesh-agent check`",
+    }
 }
 
 fn who(pid: Option<u32>) -> String {

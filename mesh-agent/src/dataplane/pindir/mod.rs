@@ -6,6 +6,7 @@
 
 mod error;
 mod place;
+mod upkeep;
 mod versions;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,8 @@ use super::sys::links;
 use crate::claim;
 pub use error::PinError;
 use place::{make, place};
+use upkeep::Kept;
+pub use upkeep::Repaired;
 use versions::InForce;
 pub use versions::{any_version, in_force, version};
 
@@ -118,8 +121,10 @@ pub struct PinDir {
     lock: Mutex<File>,
     /// Whether there was nothing when it was taken.
     is_new: bool,
+    /// Where the file system was mounted.
+    point: PathBuf,
     /// What is pinned, to pin it again should somebody remove it.
-    kept: Mutex<BTreeMap<String, OwnedFd>>,
+    kept: Mutex<BTreeMap<String, Kept>>,
 }
 
 /// Where this agent pins.
@@ -154,7 +159,8 @@ impl PinDir {
         }
         let is_new = in_force == InForce::Nothing;
         let place = Mutex::new(Place { directory, former });
-        Ok(Self { root, place, lock: Mutex::new(lock), is_new, kept: Mutex::default() })
+        let (point, kept) = (Self::point_of(&root), Mutex::default());
+        Ok(Self { root, place, lock: Mutex::new(lock), is_new, point, kept })
     }
 
     /// Whether there was nothing when it was taken.
@@ -215,7 +221,7 @@ impl PinDir {
             Ok(kept)
         };
         let kept = put().map_err(|source| PinError::Io { path: path.clone(), source })?;
-        self.kept().insert(name.to_owned(), kept);
+        self.kept().insert(name.to_owned(), Kept::new(kept, &path));
         Ok(())
     }
 
@@ -229,8 +235,10 @@ impl PinDir {
         if fs::symlink_metadata(&path).is_err() {
             return self.put(name, object);
         }
-        let kept = object.try_clone_to_owned().map_err(|source| PinError::Io { path, source })?;
-        self.kept().insert(name.to_owned(), kept);
+        let kept = object
+            .try_clone_to_owned()
+            .map_err(|source| PinError::Io { path: path.clone(), source })?;
+        self.kept().insert(name.to_owned(), Kept::new(kept, &path));
         Ok(())
     }
 
@@ -255,34 +263,6 @@ impl PinDir {
         Ok(())
     }
 
-    /// Pins again what somebody has removed. Gives the names.
-    ///
-    /// # Errors
-    ///
-    /// When that cannot be done.
-    pub fn repair(&self) -> Result<Vec<String>, PinError> {
-        let kept = self.kept();
-        let is_gone = |name: &&String| fs::symlink_metadata(self.path(name)).is_err();
-        let gone: Vec<String> = kept.keys().filter(is_gone).cloned().collect();
-        if gone.is_empty() {
-            return Ok(gone);
-        }
-        let mut locked = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_at(&locked, &self.root) {
-            // The one that is there now has to be this agent's as well.
-            *locked = lock(&self.root)?;
-        }
-        make(&self.directory())?;
-        for name in &gone {
-            let path = self.path(name);
-            if let Some(object) = kept.get(name) {
-                links::pin(object.as_fd(), &path)
-                    .map_err(|source| PinError::Io { path, source })?;
-            }
-        }
-        Ok(gone)
-    }
-
     /// Removes all pins, also another version's that are in force, and the directories if nothing else is in
     /// them.
     pub fn clear(&self) {
@@ -298,7 +278,7 @@ impl PinDir {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, OwnedFd>> {
+    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
