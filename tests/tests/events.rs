@@ -1,12 +1,16 @@
 //! What the kernel tells about connects that fail or are refused, as a person reads it.
 
+use std::net::TcpListener;
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::process::{Echo, LIMIT, Process, until};
 use mesh_tests::server::Kind;
+use mesh_tests::sys::netns;
 use mesh_tests::{Node, Service, check};
 use serde::Deserialize;
+use socket2::Socket;
 
 const APP: &str = "10.96.0.10:80";
 const EMPTY: &str = "10.96.0.11:80";
@@ -193,4 +197,33 @@ fn a_flood_of_refusals() -> Result<()> {
     ensure!(kept.len() as u64 == sent.min(1_000), "{} are kept of {sent}", kept.len());
     node.start_server(Kind::Plain, "b", DEAD)?;
     check::balanced(&mut node, &["a", "b"], |node| check::who(node, APP))
+}
+
+/// A connection fails that had come by an address which another service has by now.
+#[test]
+fn a_failure_is_told_of_the_service_that_gave_the_backend() -> Result<()> {
+    const PLACE: &str = "10.0.0.1:9000";
+    let old = Service::new("old").address("10.96.0.41").port(80, 9000).endpoint("10.0.0.1");
+    let new = Service::new("new").address("10.96.0.40").port(80, 8080).endpoint("10.0.0.2");
+    let node = Node::builder().backend("b", "10.0.0.2:8080");
+    let node = node.service(old.clone().address("10.96.0.40")).start()?;
+    node.add_address("10.0.0.1".parse()?)?;
+    let listener = netns::inside(node.netns(), || TcpListener::bind(PLACE))??;
+    let mut client = check::mesh_client(&node)?;
+    client.args(["ask", "10.96.0.40:80"]).stdout(Stdio::piped());
+    let mut client = client.spawn()?;
+    let (accepted, _) = listener.accept()?;
+    node.agent.write_services("test.yaml", &Service::file(&[old, new]))?;
+    until("the address to be the other's", LIMIT, || {
+        Ok((check::who(&node, "10.96.0.40:80").ok().as_deref() == Some("b")).then_some(()))
+    })?;
+    // Reset before the first byte.
+    Socket::from(accepted).set_linger(Some(Duration::ZERO))?;
+    let failed = until_kind(&node, "failed", || Ok(()))?;
+    let _ = client.wait();
+    ensure!(failed.service.as_deref() == Some("old"), "{failed:?}");
+    ensure!(failed.frontend.as_deref() == Some("10.96.0.40:80/tcp"), "{failed:?}");
+    ensure!(failed.backend.as_deref() == Some(PLACE), "{failed:?}");
+    ensure!(events(&node, &["--service", "new"])?.iter().all(|event| event.kind != "failed"));
+    Ok(())
 }

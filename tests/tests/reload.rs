@@ -136,3 +136,30 @@ fn ten_changes_a_second() -> Result<()> {
     node.agent.until_places("app", &[B])?;
     check::balanced(&mut node, &["b"], |node| check::who(node, VIP))
 }
+
+/// The directory is a symbolic link that is replaced (releases, git-sync), while what it was stays.
+#[test]
+fn a_directory_link_that_is_replaced() -> Result<()> {
+    let node = Node::builder().backend("a", A).backend("b", B).start_without_agent()?;
+    let directory = node.agent.services_directory();
+    let [first, second, next] =
+        ["first", "second", "next"].map(|name| directory.with_file_name(name));
+    fs::remove_dir_all(&directory)?;
+    for (release, endpoint) in [(&first, A), (&second, B)] {
+        fs::create_dir(release)?;
+        fs::write(release.join("test.yaml"), app(&[endpoint]))?;
+    }
+    std::os::unix::fs::symlink("first", &directory)?;
+    let mut node = node;
+    node.agent.start()?;
+    ensure!(check::who(&node, VIP)? == "a");
+    std::os::unix::fs::symlink("second", &next)?;
+    fs::rename(&next, &directory)?;
+    node.agent.until_places("app", &[B])?;
+    ensure!(check::who(&node, VIP)? == "b");
+    // What is written there from now on applies, and nothing that is written to the former one.
+    fs::write(first.join("test.yaml"), app(&[A]))?;
+    node.agent.write_services("test.yaml", &app(&[A, B]))?;
+    node.agent.until_places("app", &[A, B])?;
+    check::balanced(&mut node, &["a", "b"], |node| check::who(node, VIP))
+}
