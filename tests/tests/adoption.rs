@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use mesh_agent::dataplane::sys::links;
 use mesh_tests::long::Long;
-use mesh_tests::process::{run, until};
+use mesh_tests::process::{LIMIT, run, until};
 use mesh_tests::server::Kind;
 use mesh_tests::sys::bpf::Stranger;
 use mesh_tests::sys::mounts;
@@ -343,7 +343,9 @@ fn pins_that_are_removed_are_made_again() -> Result<()> {
     until("the pins to be made again", Duration::from_secs(10), || {
         Ok(mounts::inside(namespace.mounts(), count)?.is_ok_and(|now| now == before).then_some(()))
     })?;
-    ensure!(node.agent.log()?.has(&["pins were removed by somebody else"]));
+    until("it to be told", LIMIT, || {
+        Ok(node.agent.log()?.has(&["pins were removed by somebody else"]).then_some(()))
+    })?;
     node.agent.kill()?;
     let seen = check::histogram(&node, VIP, 20)?;
     ensure!(seen.len() == 2, "{seen:?}");

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use mesh_tests::process::{LIMIT, until};
 use mesh_tests::{Builder, Datagrams, Later, Node, Service, check};
 use serde_json::Value;
@@ -131,6 +131,34 @@ fn in_another_file() -> Result<()> {
     fs::remove_file(node.agent.services_directory().join("test.yaml"))?;
     node.agent.until_gone("one")?;
     ensure_whole(&node, &mut clients, "two", &before)
+}
+
+/// One of its endpoints is not there any more: only who is connected to that has to look for another.
+#[test]
+fn with_fewer_endpoints() -> Result<()> {
+    let with = |name: &str| whole(name).key("balance: round-robin");
+    let node = builder().service(with("one").endpoint("10.0.0.2")).start()?;
+    let mut clients = BTreeMap::new();
+    for _ in 0..2 {
+        let mut client = Datagrams::start(check::mesh_client(&node)?)?;
+        client.did("connect 10.96.0.53:53")?;
+        clients.insert(client.ask("ask")?.0, client);
+    }
+    ensure!(clients.len() == 2, "{clients:?}");
+    let mut held = Later::start(check::mesh_client(&node)?, "[fd00:96::53]:53")?;
+    ensure!(held.connect(None)?.name()? == "a6");
+    node.agent.write_services("test.yaml", &Service::file(&[with("two")]))?;
+    let mut client = |name: &str| clients.remove(name).with_context(|| name.to_owned());
+    let reply = client("b")?.step("receive")?;
+    ensure!(reply.error.as_deref() == Some("ECONNABORTED"), "{reply:?}");
+    std::thread::sleep(std::time::Duration::from_millis(1_500));
+    ensure!(client("a")?.ask("ask")?.0 == "a");
+    // It is none of the other service's, and goes on although the `drain-timeout` is over.
+    let open: Vec<Value> = node.agent.json(&["connections"])?;
+    let of_six = open.iter().find(|c| c["frontend"] == "[fd00:96::53]:53");
+    let of_six = of_six.with_context(|| format!("{open:?}"))?;
+    ensure!(of_six["service"] == "" && of_six["backend"] == SIX, "{of_six}");
+    Ok(())
 }
 
 /// While no agent runs, its definition is called something else.

@@ -10,8 +10,9 @@ use mesh_common::{Protocol, State};
 use tokio::time::Instant;
 
 use super::Engine;
-use super::ending::{Ended, Life, Looks, Next};
+use super::ending::{self, Ended, Life, Looks, Next};
 use super::wanted::Health;
+use crate::audit::Record;
 use crate::audit::sockets::Socket;
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::reconcile::LetGo;
@@ -204,7 +205,9 @@ impl Engine {
         }
         let waiting = Arc::clone(&self.dead.waiting);
         let known = Arc::clone(&waiting);
-        let choose = move |life: Life, socket: &Socket| match lives.get(&life) {
+        let choose = move |record: &Record, socket: &Socket| match lives
+            .get(&ending::backend(record))
+        {
             Some(Ending::All(_)) => true,
             Some(ending @ Ending::Silent(after)) => waits(&known, socket, *after, step(*ending)),
             Some(Ending::Never) | None => false,

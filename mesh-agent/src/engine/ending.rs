@@ -79,7 +79,7 @@ impl Looks {
         &mut self,
         auditor: Auditor,
         gone: Vec<LetGo>,
-        choose: impl FnMut(Life, &Socket) -> bool + Send + 'static,
+        choose: impl FnMut(&Record, &Socket) -> bool + Send + 'static,
         after: impl FnOnce() + Send + 'static,
     ) {
         self.is_looking = true;
@@ -103,7 +103,7 @@ impl Looks {
 pub(super) async fn end(
     auditor: Auditor,
     gone: Vec<LetGo>,
-    mut choose: impl FnMut(Life, &Socket) -> bool + Send + 'static,
+    mut choose: impl FnMut(&Record, &Socket) -> bool + Send + 'static,
 ) -> Ended {
     let mut ended = Ended::default();
     let gone: HashMap<Life, LetGo> =
@@ -138,10 +138,7 @@ pub(super) async fn end(
         for socket in found.sockets.values() {
             let Some((record, address)) = by_cookie.get(&socket.cookie) else { continue };
             // It may have gone elsewhere since; the kernel compares what is listed, and the cookie.
-            if leads_to(socket, *address)
-                && choose(backend(record), socket)
-                && auditor.still(record)
-            {
+            if leads_to(socket, *address) && choose(record, socket) && auditor.still(record) {
                 // Whoever counts is there until this returns.
                 let _ = count.send((backend(record), sockets::destroy(socket)));
             }
@@ -189,7 +186,7 @@ impl Engine {
 }
 
 /// The backend of a record.
-fn backend(record: &Record) -> Life {
+pub(super) fn backend(record: &Record) -> Life {
     (Held(record.word).backend(), record.given.generation)
 }
 
@@ -198,9 +195,12 @@ const fn is_held_there(record: &Record) -> bool {
     !record.is_datagram() || record.given.role.is_connected()
 }
 
+/// What a socket is connected to.
+pub(super) fn peer(socket: &Socket) -> SocketAddr {
+    SocketAddr::new(socket.id.destination_address.to_canonical(), socket.id.destination_port)
+}
+
 /// Whether a socket is connected to this address; a datagram socket also when it was connected.
 fn leads_to(socket: &Socket, address: SocketAddr) -> bool {
-    let peer =
-        SocketAddr::new(socket.id.destination_address.to_canonical(), socket.id.destination_port);
-    peer == address && (socket.protocol != Protocol::Udp as u8 || socket.state == CONNECTED)
+    peer(socket) == address && (socket.protocol != Protocol::Udp as u8 || socket.state == CONNECTED)
 }

@@ -3,14 +3,17 @@
 //! What a datagram socket sends without being connected goes to another one by itself.
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_common::Protocol;
+use mesh_common::{FrontendKey, Protocol};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Engine;
 use super::ending::{self, Ended};
+use crate::audit::Record;
+use crate::audit::sockets::Socket;
 use crate::audit::task::Auditor;
 use crate::compile::{self, BackendKey};
 use crate::dataplane::reconcile::LetGo;
@@ -127,9 +130,16 @@ fn due(gone: &Gone, timeouts: &HashMap<ServiceName, Duration>) -> Option<Instant
     Some(gone.since + after)
 }
 
-/// Ends the connections of all these, and tells how many there were.
-async fn end(auditor: Auditor, gone: Vec<LetGo>, tell: mpsc::UnboundedSender<Next>) {
-    let Ended { counts, problems } = ending::end(auditor, gone, |_, _| true).await;
+/// What clients dial, and where that leads.
+type Ways = HashSet<(FrontendKey, SocketAddr)>;
+
+/// Ends the connections of all these, but those that go where they would be led now as well; and tells how many
+/// there were.
+async fn end(auditor: Auditor, gone: Vec<LetGo>, ways: Ways, tell: mpsc::UnboundedSender<Next>) {
+    let choose = move |record: &Record, socket: &Socket| {
+        !ways.contains(&(record.given.frontend, ending::peer(socket)))
+    };
+    let Ended { counts, problems } = ending::end(auditor, gone, choose).await;
     let failed = problems.into_iter().map(Next::Failed);
     for next in failed.chain(counts.into_iter().map(|(what, count)| Next::Ended(what, count))) {
         // Nobody listens once the agent stops.
@@ -162,6 +172,29 @@ impl Engine {
         keys
     }
 
+    /// Where other services lead to endpoints of services that are defined no more: one of them may have the
+    /// same addresses now, under another name.
+    fn ways(&self, gone: &[LetGo]) -> Ways {
+        let is_gone = |gone: &&LetGo| self.catalog.get(gone.service.as_str()).is_none();
+        let wanted: HashSet<BackendKey> =
+            gone.iter().filter(is_gone).map(|gone| gone.key).collect();
+        let mut ways = Ways::new();
+        if wanted.is_empty() {
+            return ways;
+        }
+        for name in self.reconciler.services() {
+            let backends = self.reconciler.backends(name).map(|(key, _)| key);
+            for key in backends.filter(|key| wanted.contains(key)) {
+                let of_port = |frontend: &FrontendKey| {
+                    frontend.host_port() == key.port && frontend.protocol == key.protocol as u8
+                };
+                let frontends = self.reconciler.frontends(name).filter(of_port);
+                ways.extend(frontends.map(|frontend| (frontend, key.address)));
+            }
+        }
+        ways
+    }
+
     /// Takes note of what services have let go of.
     pub(super) fn take_let_go(&mut self) {
         let gone = self.reconciler.take_let_go();
@@ -184,7 +217,8 @@ impl Engine {
                 let is_defined = |name: &ServiceName| self.catalog.get(name.as_str()).is_some();
                 let due = self.removed.take_due(is_back, is_defined);
                 if !due.is_empty() {
-                    tokio::spawn(end(self.auditor.clone(), due, self.removed.sender.clone()));
+                    let (ways, tell) = (self.ways(&due), self.removed.sender.clone());
+                    tokio::spawn(end(self.auditor.clone(), due, ways, tell));
                 }
             }
             Next::Ended(backend, count) => {

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::ending::{Ended, Life, Looks, Next};
 use super::{Engine, out};
+use crate::audit::Record;
 use crate::audit::sockets::Socket;
 use crate::dataplane::maps::Maps as _;
 use crate::dataplane::reconcile::LetGo;
@@ -120,7 +121,7 @@ impl Engine {
         if gone.is_empty() {
             return;
         }
-        let choose = |_: Life, socket: &Socket| waits(socket);
+        let choose = |_: &Record, socket: &Socket| waits(socket);
         self.awaited.looks.begin(self.auditor.clone(), gone, choose, || {});
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 
 use mesh_common::FrontendKey;
 
-use super::{LetGo, Reconciler, adopt};
+use super::{LetGo, Reconciler, UNNAMED, adopt};
 use crate::compile::BackendKey;
 use crate::dataplane::maps::Maps;
 use crate::model::ServiceName;
@@ -35,14 +35,21 @@ impl Former {
             self.of.remove(&first);
         }
     }
+
+    /// A service is called something else.
+    pub(super) fn rename(&mut self, former: &ServiceName, now: &ServiceName) {
+        for (name, _) in self.of.values_mut().filter(|(name, _)| name == former) {
+            name.clone_from(now);
+        }
+    }
 }
 
 impl<M: Maps> Reconciler<M> {
     /// The service that a backend is, or was, of, and which of its backends it is; nothing when it was gone
     /// before this agent came, or long ago.
     pub fn giver(&self, id: u32, generation: u32) -> Option<(&ServiceName, BackendKey)> {
-        let held = self.holder(id, generation);
-        held.or_else(|| self.former.of.get(&(id, generation)).map(|(name, key)| (name, *key)))
+        let former = self.former.of.get(&(id, generation));
+        former.map(|(name, key)| (name, *key)).or_else(|| self.holder(id, generation))
     }
 
     /// The service that has this backend now.
@@ -55,6 +62,7 @@ impl<M: Maps> Reconciler<M> {
         };
         match self.names.get(record.owner) {
             Some(name) => has(name).map(|()| (name, key)),
+            None if record.owner != UNNAMED => None,
             // Its name does not fit, or it is nobody's.
             None => self.services.keys().find(|name| has(name).is_some()).map(|name| (name, key)),
         }

@@ -81,6 +81,7 @@ impl<M: Maps> Reconciler<M> {
             self.retire_backend(backend.id);
             self.let_go(LetGo { service, key, id: backend.id, generation });
         }
+        self.former.rename(former, name);
         self.renamed.insert(former.clone(), name.clone());
         tracing::info!(service = %name, "was {former}, and keeps what that had");
     }

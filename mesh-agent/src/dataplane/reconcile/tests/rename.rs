@@ -57,6 +57,18 @@ fn a_renamed_service_keeps_what_it_had() {
     assert!(next.services().eq([&name(1)]));
 }
 
+/// What is left of an endpoint that was removed before is the renamed service's too.
+#[test]
+fn former_endpoints_go_by_the_new_name() {
+    let mut reconciler = Reconciler::new(Memory::new(ROOMY));
+    reconciler.apply(vec![(name(1), tables(&[1], &[1, 2]))]);
+    let (place, id, generation) = lives(&reconciler, 1).pop_first().expect("a backend");
+    reconciler.apply(vec![(name(1), tables(&[1], &[2]))]);
+    reconciler.apply(vec![(name(1), tables(&[], &[])), (name(2), tables(&[1], &[2]))]);
+    let (now, key) = reconciler.giver(id, generation).expect("it is remembered");
+    assert_eq!((now, key.address), (&name(2), place));
+}
+
 /// As when the file with the new name comes before the one with the old name goes.
 #[test]
 fn a_service_that_waited_for_its_addresses_is_the_renamed_one() {
