@@ -6,7 +6,7 @@
 use crate::balance::Loaded;
 use crate::ejection::{Admission, Client, Ejection, Policy, Token};
 use crate::layout::{FrontendKey, FrontendValue, Reason, Service, Slot, Table};
-use crate::{Addr, Affinity, Algorithm, alias, balance, maglev};
+use crate::{Addr, Affinity, Algorithm, Protocol, alias, balance, maglev};
 
 /// How often a program looks again when the tables change under it. Each attempt can only fail
 /// when another update lands in its window of well under a microsecond.
@@ -341,6 +341,17 @@ pub fn unknown<T: Tables + ?Sized>(tables: &T, key: &FrontendKey) -> Option<Reas
     }
     let known = tables.frontend(&FrontendKey::address_only(key.addr)).is_some();
     Some(if known { Reason::NoPort } else { Reason::NoService })
+}
+
+/// Whether a *connect* that [`translate`] refuses is let go on as it was dialled all the same: one of a
+/// datagram socket to a service that has no such port. Nothing is sent by it. `getaddrinfo` sorts the
+/// addresses of a name by such connects, with whatever port it was asked for or 0, and programs find out
+/// their own address towards the service like that; both take a refusal for an address that cannot be
+/// reached. A datagram that names its destination is refused.
+#[inline(always)]
+#[must_use]
+pub const fn is_probe(key: &FrontendKey, reason: Reason) -> bool {
+    key.protocol == Protocol::Udp as u8 && matches!(reason, Reason::NoPort)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use mesh_common::affinity::{By, pack};
 use mesh_common::flow::peer_hash;
 use mesh_common::socket::CHECK_PRIORITY;
 use mesh_common::stats::change;
+use mesh_common::translate::is_probe;
 use mesh_common::{
     Algorithm, Caller, Choice, Flow, FrontendKey, Given, Held, Origin, Policy, Protocol, Reason,
     Role, Tables as _, Token, Verdict, Word, translate,
@@ -67,12 +68,14 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     }
     let connecting = Connecting { ctx, key: &key, cookie: Cell::new(0) };
     match translate(&Maps, &connecting, &key) {
-        Verdict::Pass => {
+        Verdict::Balance(choice) => balance::<F>(&connecting, choice),
+        Verdict::Refuse(reason, service) if !is_probe(&key, reason) => {
+            refuse_connect(ctx, &key, reason as u32, service)
+        }
+        _ => {
             forget(ctx);
             PROCEED
         }
-        Verdict::Balance(choice) => balance::<F>(&connecting, choice),
-        Verdict::Refuse(reason, service) => refuse_connect(ctx, &key, reason as u32, service),
     }
 }
 

@@ -11,6 +11,7 @@ use std::cmp::Ordering;
 use std::net::SocketAddr;
 
 use mesh_common::latency::{self, Candidate};
+use mesh_common::translate::is_probe;
 use mesh_common::{
     Algorithm, Caller, Client, Ejection, FrontendKey, FrontendValue, Policy, Protocol, Service,
     Slot, State, Table, Tables, Token, Verdict, maglev, translate,
@@ -99,6 +100,7 @@ pub fn explain(
             let algorithm = traced.seen().table.unwrap_or_default().algorithm();
             story.balanced(algorithm, choice.slot, &shares, id)
         }
+        Verdict::Refuse(reason, _) if is_probe(&key, reason) => story.passed_as_probe(reason),
         Verdict::Refuse(reason, _) => story.refused(reason),
     }
 }

@@ -219,6 +219,37 @@ fn refusals_carry_their_reason() {
     assert_eq!(explanation.answer, refused(Reason::NoPort));
 }
 
+/// A UDP connect to a service that has no such port, or to no port, goes on as dialled; one to a virtual
+/// address of nobody is refused. So is what the kernel decides of them.
+#[test]
+fn a_connect_of_datagrams_to_a_service_without_that_port_is_passed() {
+    let mut tables = Memory::default();
+    tables.serve(key_of(ORDERS), &[("10.0.0.1:80", 1)], Reason::NoEndpoint);
+    tables.virtual_ip = Some(key_of(ORDERS).addr);
+    let explained = |tables: &Memory, address: &str, protocol| {
+        let query = Query { address: address.parse().expect("address"), protocol };
+        explain(query, None, tables, &Known(Vec::new()))
+    };
+    let refused = |reason: Reason| {
+        Some(Answer::Refused { errno: "ECONNREFUSED".into(), reason: reason.name().into() })
+    };
+    let nobodys = explained(&tables, ORDERS, Protocol::Udp);
+    assert_eq!(nobodys.answer, refused(Reason::NoService));
+
+    let address = FrontendKey::address_only(key_of(ORDERS).addr);
+    tables.frontends.insert(address, FrontendValue::default());
+    for address in [ORDERS, "10.96.0.10:0"] {
+        let passed = explained(&tables, address, Protocol::Udp);
+        assert_eq!(passed.answer, None);
+        let answer = detail(&passed, "answer").expect("an answer");
+        assert!(
+            answer.starts_with("passed: a UDP connect") && answer.contains("refused"),
+            "{answer}"
+        );
+    }
+    assert_eq!(explained(&tables, "10.96.0.10:0", Protocol::Tcp).answer, refused(Reason::NoPort));
+}
+
 /// An endpoint that no draw can reach is no candidate, also when it has a slot.
 #[test]
 fn weight_zero_in_the_table_is_left_out() {

@@ -103,10 +103,14 @@ impl Story {
         };
         self.step("frontend", found);
         if let Some(is_virtual) = seen.is_virtual {
-            let found = if is_virtual {
-                "the address is inside virtual-ips, so the connect must not leave the node"
-            } else {
-                "the address is not inside virtual-ips"
+            let found = match (is_virtual, self.is_datagram) {
+                (true, false) => {
+                    "the address is inside virtual-ips, so the connect must not leave the node"
+                }
+                (true, true) => {
+                    "the address is inside virtual-ips, so no datagram that names it may leave the node"
+                }
+                (false, _) => "the address is not inside virtual-ips",
             };
             self.step("virtual-ips", found);
         }
@@ -123,6 +127,20 @@ impl Story {
     /// Not ours.
     pub(super) fn passed(mut self) -> Explanation {
         self.step("answer", "passed: not a service, the connect goes where it was going");
+        self.explanation
+    }
+
+    /// Let go on, as a connect that only looks for the way there.
+    pub(super) fn passed_as_probe(mut self, reason: Reason) -> Explanation {
+        self.step(
+            "answer",
+            format!(
+                "passed: a UDP connect sends nothing, and `getaddrinfo` and others find out by one whether there is \
+                 a route, so it goes where it was going; a datagram that names the address is refused with \
+                 ECONNREFUSED: {}",
+                reason.describe()
+            ),
+        );
         self.explanation
     }
 

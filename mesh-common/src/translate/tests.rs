@@ -320,3 +320,16 @@ proptest! {
         prop_assert!(matches!(backend(translate(&racing, &racing, &key(1))), Some(1 | 2)));
     }
 }
+
+/// Of what is refused, only a datagram socket's connect to a service without that port goes on.
+#[test]
+fn only_a_service_without_that_port_is_probed() {
+    for reason in Reason::ALL {
+        for (protocol, probes) in
+            [(Protocol::Udp, reason == Reason::NoPort), (Protocol::Tcp, false)]
+        {
+            let key = FrontendKey::new(key(1).addr, 0, protocol);
+            assert_eq!(is_probe(&key, reason), probes, "{reason:?} {protocol:?}");
+        }
+    }
+}
