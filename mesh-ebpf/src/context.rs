@@ -1,6 +1,6 @@
 //! Reading and writing `bpf_sock_addr`, the context of all hooks here.
 
-use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::Addr;
 
@@ -45,10 +45,57 @@ pub fn protocol(ctx: &SockAddrContext) -> u32 {
 pub fn priority(ctx: &SockAddrContext) -> u32 {
     // SAFETY: as in `port`; the socket of a hook is a whole one, of which this may be read
     // (`bpf_sock_is_valid_access`).
-    unsafe {
-        let sk = (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile();
-        (&raw const (*sk).priority).read_volatile()
+    unsafe { (&raw const (*sk(ctx)).priority).read_volatile() }
+}
+
+/// `TCP_ESTABLISHED`, which a datagram socket is in while it is connected.
+const ESTABLISHED: u32 = 1;
+
+/// `AF_INET`.
+const AF_INET: u32 = 2;
+
+/// Whether the socket is connected now.
+#[inline(always)]
+pub fn is_connected(ctx: &SockAddrContext) -> bool {
+    // SAFETY: as in `priority`.
+    unsafe { (&raw const (*sk(ctx)).state).read_volatile() == ESTABLISHED }
+}
+
+/// Whether the socket is connected to this address and this port (network byte order), as the kernel
+/// knows its peer.
+///
+/// An `AF_INET6` socket is asked for its IPv6 peer, which is v4-mapped where it is one of IPv4
+/// (`__ip6_datagram_connect`), since its IPv4 peer says nothing while it is connected by IPv6.
+#[inline(always)]
+pub fn is_connected_to(ctx: &SockAddrContext, addr: Addr, port: u16) -> bool {
+    if !is_connected(ctx) {
+        return false;
     }
+    let sk = sk(ctx);
+    // SAFETY: as in `priority`; the port is a field of two bytes, in network byte order like the
+    // addresses (`bpf_sock_is_valid_access`).
+    unsafe {
+        if (&raw const (*sk).dst_port).read_volatile() != port {
+            return false;
+        }
+        if (&raw const (*sk).family).read_volatile() == AF_INET {
+            return addr == Addr::from_v4_word((&raw const (*sk).dst_ip4).read_volatile());
+        }
+        let words: *const u32 = (&raw const (*sk).dst_ip6).cast();
+        addr == Addr::from_words([
+            words.read_volatile(),
+            words.add(1).read_volatile(),
+            words.add(2).read_volatile(),
+            words.add(3).read_volatile(),
+        ])
+    }
+}
+
+/// The socket that a hook was called for: of these hooks always a whole one.
+#[inline(always)]
+fn sk(ctx: &SockAddrContext) -> *mut bpf_sock {
+    // SAFETY: as in `port`.
+    unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() }
 }
 
 // === impl Family ===

@@ -22,7 +22,7 @@ use mesh_common::{
 
 use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
 use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, is_excluded, refuse, steer};
-use crate::context::{Family, V4, V6, port, protocol, set_port};
+use crate::context::{Family, V4, V6, is_connected, is_connected_to, port, protocol, set_port};
 use crate::maps::{Maps, OVERFLOW, count, counter, excludes, jiffies, serves};
 use crate::{lifecycle, records};
 
@@ -74,6 +74,12 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     }
     let key =
         FrontendKey { addr: F::addr(ctx), port: port(ctx), protocol: Protocol::Udp as u8, pad: 0 };
+    // Decided when it was connected, or before anything here ran. `send` on a v4-mapped socket comes here
+    // like a datagram that names its peer (`udpv6_sendmsg`), and has to go where that of its IPv4 twin
+    // goes, of which no hook tells.
+    if is_connected_to(ctx, key.addr, key.port) {
+        return PROCEED;
+    }
     let sending = Connecting { ctx, key: &key, cookie: Cell::new(0) };
     let cookie = sending.cookie();
     let mut there = Way::None;
@@ -143,15 +149,6 @@ enum Way {
     Keep,
     /// Go on with it only if there is nothing better.
     Leave,
-}
-
-/// Whether the socket is connected now (`TCP_ESTABLISHED`).
-#[inline(always)]
-fn is_connected(ctx: &SockAddrContext) -> bool {
-    // SAFETY: one load of the field's own width from a valid context.
-    let sk = unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() };
-    // SAFETY: the context of a socket's hook has its socket; a load of the field's own width.
-    !sk.is_null() && unsafe { (&raw const (*sk).state).read_volatile() } == 1
 }
 
 /// Whether the socket goes on with the backend of this record. Not a part of its caller, which the verifier
