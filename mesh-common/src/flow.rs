@@ -300,6 +300,11 @@ impl Origin {
 /// [ connected ][ further records ][ last used ][ measured ][ elsewhere ][ service ]
 /// ```
 ///
+/// *Further records* are told of in a datagram socket's own record only. *Last used* is, there, the index
+/// of the further record that the socket has last sent by, a hint where to look first; in any record of a
+/// datagram socket it is 15 when the record is passed over: somebody else was asked later at the address
+/// of its backend. No build before that wrote 15, and those that read it find no record at that index.
+///
 /// Written like [`Origin`].
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -312,6 +317,7 @@ impl Role {
     const MEASURED: u32 = 1 << 22;
     const ELSEWHERE: u32 = 1 << 21;
     const COUNT: u32 = 0xf;
+    const PASSED_OVER: u32 = Self::COUNT << Self::LAST_SHIFT;
     /// How many further records a datagram socket has at the most: one for each service that it sends
     /// to without being connected.
     pub const MOST: u32 = 8;
@@ -333,12 +339,31 @@ impl Role {
         Self(self.0 & !(Self::COUNT << Self::MORE_SHIFT) | more << Self::MORE_SHIFT)
     }
 
-    /// The same, when the socket has last sent by its further record at this index, or by its own: 0.
+    /// The same, when the socket has last sent by its further record at this index, or by its own: 0. A
+    /// record that is passed over stays so, without the hint, until it is used itself.
     #[inline(always)]
     #[must_use]
     pub const fn with_last(self, index: u32) -> Self {
-        let index = index & Self::COUNT;
-        Self(self.0 & !(Self::COUNT << Self::LAST_SHIFT) | index << Self::LAST_SHIFT)
+        if self.is_passed_over() && index != 0 {
+            return self;
+        }
+        let index = if index > Self::MOST { 0 } else { index };
+        Self(self.0 & !Self::PASSED_OVER | index << Self::LAST_SHIFT)
+    }
+
+    /// The same, when another service was asked later at the address of the record's backend, or that
+    /// address itself: what comes from there is not this service's.
+    #[inline(always)]
+    #[must_use]
+    pub const fn passed_over(self) -> Self {
+        Self(self.0 | Self::PASSED_OVER)
+    }
+
+    /// The same of a record that is used again.
+    #[inline(always)]
+    #[must_use]
+    pub const fn asked(self) -> Self {
+        self.with_last(0)
     }
 
     /// The same of a connection whose round-trip time is to be noted.
@@ -398,12 +423,20 @@ impl Role {
         self.0 >> Self::MORE_SHIFT & Self::COUNT
     }
 
-    /// By which of its records the socket has last sent. Two services may have the same backend, and what
-    /// comes from there then comes from the one that was asked last.
+    /// By which of its further records the socket has last sent, if that is known and was not its own: a
+    /// hint. Otherwise 0.
     #[inline(always)]
     #[must_use]
     pub const fn last(self) -> u32 {
-        self.0 >> Self::LAST_SHIFT & Self::COUNT
+        let last = self.0 >> Self::LAST_SHIFT & Self::COUNT;
+        if last > Self::MOST { 0 } else { last }
+    }
+
+    /// Whether somebody else was asked later at the address of the record's backend.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_passed_over(self) -> bool {
+        self.0 & Self::PASSED_OVER == Self::PASSED_OVER
     }
 }
 

@@ -16,7 +16,7 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps};
 use mesh_common::layout::counter;
 use mesh_common::{
-    Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, Tables as _, Token,
+    Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, Tables as _, Token,
     Verdict, translate,
 };
 
@@ -24,7 +24,7 @@ use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
 use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, is_excluded, refuse, steer};
 use crate::context::{Family, V4, V6, is_connected, is_connected_to, port, protocol, set_port};
 use crate::maps::{Maps, OVERFLOW, count, counter, excludes, jiffies, serves};
-use crate::{lifecycle, records};
+use crate::{asked, lifecycle, records};
 
 /// [`IDLE_SECONDS`] in the unit of [`Origin::age`]. Set by the agent, who knows the kernel's `HZ`; this
 /// is for 250.
@@ -91,10 +91,7 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
         if let Some((index, flow)) = found(own, cookie, &key) {
             there = way(flow);
             if there == Way::Keep && leads::<F>(ctx, flow) {
-                let role = records::role(own);
-                if role.last() != index {
-                    records::set_role(own, role.with_last(index));
-                }
+                asked::by(own, (index, flow), cookie);
                 return PROCEED;
             }
             // The kernel would drop what another backend answers.
@@ -108,7 +105,10 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
         }
     }
     match translate(&Maps, &sending, &key) {
-        Verdict::Pass => PROCEED,
+        Verdict::Pass => {
+            asked::directly(cookie, &key);
+            PROCEED
+        }
         Verdict::Refuse(reason, service) => refuse_datagram(ctx, &key, reason as u32, service),
         Verdict::Balance(choice) => {
             let service = choice.service;
@@ -117,9 +117,10 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
             if there == Way::Leave && !is_try && !serves(choice.slot.backend) {
                 // Found once more: a pointer would be too much for the verifier to keep.
                 if let Some(own) = records::find(cookie)
-                    && let Some((_, flow)) = found(own, cookie, &key)
+                    && let Some((index, flow)) = found(own, cookie, &key)
                     && leads::<F>(ctx, flow)
                 {
+                    asked::by(own, (index, flow), cookie);
                     return PROCEED;
                 }
             }
@@ -215,7 +216,7 @@ fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     if let Some(own) = records::find(cookie)
-        && let Some(flow) = sender(own, cookie, &F::addr(ctx), port(ctx))
+        && let Some(flow) = asked::sender(ctx, own, cookie, (&F::addr(ctx), port(ctx)))
     {
         let frontend = records::given(flow).frontend;
         if F::set_addr(ctx, frontend.addr) {
@@ -227,17 +228,6 @@ fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
         }
     }
     PROCEED
-}
-
-/// Whether this is where the backend of a record is, which is there still. The hash in the record would
-/// not do: anybody can find addresses that share one.
-#[inline(always)]
-fn is_from(flow: *mut Flow, addr: &Addr, port: u16) -> bool {
-    let id = Held(records::held(flow).load()).backend();
-    let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
-        return false;
-    };
-    backend.port == port && backend.addr == *addr && stats.is_life(records::generation(flow))
 }
 
 // === records ===
@@ -270,33 +260,6 @@ fn further(cookie: u64, more: u32, key: &FrontendKey) -> Option<(u64, *mut Flow)
     None
 }
 
-/// The record of the socket for a backend: the last that it sent by, if that is one, since others may be
-/// for the same backend.
-#[inline(always)]
-fn sender(own: *mut Flow, cookie: u64, addr: &Addr, port: u16) -> Option<*mut Flow> {
-    let role = records::role(own);
-    if role.last() != 0
-        && let Some(flow) = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index: role.last().into() })
-        && is_from(flow, addr, port)
-    {
-        return Some(flow);
-    }
-    if is_from(own, addr, port) {
-        return Some(own);
-    }
-    for index in 1..=u64::from(Role::MOST) {
-        if index > role.more().into() {
-            break;
-        }
-        if let Some(flow) = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index })
-            && is_from(flow, addr, port)
-        {
-            return Some(flow);
-        }
-    }
-    None
-}
-
 /// Records what a socket was given for a service: in its own record, if that is free or was for the same
 /// service, and otherwise in a further one. `false` when there is no room.
 #[inline(always)]
@@ -309,6 +272,9 @@ fn record(cookie: u64, mine: &mut Flow) -> bool {
         let role = records::role(own);
         let service = mine.given.role.service();
         mine.given.role = Role::new(service, role.is_connected()).with_more(role.more());
+        if role.more() > 0 {
+            mine.given.role = mine.given.role.passed_over();
+        }
     }
     let kept = record_own(cookie, mine);
     if !kept {
@@ -320,7 +286,11 @@ fn record(cookie: u64, mine: &mut Flow) -> bool {
 /// [`records::record`], apart from the way of what is sent.
 #[inline(never)]
 fn record_own(cookie: u64, mine: &mut Flow) -> bool {
-    records::record(cookie, mine)
+    let kept = records::record(cookie, mine);
+    if mine.given.role.is_passed_over() {
+        asked::by_new(cookie, 0);
+    }
+    kept
 }
 
 /// Records it in `OVERFLOW`, in place of what was there for the same service, or at a free index, or in
@@ -338,7 +308,7 @@ fn record_further(cookie: u64, mine: &mut Flow) -> bool {
         }
     };
     end_one(cookie, index);
-    mine.given.role = mine.given.role.elsewhere();
+    mine.given.role = mine.given.role.elsewhere().passed_over();
     if OVERFLOW.insert(Elsewhere { cookie, index }, &*mine, u64::from(BPF_NOEXIST)).is_err() {
         count(counter::NO_FLOW_RECORD);
         return false;
@@ -347,7 +317,8 @@ fn record_further(cookie: u64, mine: &mut Flow) -> bool {
         records.increment();
     }
     let more = if index > role.more().into() { index as u32 } else { role.more() };
-    records::set_role(flow, role.with_more(more).with_last(index as u32));
+    records::set_role(flow, role.with_more(more));
+    asked::by_new(cookie, index as u32);
     true
 }
 

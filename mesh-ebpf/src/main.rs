@@ -9,6 +9,8 @@
 #[cfg(target_arch = "bpf")]
 mod affinity;
 #[cfg(target_arch = "bpf")]
+mod asked;
+#[cfg(target_arch = "bpf")]
 mod chunks;
 #[cfg(target_arch = "bpf")]
 mod connect;

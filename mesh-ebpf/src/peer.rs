@@ -38,7 +38,10 @@ fn peer<F: Family>(ctx: &SockAddrContext) -> i32 {
         && let Some(flow) = records::find(cookie)
     {
         let given = records::given(flow);
-        if given.peer == peer_hash(F::addr(ctx), port(ctx)) && F::set_addr(ctx, given.frontend.addr)
+        // One of a datagram socket that only sends to the service says nothing of its peer.
+        if given.role.is_connected()
+            && given.peer == peer_hash(F::addr(ctx), port(ctx))
+            && F::set_addr(ctx, given.frontend.addr)
         {
             set_port(ctx, given.frontend.port);
         }

@@ -167,6 +167,18 @@ proptest! {
         prop_assert_eq!(role, Role::new(service, connected).with_more(more).with_last(last));
         prop_assert_eq!((role.service(), role.is_connected()), (service, connected));
         prop_assert_eq!((role.more(), role.last()), (more, last));
+        // What is passed over is so until it is used, and keeps what it says else.
+        for of in [role, elsewhere] {
+            let over = of.passed_over();
+            prop_assert!(over.is_passed_over() && !of.is_passed_over());
+            prop_assert!(over.with_more(more).disconnected().is_passed_over());
+            prop_assert!(last == 0 || over.with_last(last).is_passed_over());
+            prop_assert_eq!((over.last(), over.with_last(0)), (0, of.with_last(0)));
+            prop_assert_eq!((over.asked(), over.passed_over()), (of.asked(), over));
+            prop_assert_eq!(over.with_last(0).with_last(last), of.with_last(last));
+            prop_assert_eq!((over.service(), over.is_elsewhere()), (of.service(), of.is_elsewhere()));
+            prop_assert_eq!(over.is_connected(), of.is_connected());
+        }
     }
 
     /// What the agent reads word by word is what the programs wrote.
