@@ -26,6 +26,8 @@ pub struct Reply {
     pub from: Option<SocketAddr>,
     /// What getpeername(2) says.
     pub peer: Option<SocketAddr>,
+    /// What getsockname(2) says.
+    pub own: Option<SocketAddr>,
     /// What failed.
     pub error: Option<String>,
     /// How often each backend answered, or each error came.
@@ -69,9 +71,9 @@ impl Datagrams {
     /// * `ask`, `ask ADDRESS`: sends, and waits for the answer
     /// * `send`, `send ADDRESS`: does not wait
     /// * `receive`: waits for what was not waited for
-    /// * `peer`
     /// * `error`: fails with what `SO_ERROR` says, which is no more afterwards
     /// * `readable`: waits until poll(2) says that something, or an error, is there
+    /// * `peer`, `own`: whom the socket is connected to, and its own address
     /// * `count ADDRESS TIMES`: as many new sockets of the address's family ask once each
     /// * `close`: the socket, and all that was kept
     /// * `keep`: a new socket beside the one before, which stays open
@@ -165,6 +167,7 @@ pub fn obey(lines: impl BufRead) -> Result<()> {
             ["error"] => socket.take_error().and_then(|error| error.map_or(Ok(()), Err)),
             ["readable"] => sys::socket::wait_readable(&socket, PATIENCE),
             ["peer"] => socket.peer_addr().map(|peer| reply.peer = peer.as_socket()),
+            ["own"] => socket.local_addr().map(|own| reply.own = own.as_socket()),
             ["count", address, times] => {
                 count(address.parse()?, times.parse()?, &mut reply.counts)?;
                 Ok(())

@@ -128,25 +128,33 @@ fn ended_when_the_deadline_is_over() -> Result<()> {
     Ok(())
 }
 
-/// The application is told, and what it asks next goes to another endpoint.
+/// The application is told, and what it asks next goes to another endpoint; sockets of IPv4 and mapped ones
+/// alike.
 #[test]
 fn datagram_sockets_look_for_another() -> Result<()> {
     let dns = || Service::new("dns").address("10.96.0.53").udp(53, 5353);
     let (one, two) = ("10.0.0.1:5353", "10.0.0.2:5353");
     let node = Node::builder().backend("a", one).backend("b", two);
     let node = node.service(dns().endpoint(one)).start()?;
-    let mut client = Datagrams::start(check::mesh_client(&node)?)?;
-    let mut other = Datagrams::start(check::mesh_client(&node)?)?;
-    client.did("connect 10.96.0.53:53")?;
-    ensure!(client.ask("ask")?.0 == "a", "the only one");
-    other.did(&format!("connect {one}"))?;
-    ensure!(other.ask("ask")?.0 == "a", "itself");
+    let open = |family: &str, address: &str| -> Result<Datagrams> {
+        let mut client = Datagrams::start(check::mesh_client(&node)?)?;
+        client.did(&format!("open {family}"))?;
+        client.did(&format!("connect {address}"))?;
+        ensure!(client.ask("ask")?.0 == "a", "IPv{family} {address}");
+        Ok(client)
+    };
+    let mut clients = [open("4", "10.96.0.53:53")?, open("6", "10.96.0.53:53")?];
+    let mut others = [open("4", one)?, open("6", one)?];
     node.agent.write_services("test.yaml", &Service::file(&[dns().endpoint(two)]))?;
-    let reply = client.step("receive")?;
-    ensure!(reply.error.as_deref() == Some("ECONNABORTED"), "{reply:?}");
-    client.did("connect 10.96.0.53:53")?;
-    ensure!(client.ask("ask")?.0 == "b", "the other");
-    ensure!(other.ask("ask")?.0 == "a", "one without a service goes on");
+    for client in &mut clients {
+        let reply = client.step("receive")?;
+        ensure!(reply.error.as_deref() == Some("ECONNABORTED"), "{reply:?}");
+        client.did("connect 10.96.0.53:53")?;
+        ensure!(client.ask("ask")?.0 == "b", "the other");
+    }
+    for other in &mut others {
+        ensure!(other.ask("ask")?.0 == "a", "one without a service goes on");
+    }
     until("the event", LIMIT, || {
         let events: Vec<Value> = node.agent.json(&["events", "--service", "dns"])?;
         Ok(events.iter().any(|event| event["kind"] == "ended").then_some(()))
