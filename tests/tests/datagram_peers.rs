@@ -392,6 +392,18 @@ fn a_connect_that_looks_for_a_route() -> Result<()> {
             ensure!(after[reason] == before[reason] + 1, "{step}: {before:?}, then {after:?}");
         }
     }
+    // `explain` says of a connect what the kernel does.
+    for (address, passes) in
+        [("10.96.0.20:80", true), ("10.96.0.20:0", true), ("10.96.0.99:80", false)]
+    {
+        let explained: Value =
+            node.agent.get(&format!("/v1/explain?address={address}&protocol=udp"))?;
+        let says = explained["steps"].to_string().contains("passed: a UDP connect sends nothing");
+        ensure!(
+            explained["answer"].is_null() == passes && says == passes,
+            "{address}: {explained}"
+        );
+    }
     check::refused(&node, "10.96.0.20:81", "no-port")?;
     check::refused(&node, "[fd00:96::20]:81", "no-port")?;
     // With the programs detached a probe has the same answer, and nobody the other.
