@@ -61,18 +61,40 @@ pub(super) async fn connect(address: SocketAddr, is_all: bool) -> io::Result<Con
         socket.set_tcp_quickack(false)?;
     }
     match socket.connect(&address.into()) {
-        Ok(()) => return Ok(Connection::Made(socket)),
+        Ok(()) => return made(socket, address),
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
         Err(error) => return Err(error),
     }
     // An endpoint of this node has answered by now, and is not worth being watched: that takes as long as
     // all the rest.
     if is_over(&socket)? {
-        return socket.take_error()?.map_or(Ok(Connection::Made(socket)), Err);
+        return socket.take_error()?.map_or_else(|| made(socket, address), Err);
     }
     let stream = TcpStream::from_std(socket.into())?;
     stream.writable().await?;
-    stream.take_error()?.map_or(Ok(Connection::Awaited(stream)), Err)
+    if let Some(error) = stream.take_error()? {
+        return Err(error);
+    }
+    refuse_itself(stream.local_addr()?, address)?;
+    Ok(Connection::Awaited(stream))
+}
+
+/// It is connected, to somebody else.
+fn made(socket: Socket, address: SocketAddr) -> io::Result<Connection> {
+    let own = socket.local_addr()?.as_socket();
+    refuse_itself(own.unwrap_or(address), address)?;
+    Ok(Connection::Made(socket))
+}
+
+/// Where nobody listens on this node, a socket that happens to be given the same port as its own meets itself
+/// (RFC 9293, 3.5: simultaneous open): once in as many connects as there are ports in
+/// `net.ipv4.ip_local_port_range`. Whoever is asked for the peer may name another address: the one that was dialled is what counts.
+fn refuse_itself(own: SocketAddr, dialled: SocketAddr) -> io::Result<()> {
+    if (own.ip(), own.port()) != (dialled.ip(), dialled.port()) {
+        return Ok(());
+    }
+    let text = "Connection refused: nothing listens there, and the connect reached its own socket";
+    Err(io::Error::new(io::ErrorKind::ConnectionRefused, text))
 }
 
 /// Whether a connect has succeeded or failed.
