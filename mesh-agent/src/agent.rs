@@ -35,6 +35,7 @@ use crate::engine::{Engine, Handle, Inputs, Prover, Watchers};
 use crate::health::{self, Monitor};
 use crate::metrics;
 use crate::observe;
+use crate::patience::Patience;
 use crate::signals::Signals;
 use crate::supervisor;
 use crate::text;
@@ -327,8 +328,8 @@ impl Clients {
         if !*self.wanted.borrow() {
             return;
         }
-        let known = tokio::time::timeout(PATIENCE, self.there.wait_for(|there| *there));
-        if known.await.is_err() {
+        let known = self.there.wait_for(|there| *there);
+        if Patience::new(PATIENCE).wait(known).await.is_none() {
             tracing::warn!("finding the units of cgroups takes long; starting without");
         }
     }
@@ -345,10 +346,10 @@ async fn balance(
 ) -> anyhow::Error {
     let Plane { programs, pins, cgroup, lock, config, canary, mut attachment } = plane;
     engine.set_attachment(attachment.clone()).await;
-    match tokio::time::timeout(PATIENCE, heard).await {
-        Ok(Ok(())) => {}
-        Ok(Err(_)) => return anyhow!("the engine ended before it began; please report this"),
-        Err(_) => {
+    match Patience::new(PATIENCE).wait(heard).await {
+        Some(Ok(())) => {}
+        Some(Err(_)) => return anyhow!("the engine ended before it began; please report this"),
+        None => {
             tracing::warn!("a source has not answered; starting with what the others define");
             engine.gather_no_more().await;
         }

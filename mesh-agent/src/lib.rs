@@ -25,6 +25,7 @@ pub mod inspect;
 pub mod metrics;
 pub mod model;
 pub mod observe;
+pub mod patience;
 pub mod privileges;
 pub mod signals;
 pub mod supervisor;

@@ -4,11 +4,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::process::until;
 use mesh_tests::{Node, Service, check};
+use serde_json::Value;
 
 const VIP: &str = "10.96.0.10:80";
 
@@ -257,6 +259,39 @@ fn what_hangs_holds_up_nobody_else() -> Result<()> {
     ensure!(running <= 8, "{running} of one service");
     let seen = check::ask(&scene.node, "blocking", "10.96.0.21:80")?;
     ensure!(seen.backend.as_deref() == Some("a"), "{seen:?}");
+    scene.node.agent.stop()
+}
+
+/// A command that is paused with the agent has its time afterwards. One that does not end is found all the same.
+#[test]
+fn a_pause_is_not_held_against_a_command() -> Result<()> {
+    let mut scene = Scene::new("command-checks: {user: nobody}\n")?;
+    let steps = "for n in 1 2 3 4 5 6 7 8; do sleep 0.05; done";
+    let slow = scene.script("slow", steps, 0o755)?;
+    scene.define(&health(&slow, ", timeout: 700ms").replace("500ms", "700ms"))?;
+    scene.node.agent.start()?;
+    scene.until("10.0.0.1:8080", "healthy", "command checks pass")?;
+    let inside = scene.node.cgroup().child("agent")?;
+    let (runner, keeper) = runner(&scene.node)?;
+    for id in [i32::try_from(scene.node.agent.id()?)?, keeper, runner] {
+        fs::write(inside.join("cgroup.procs"), id.to_string())?;
+    }
+    // Commands that were started before are elsewhere, and end.
+    sleep(Duration::from_millis(700));
+    for _ in 0..4 {
+        fs::write(inside.join("cgroup.freeze"), "1")?;
+        sleep(Duration::from_millis(1_500));
+        fs::write(inside.join("cgroup.freeze"), "0")?;
+        sleep(Duration::from_millis(700));
+        let backends = scene.node.agent.backends("app")?;
+        ensure!(backends.iter().all(|one| one.state == "healthy"), "{backends:?}");
+    }
+    let events: Vec<Value> = scene.node.agent.json(&["events"])?;
+    let ill = events.iter().filter(|one| one["kind"] == "unhealthy").collect::<Vec<_>>();
+    ensure!(ill.is_empty(), "{ill:?}");
+    let hanging = scene.script("hanging", "sleep 1000", 0o755)?;
+    scene.define(&health(&hanging, ", timeout: 500ms"))?;
+    scene.until("10.0.0.1:8080", "unhealthy", "no end within 500ms")?;
     scene.node.agent.stop()
 }
 

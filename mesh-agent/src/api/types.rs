@@ -196,6 +196,9 @@ pub struct Checks {
     pub failed: u64,
     /// Those that could not be made.
     pub unmade: u64,
+    /// Those that failed while the agent did not run, and were made again.
+    #[serde(default)]
+    pub unjudged: u64,
     /// Those that began more than 100 ms after they were due.
     pub late: u64,
     /// The longest time that one began after it was due, in microseconds.

@@ -225,10 +225,14 @@ pub(super) fn status(status: &Status, style: Style, now: SystemTime) -> String {
         counters.row([text(name), number(count)]);
     }
     let mut checks = style.list(&["HEALTH CHECKS", "COUNT"]);
-    let Checks { passed, failed, unmade, late, .. } = status.checks;
-    for (name, count) in
-        [("passed", passed), ("failed", failed), ("could not be made", unmade), ("late", late)]
-    {
+    let Checks { passed, failed, unmade, unjudged, late, .. } = status.checks;
+    for (name, count) in [
+        ("passed", passed),
+        ("failed", failed),
+        ("could not be made", unmade),
+        ("not judged", unjudged),
+        ("late", late),
+    ] {
         checks.row([text(name), number(count)]);
     }
     for part in [programs, sources, maps, counters, checks] {

@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::health::probe::Failure;
 use crate::model::CommandCheck;
+use crate::patience::Patience;
 use crate::privileges;
 use wire::{Outcome, Reply, Request};
 
@@ -149,15 +150,16 @@ impl Commands {
         let (answer, answered) = oneshot::channel();
         let order = orders.send(Order { request, answer });
         // One that does not listen has stopped.
-        let late = |_| Failure::Local("the process that runs commands does not answer".into());
-        let sent = tokio::time::timeout(LATE, order).await.map_err(late)?;
+        let late = || Failure::Local("the process that runs commands does not answer".into());
+        let sent = Patience::new(LATE).wait(order).await.ok_or_else(late)?;
         sent.map_err(|_| gone())?;
-        match tokio::time::timeout(timeout + LATE, answered).await {
-            Ok(Ok(Outcome::Passed)) => Ok(()),
-            Ok(Ok(Outcome::Failed(why))) => Err(Failure::said(&wire::words(&why))),
-            Ok(Ok(Outcome::Unmade(why))) => Err(Failure::Local(wire::words(&why))),
-            Ok(Err(_)) => Err(gone()),
-            Err(elapsed) => Err(late(elapsed)),
+        match Patience::new(timeout + LATE).wait(answered).await {
+            Some(Ok(Outcome::Passed)) => Ok(()),
+            Some(Ok(Outcome::Failed(why))) => Err(Failure::said(&wire::words(&why))),
+            Some(Ok(Outcome::Unmade(why))) => Err(Failure::Local(wire::words(&why))),
+            Some(Ok(Outcome::Paused(lost))) => Err(Failure::Paused(lost)),
+            Some(Err(_)) => Err(gone()),
+            None => Err(late()),
         }
     }
 }

@@ -36,6 +36,7 @@ use tokio_util::codec::{FramedRead, FramedWrite, LinesCodec};
 use super::children;
 use super::wire::{Outcome, Reply, Request};
 use crate::dataplane::sys::inherited;
+use crate::patience::Patience;
 
 /// Where programs are looked for by those that run.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -166,17 +167,21 @@ async fn command(request: &Request, running: &Running) -> Outcome {
 
     let said = Rc::new(RefCell::new(Vec::new()));
     let listening = tokio::task::spawn_local(listen(stderr, Rc::clone(&said)));
-    let outcome = match tokio::time::timeout(*timeout, child.wait()).await {
-        Ok(Ok(status)) => {
+    // A command that was stopped with this process has its time afterwards.
+    let mut patience = Patience::new(*timeout);
+    let outcome = match patience.wait(child.wait()).await {
+        Some(Ok(status)) => {
             // What it has left behind may keep the pipe open.
             let _ = tokio::time::timeout(LAST_WORDS, listening).await;
-            match status.success() {
-                true => Outcome::Passed,
-                false => Outcome::Failed(with_words(&describe(status), &said.borrow())),
+            match (status.success(), patience.lost()) {
+                (true, _) => Outcome::Passed,
+                // It may have timeouts of its own.
+                (false, Some(lost)) => Outcome::Paused(lost),
+                (false, None) => Outcome::Failed(with_words(&describe(status), &said.borrow())),
             }
         }
-        Ok(Err(error)) => Outcome::Unmade(format!("{program}: {error}")),
-        Err(_) => {
+        Some(Err(error)) => Outcome::Unmade(format!("{program}: {error}")),
+        None => {
             listening.abort();
             // It has not been waited for, so the number is its own; its group may be another.
             let _ = kill_process_group(id, Signal::KILL);
@@ -190,7 +195,8 @@ async fn command(request: &Request, running: &Running) -> Outcome {
                 return Outcome::Unmade(format!("{program} does not end, though it was killed"));
             }
             let timeout = humantime::format_duration(*timeout);
-            Outcome::Failed(with_words(&format!("no end within {timeout}"), &said.borrow()))
+            let failed = with_words(&format!("no end within {timeout}"), &said.borrow());
+            patience.lost().map_or(Outcome::Failed(failed), Outcome::Paused)
         }
     };
     running.borrow_mut().remove(&id.as_raw_pid());

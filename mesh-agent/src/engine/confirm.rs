@@ -80,10 +80,10 @@ impl Opinions {
         }
         let sender = self.sender.clone();
         tokio::spawn(async move {
-            let found = match Probe::Tcp.run(question.address, PATIENCE, async {}).await {
+            let found = match Probe::Tcp.insist(question.address, PATIENCE).await {
                 Ok(()) => Some(Ok(())),
                 Err(Failure::Endpoint(failure)) => Some(Err(failure)),
-                Err(Failure::Local(_)) => None,
+                Err(Failure::Local(_) | Failure::Paused(_)) => None,
             };
             // Nobody listens once the agent stops.
             let _ = sender.send(Opinion { question, found });

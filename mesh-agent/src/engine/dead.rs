@@ -58,6 +58,19 @@ struct Waiting {
     seen: Instant,
 }
 
+// === impl Watch ===
+
+impl Watch {
+    /// A look that comes late means that this process did not run, and no check of the endpoint passed or failed
+    /// meanwhile: that time does not count for it being unhealthy.
+    fn discount(&mut self, now: Instant) {
+        let late = now.saturating_duration_since(self.next);
+        if late > LOOK {
+            self.since += late;
+        }
+    }
+}
+
 // === impl Waiting ===
 
 impl Waiting {
@@ -166,6 +179,7 @@ impl Engine {
         let mut due = BTreeMap::<ServiceName, HashMap<SocketAddr, (Ending, Instant)>>::new();
         for ((service, address), watch) in &mut self.dead.endpoints {
             if watch.next <= now {
+                watch.discount(now);
                 // Those who fall back there may have to be looked at more often.
                 let is_shared = self.spread.dependents(service).next().is_some();
                 watch.next = now + if is_shared { LOOK } else { step(watch.ending) };
@@ -267,6 +281,19 @@ mod tests {
             known.map(|known| (known.since - begin).as_secs())
         };
         looks.map(&mut look).collect()
+    }
+
+    /// An endpoint that nobody checked for a while was not unhealthy for so long, as far as anybody knows.
+    #[test]
+    fn a_late_look_does_not_count() {
+        let begin = Instant::now();
+        let ending = Ending::All(Duration::from_secs(10));
+        let mut watch = Watch { life: 1, ending, since: begin, next: begin + LOOK };
+        watch.discount(begin + LOOK);
+        watch.discount(begin + LOOK + LOOK);
+        assert_eq!(watch.since, begin, "a little late");
+        watch.discount(begin + LOOK + Duration::from_secs(60));
+        assert_eq!(watch.since, begin + Duration::from_secs(60));
     }
 
     #[test]

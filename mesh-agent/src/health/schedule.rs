@@ -19,12 +19,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::time::{DelayQueue, delay_queue};
 
-use super::probe::{Failure, Probe};
+use super::probe::{Failure, Probe, UNJUDGED};
 use super::state::Checked;
 use super::tally::Tally;
 use super::{Finding, Order, Plan, Verdict};
 use crate::commands::{self, Commands};
 use crate::model::{HealthPolicy, Pace, ServiceName};
+use crate::patience::Patience;
 
 /// One service may have this share of all checks that run: one in so many.
 const SHARE: usize = 4;
@@ -93,6 +94,8 @@ struct Target {
     said: Option<Option<String>>,
     life: u64,
     turn: Turn,
+    /// How many of its checks in a row could not be judged.
+    unjudged: u32,
 }
 
 /// Where an endpoint is between two checks.
@@ -175,7 +178,7 @@ impl Permits {
         if !is_command {
             return Ok(turn.await);
         }
-        tokio::time::timeout(PATIENCE, turn).await.map_err(|_| {
+        Patience::new(PATIENCE).wait(turn).await.ok_or_else(|| {
             let patience = PATIENCE.as_secs();
             Failure::Local(format!(
                 "there was no turn for {patience} s: so many others run, or do not end"
@@ -323,7 +326,7 @@ impl Schedule {
                 let due = Due { service: name.clone(), address };
                 let turn = Turn::Queued(queue.insert_at(due, soon.next(policy.interval)));
                 let checked = Checked::new(life.state);
-                Target { checked, said: None, life: life.number, turn }
+                Target { checked, said: None, life: life.number, turn, unjudged: 0 }
             });
         }
         let is_other = service.policy.check != policy.check;
@@ -393,7 +396,22 @@ impl Schedule {
         };
         let Some(target) = targets.get_mut(&due.address).filter(is_this) else { return };
         let range = if target.said.is_none() { SECOND } else { LATER };
+        target.unjudged = match &result {
+            Err(Failure::Paused(_)) => target.unjudged + 1,
+            _ => 0,
+        };
         let told = match result {
+            Err(Failure::Paused(_)) if target.unjudged <= UNJUDGED => {
+                // Nothing is known that was not known before.
+                target.turn = Turn::Queued(queue.insert_at(due, Instant::now()));
+                return;
+            }
+            Err(Failure::Paused(lost)) => Err(format!(
+                "{} checks in a row were not judged, since the agent did not run meanwhile, for {} ms in the last; \
+                 see that it has the processor that it needs, and is not paused",
+                target.unjudged,
+                lost.as_millis()
+            )),
             Ok(()) => Ok(target.take(Ok(()), started - *began, policy)),
             Err(Failure::Endpoint(error)) => Ok(target.take(Err(error), started - *began, policy)),
             Err(Failure::Local(error)) => Err(error),

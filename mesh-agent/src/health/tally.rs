@@ -15,6 +15,7 @@ pub struct Tally {
     passed: AtomicU64,
     failed: AtomicU64,
     unmade: AtomicU64,
+    unjudged: AtomicU64,
     late: AtomicU64,
     longest_delay_us: AtomicU64,
 }
@@ -26,6 +27,7 @@ impl Tally {
             Ok(()) => &self.passed,
             Err(Failure::Endpoint(_)) => &self.failed,
             Err(Failure::Local(_)) => &self.unmade,
+            Err(Failure::Paused(_)) => &self.unjudged,
         };
         which.fetch_add(1, Ordering::Relaxed);
         if delay > LATE {
@@ -42,6 +44,7 @@ impl Tally {
             passed: read(&self.passed),
             failed: read(&self.failed),
             unmade: read(&self.unmade),
+            unjudged: read(&self.unjudged),
             late: read(&self.late),
             longest_delay_us: read(&self.longest_delay_us),
         }

@@ -200,8 +200,9 @@ fn data_plane(counters: &Counters, encoder: &mut DescriptorEncoder<'_>) -> fmt::
 }
 
 fn checks(checks: Checks, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let Checks { passed, failed, unmade, late, .. } = checks;
-    let results = [("passed", passed), ("failed", failed), ("unmade", unmade)];
+    let Checks { passed, failed, unmade, unjudged, late, .. } = checks;
+    let results =
+        [("passed", passed), ("failed", failed), ("unmade", unmade), ("unjudged", unjudged)];
     let results = results.into_iter().map(|(result, count)| ([("result", result)], count));
     Family::new("checks", "Health checks, by result").counters(encoder, results)?;
     Family::new("checks_late", "Health checks that began more than 100 ms after they were due")

@@ -72,7 +72,14 @@ fn snapshot() -> Snapshot {
             zone: None,
             ready: true,
             reasons: Vec::new(),
-            checks: Checks { passed: 12, failed: 3, unmade: 1, late: 2, longest_delay_us: 0 },
+            checks: Checks {
+                passed: 12,
+                failed: 3,
+                unmade: 1,
+                unjudged: 4,
+                late: 2,
+                longest_delay_us: 0,
+            },
             pid: 1,
             cgroup: String::new(),
             programs: vec![Program {
@@ -237,6 +244,7 @@ fn names_labels_and_kinds() {
         r#"mesh_connects_refused_total{reason="no endpoint"} 2"#,
         r#"mesh_checks_total{result="failed"} 3"#,
         r#"mesh_checks_total{result="unmade"} 1"#,
+        r#"mesh_checks_total{result="unjudged"} 4"#,
         "mesh_checks_late_total 2",
         r#"mesh_backend_connects_total{service="orders",port="80",protocol="tcp",backend="10.0.0.1:8080"} 40"#,
         r#"mesh_backend_connections{service="orders",port="80",protocol="tcp",backend="[fd00::1]:8080"} 1"#,

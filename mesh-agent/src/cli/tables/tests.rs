@@ -129,7 +129,14 @@ fn status_names_everything_that_is_wrong() {
             ready: false,
             reasons: vec!["the source files /etc/mesh/services.d was never read".into()],
             pid: 42,
-            checks: Checks { passed: 9, failed: 2, unmade: 1, late: 0, longest_delay_us: 900 },
+            checks: Checks {
+                passed: 9,
+                failed: 2,
+                unmade: 1,
+                unjudged: 3,
+                late: 0,
+                longest_delay_us: 900,
+            },
             cgroup: "/sys/fs/cgroup/web.slice".into(),
             programs: vec![Program {
                 name: "mesh_connect4".into(),
@@ -196,6 +203,7 @@ HEALTH CHECKS      COUNT
 passed             9
 failed             2
 could not be made  1
+not judged         3
 late               0
 ",
     );

@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
-use tokio::time::Instant;
 
 use crate::commands::Commands;
 use crate::model::{CommandCheck, GrpcCheck, HealthCheck, HttpCheck, ServiceName};
+use crate::patience::Patience;
 use crate::text;
 use tls::Connector;
 
@@ -31,6 +31,8 @@ pub enum Failure {
     Endpoint(String),
     /// The check could not be made: that says nothing about the endpoint.
     Local(String),
+    /// It failed, but this process did not run for so long meanwhile: that may be why.
+    Paused(Duration),
 }
 
 /// Errors of `connect(2)` and `socket(2)` that this process or this machine has with itself, and not
@@ -40,6 +42,9 @@ const LOCAL: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM
 /// How much is read from an endpoint in all, in bytes: what certificates, heads and the part of a body that
 /// is read can have together.
 const MOST: u64 = 64 * 1024;
+
+/// So many checks in a row are made again at once that could not be judged.
+pub(super) const UNJUDGED: u32 = 3;
 
 /// How much is kept of what an endpoint says of itself, in characters.
 const WORDS: usize = 200;
@@ -112,26 +117,49 @@ impl Probe {
         timeout: Duration,
         turn: impl Future<Output = T>,
     ) -> Result<(), Failure> {
-        let slow = |_| {
+        let slow = || {
             let timeout = humantime::format_duration(timeout);
             Failure::Endpoint(format!("no answer within {timeout}"))
         };
         if let Self::Command(check, service, commands) = self {
             return commands.check(check, service.as_str(), address, timeout).await;
         }
-        let begin = Instant::now();
+        let mut patience = Patience::new(timeout);
         let connection =
-            tokio::time::timeout(timeout, dial::connect(address, matches!(self, Self::Tcp))).await;
-        let connection = connection.map_err(slow)??;
+            match patience.wait(dial::connect(address, matches!(self, Self::Tcp))).await {
+                Some(Ok(connection)) => connection,
+                // Nobody listens, whenever that is heard.
+                Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    return Err(error.into());
+                }
+                Some(Err(error)) => return Err(Failure::from(error).unless(&patience)),
+                None => return Err(slow().unless(&patience)),
+            };
         if matches!(self, Self::Tcp) {
             connection.end(address);
             return Ok(());
         }
-        let left = timeout.saturating_sub(begin.elapsed());
         let _turn = turn.await;
         // The states of this are large, and most checks have none of them.
         let asked = Box::pin(self.ask(connection.stream()?, address));
-        tokio::time::timeout(left, asked).await.map_err(slow)?
+        let answer = patience.wait(asked).await.unwrap_or_else(|| Err(slow()));
+        answer.map_err(|failure| failure.unless(&patience))
+    }
+
+    /// [`Probe::run`] for who asks once and has no schedule: what could not be judged is asked again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Probe::run`].
+    pub async fn insist(&self, address: SocketAddr, timeout: Duration) -> Result<(), Failure> {
+        let mut asked = 0;
+        loop {
+            let result = self.run(address, timeout, async {}).await;
+            asked += 1;
+            if asked > UNJUDGED || !matches!(result, Err(Failure::Paused(_))) {
+                return result;
+            }
+        }
     }
 
     /// Asks over a connection, and judges the answer. Whatever is sent, so much is read of it.
@@ -162,6 +190,15 @@ impl Failure {
             kept.push('…');
         }
         Self::Endpoint(kept)
+    }
+
+    /// What failed while this process did not run says nothing about the endpoint: it may have hung up on who did not
+    /// go on.
+    fn unless(self, patience: &Patience) -> Self {
+        match (self, patience.lost()) {
+            (Self::Endpoint(_), Some(lost)) => Self::Paused(lost),
+            (failure, _) => failure,
+        }
     }
 
     /// What a library says of it.

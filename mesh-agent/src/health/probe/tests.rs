@@ -291,3 +291,87 @@ async fn waiting_for_a_turn_is_not_held_against_the_endpoint() {
     let turn = tokio::time::sleep(SHORT * 2);
     assert_eq!(http(page()).run(address, SHORT, turn).await, Ok(()));
 }
+
+/// Serves one visitor on a thread of its own, which goes on while this one sleeps.
+fn apart<T: Send + 'static>(
+    serve: impl FnOnce(std::net::TcpStream) -> io::Result<T> + Send + 'static,
+) -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let address = listener.local_addr().expect("bound");
+    std::thread::spawn(move || listener.accept().and_then(|(visitor, _)| serve(visitor)));
+    address
+}
+
+/// The thread of the checks sleeps, as if the process were stopped, once a check is under way.
+fn sleep_soon(time: Duration) {
+    tokio::spawn(async move {
+        tokio::time::sleep(SHORT / 10).await;
+        std::thread::sleep(time);
+    });
+}
+
+/// The endpoint answers in time, and then waits for what the check did not say, since it slept.
+#[tokio::test]
+async fn time_slept_through_is_not_held_against_the_endpoint() {
+    use std::io::{Read as _, Write as _};
+    // SETTINGS, its acknowledgement, and HEADERS of stream 1 that end it, with `:status: 200`.
+    const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const PING: [u8; 17] = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    const ANSWER: [u8; 10] = [0, 0, 1, 1, 5, 0, 0, 0, 1, 0x88];
+    let address = apart(|mut visitor| {
+        visitor.write_all(&SETTINGS)?;
+        std::thread::sleep(SHORT / 3);
+        visitor.write_all(&PING)?;
+        // The answer comes after that of the ping, and takes some time.
+        let mut heard = Vec::new();
+        let answered = |heard: &[u8]| heard.windows(8).any(|part| *part == PING[9..]);
+        while !answered(&heard) {
+            let mut part = [0; 256];
+            let read = visitor.read(&mut part)?;
+            heard.extend_from_slice(part.get(..read).unwrap_or_default());
+        }
+        std::thread::sleep(SHORT / 3);
+        visitor.write_all(&ANSWER)?;
+        visitor.read(&mut [0; 256])
+    });
+    sleep_soon(4 * SHORT);
+    assert_eq!(http2().run(address, SHORT, async {}).await, Ok(()));
+}
+
+/// The endpoint hangs up on who says nothing for so long: that is no verdict, and asked again it is well. One
+/// that hangs up on everybody is not.
+#[tokio::test]
+async fn what_fails_while_this_slept_is_asked_again() {
+    let slept = 4 * SHORT;
+    let impatient = |mut stream: std::net::TcpStream| {
+        use std::io::Read as _;
+        stream.set_read_timeout(Some(SHORT))?;
+        // The whole request, and then a gap that nobody fills.
+        while stream.read(&mut [0; 64])? > 0 {}
+        Ok(())
+    };
+    let address = apart(impatient);
+    sleep_soon(slept);
+    let result = http(page()).run(address, PATIENCE, async {}).await;
+    assert!(matches!(result, Err(Failure::Paused(lost)) if lost > SHORT), "{result:?}");
+    let result = http(page()).run(apart(impatient), PATIENCE, async {}).await;
+    assert!(matches!(result, Err(Failure::Endpoint(_))), "control: {result:?}");
+
+    // Who is silent has its time, and then is asked once more.
+    let silent = server(|mut stream| async move {
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await.map(drop)
+    })
+    .await;
+    sleep_soon(slept);
+    let result = http(page()).run(silent, SHORT, async {}).await;
+    assert!(matches!(result, Err(Failure::Paused(_))), "{result:?}");
+    sleep_soon(slept);
+    let result = http(page()).insist(silent, SHORT).await;
+    assert_eq!(result, Err(Failure::Endpoint("no answer within 300ms".to_owned())));
+    // Nobody listens, whenever that is heard.
+    sleep_soon(slept);
+    let nobody = "127.0.0.1:1".parse().expect("an address");
+    let turn = tokio::time::sleep(slept);
+    let result = http(page()).run(nobody, PATIENCE, turn).await;
+    assert!(matches!(result, Err(Failure::Endpoint(_))), "{result:?}");
+}
