@@ -5,12 +5,22 @@ use crate::Word;
 /// What clients of a service keep: one word of its record. 0 is nothing.
 ///
 /// ```text
-/// 32 .. 63       31 .. 0
-/// [ by whom + 1 ][ timeout, in units of 2^8 jiffies ]
+/// 63         62 .. 32        31 .. 0
+/// [ jiffies ][ by whom + 1 ][ timeout, in jiffies ]
 /// ```
+///
+/// 32 bits of jiffies are 49 days at `HZ` = 1000. Without the first bit the timeout is in units of 2^8 jiffies: earlier
+/// versions of the agent wrote that, and a service that this one may not touch yet still has it.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Affinity(pub u64);
+
+/// What earlier versions counted was 2 to this power jiffies.
+const COARSE: u32 = 8;
+
+/// `jiffies_64` begins 5 minutes before it fills 32 bits (`INITIAL_JIFFIES`), so what is less is in coarse units,
+/// which take 17 years to come here at `HZ` = 1000.
+const LEAST: u64 = 1 << 31;
 
 /// Who a client is.
 #[repr(u8)]
@@ -27,11 +37,13 @@ impl Affinity {
     /// None.
     pub const OFF: Self = Self(0);
 
-    /// By whom, and for how many units after the last connect; at least one.
+    const JIFFIES: u64 = 1 << 63;
+
+    /// By whom, and for how many jiffies after the last connect; at least one.
     #[must_use]
     pub const fn new(by: By, timeout: u32) -> Self {
         let timeout = if timeout == 0 { 1 } else { timeout };
-        Self((by as u64 + 1) << 32 | timeout as u64)
+        Self(Self::JIFFIES | (by as u64 + 1) << 32 | timeout as u64)
     }
 
     /// Whether there is any.
@@ -45,14 +57,15 @@ impl Affinity {
     #[inline(always)]
     #[must_use]
     pub const fn by(self) -> By {
-        if self.0 >> 32 == 2 { By::Namespace } else { By::Client }
+        if (self.0 & !Self::JIFFIES) >> 32 == 2 { By::Namespace } else { By::Client }
     }
 
-    /// For how many units.
+    /// For how many jiffies.
     #[inline(always)]
     #[must_use]
     pub const fn timeout(self) -> u64 {
-        self.0 & 0xffff_ffff
+        let timeout = self.0 & 0xffff_ffff;
+        if self.0 & Self::JIFFIES == 0 { timeout << COARSE } else { timeout }
     }
 }
 
@@ -79,12 +92,19 @@ pub struct Pin {
     pub service: Word,
     /// The backend's id, and its generation in the upper half.
     pub backend: Word,
-    /// Until when, in units of 2^8 jiffies. Written in place by the connects of the client.
+    /// Until when, the last jiffy included ([`Pin::deadline`]). Written in place by the connects of the client.
     pub until: Word,
 }
 
 impl Pin {
-    /// The backend and until when, if this is the pin of `key`.
+    /// Until when it holds, the last jiffy included, from the word that says so.
+    #[inline(always)]
+    #[must_use]
+    pub const fn deadline(until: u64) -> u64 {
+        if until < LEAST { (until + 1) << COARSE } else { until }
+    }
+
+    /// The backend and the word that says until when, if this is the pin of `key`.
     #[inline(always)]
     #[must_use]
     pub fn of(&self, key: &PinKey) -> Option<(u64, u64)> {
@@ -118,10 +138,28 @@ mod tests {
                 let affinity = Affinity::new(by, timeout);
                 assert!(affinity.is_on());
                 assert_eq!((affinity.by(), affinity.timeout()), (by, timeout.into()));
+                // As an earlier version wrote it.
+                let coarse = Affinity((by as u64 + 1) << 32 | u64::from(timeout));
+                assert!(coarse.is_on());
+                assert_eq!((coarse.by(), coarse.timeout()), (by, u64::from(timeout) << 8));
             }
         }
         assert!(!Affinity::OFF.is_on());
         assert_eq!(Affinity::new(By::Client, 0).timeout(), 1, "shorter than can be told");
+    }
+
+    /// What an earlier version pinned ends when it would have, give or take its unit.
+    #[test]
+    fn coarse_deadlines_are_known() {
+        for hz in [100, 250, 300, 1_000] {
+            let booted: u64 = (1 << 32) - 300 * hz;
+            // Up to ten years after the machine was booted.
+            for now in [booted, booted + 1, 1 << 32, booted + 3_650 * 86_400 * hz] {
+                assert_eq!(Pin::deadline(now), now);
+                let deadline = Pin::deadline(now >> 8);
+                assert!((now..=now + 256).contains(&deadline), "{now}: {deadline}");
+            }
+        }
     }
 
     #[test]

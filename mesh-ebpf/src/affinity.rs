@@ -5,7 +5,7 @@ use aya_ebpf::btf_maps::HashMap;
 use aya_ebpf::macros::btf_map;
 use mesh_common::datagram;
 use mesh_common::layout::counter;
-use mesh_common::{Limits, Origin, Pin, PinKey, Tables as _, Word};
+use mesh_common::{Limits, Pin, PinKey, Tables as _, Word};
 
 use crate::chunks::{BACKEND_STATS, BACKENDS};
 use crate::maps::{Maps, count, jiffies, serves};
@@ -22,7 +22,7 @@ static AFFINITY: HashMap<
 pub const NONE: u64 = u64::MAX;
 
 /// The backend that a client keeps ([`mesh_common::affinity::pack`]), whose time begins anew; [`NONE`]
-/// when it has none, or may not go on with it, and `chosen` is better. The backend's record can be used
+/// when it has none, or may not go on with it, and `chosen` is better. `timeout` is in jiffies. The backend's record can be used
 /// as long as this program runs: its id is another's only after a grace period.
 #[inline(never)]
 pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
@@ -30,13 +30,13 @@ pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     // SAFETY: the element may be reused while it is read: `Pin::of` finds that out.
     let Some(pin) = (unsafe { AFFINITY.get(key) }) else { return NONE };
     let Some((packed, until)) = pin.of(&key) else { return NONE };
-    let now = jiffies() >> Origin::TIME_SHIFT;
+    let now = jiffies();
     let (id, generation) = (packed as u32, (packed >> 32) as u32);
     let (Some(stats), Some(backend)) = (BACKEND_STATS.get(id), BACKENDS.get(id)) else {
         return NONE;
     };
     let state = backend.marks.state();
-    if until < now || !stats.is_life(generation) {
+    if Pin::deadline(until) < now || !stats.is_life(generation) {
         return NONE;
     }
     // What drains is in no table while there is another.
@@ -46,7 +46,7 @@ pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
     if !good && (serves(chosen) || !backend.marks.is_listed()) {
         return NONE;
     }
-    // Not with every connect.
+    // Not with every connect of the same moment.
     if until != now + timeout {
         pin.until.store(now + timeout);
     }
@@ -56,7 +56,7 @@ pub fn pinned(client: u64, service: u64, timeout: u64, chosen: u32) -> u64 {
 /// Notes which backend ([`mesh_common::affinity::pack`]) a client keeps from now on.
 #[inline(never)]
 pub fn pin(client: u64, service: u64, timeout: u64, backend: u64) {
-    let until = (jiffies() >> Origin::TIME_SHIFT) + timeout;
+    let until = jiffies() + timeout;
     let pin = Pin {
         client: Word::new(client),
         service: Word::new(service),

@@ -11,9 +11,10 @@ use mesh_common::alias::{self, Column, Entry};
 use mesh_common::ejection::TICK_SHIFT;
 use mesh_common::maglev::{self, Size, Turn};
 use mesh_common::{
-    Affinity, Algorithm, FrontendKey, Origin, Policy, Protocol, Rate, Reason, Slot, State, balance,
+    Affinity, Algorithm, FrontendKey, Policy, Protocol, Rate, Reason, Slot, State, balance,
 };
 
+use crate::dataplane::clock::{self, NANOS};
 use crate::model::{self, EjectionPolicy, Endpoint, Service, ServicePort};
 use candidates::Chosen;
 
@@ -290,12 +291,12 @@ pub fn rate(ejection: Option<EjectionPolicy>) -> Rate {
     ejection.map_or(Rate::OFF, |ejection| Rate::new(ejection.rate, ejection.samples))
 }
 
-/// Affinity as the kernel programs have it: in whole units, and one more, because the present is rounded
-/// down.
+/// Affinity as the kernel programs have it: in whole jiffies, and one more, because the present is rounded
+/// down. So it ends no earlier than it should, and at most three ticks later: 30 ms at `HZ` = 100.
 fn pins(affinity: model::Affinity, tick: u64) -> Affinity {
-    let unit = u128::from(tick.max(1)) << Origin::TIME_SHIFT;
-    let units = affinity.timeout.as_nanos().div_ceil(unit) + 1;
-    Affinity::new(affinity.by, u32::try_from(units).unwrap_or(u32::MAX))
+    let jiffies = affinity.timeout.as_nanos() * u128::from(clock::hz(tick));
+    let jiffies = jiffies.div_ceil(NANOS.into()) + 1;
+    Affinity::new(affinity.by, u32::try_from(jiffies).unwrap_or(u32::MAX))
 }
 
 /// A backend, and what decides whether it is used.

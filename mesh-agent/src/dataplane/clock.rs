@@ -6,6 +6,9 @@ use std::time::Duration;
 use mesh_common::Origin;
 use rustix::time::{ClockId, clock_getres, clock_gettime};
 
+/// Nanoseconds of a second.
+pub const NANOS: u64 = 1_000_000_000;
+
 /// Nanoseconds from one tick of the kernel to the next: 10^9 / `HZ`. The resolution of the coarse clocks
 /// is just that (`KTIME_LOW_RES`). The kernel is asked once: it is a system call, and everything that is
 /// told of a backend needs it.
@@ -17,12 +20,19 @@ pub fn tick() -> u64 {
     })
 }
 
-/// So many seconds in units of 2^[`Origin::TIME_SHIFT`] ticks, at least one.
-pub fn units(seconds: u64) -> u64 {
-    ((seconds * (1_000_000_000 / tick())) >> Origin::TIME_SHIFT).max(1)
+/// `HZ`, of a tick in nanoseconds: a third of a nanosecond more or less makes a second of a year.
+#[must_use]
+pub const fn hz(tick: u64) -> u64 {
+    let tick = if tick == 0 { 1 } else { tick };
+    (NANOS + tick / 2) / tick
 }
 
-/// In what time half of a backend's latency is forgotten, in those units: 10 seconds.
+/// So many seconds in units of 2^[`Origin::TIME_SHIFT`] ticks, rounded up.
+pub fn units(seconds: u64) -> u64 {
+    (seconds * hz(tick())).div_ceil(1 << Origin::TIME_SHIFT)
+}
+
+/// In what time half of a backend's latency is forgotten, in those units: 10.24 seconds at any usual `HZ`.
 pub fn half_life() -> u64 {
     units(10)
 }
@@ -30,16 +40,20 @@ pub fn half_life() -> u64 {
 /// What `bpf_jiffies64` gives now, to a second or so. It does not begin at 0, but 5 minutes before it
 /// fills 32 bits (`INITIAL_JIFFIES`), and counts the ticks of `CLOCK_MONOTONIC`.
 pub fn jiffies() -> u64 {
-    let tick = tick();
-    let begin = (1 << 32) - 300 * (1_000_000_000 / tick);
-    begin + monotonic() / tick
+    jiffies_at(monotonic(), hz(tick()))
+}
+
+fn jiffies_at(monotonic: u64, hz: u64) -> u64 {
+    let begin = (1 << 32) - 300 * hz;
+    let passed = u128::from(monotonic) * u128::from(hz) / u128::from(NANOS);
+    begin + u64::try_from(passed).unwrap_or(u64::MAX >> 1)
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, which `bpf_ktime_get_ns` gives too. Nobody can step it.
 pub fn monotonic() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     // It starts at 0 and lasts for 584 years.
-    u64::try_from(now.tv_sec).unwrap_or_default() * 1_000_000_000
+    u64::try_from(now.tv_sec).unwrap_or_default() * NANOS
         + u64::try_from(now.tv_nsec).unwrap_or_default()
 }
 
@@ -55,6 +69,19 @@ pub fn age(origin: Origin) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A tick that is not a whole number of nanoseconds does not let the clock drift.
+    #[test]
+    fn ticks_are_those_of_the_kernel() {
+        for (known, tick) in
+            [(100, 10_000_000), (250, 4_000_000), (300, 3_333_333), (1_000, 1_000_000)]
+        {
+            assert_eq!(hz(tick), known);
+            let decade = 3_650 * 86_400;
+            let begin = (1 << 32) - 300 * known;
+            assert_eq!(jiffies_at(decade * NANOS, known), begin + decade * known);
+        }
+    }
 
     #[test]
     fn ages_are_those_of_the_kernels_ticks() {

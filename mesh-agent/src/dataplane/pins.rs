@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use aya::maps::{HashMap, MapData};
-use mesh_common::{Origin, Pin, PinKey};
+use mesh_common::{Pin, PinKey};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +16,9 @@ use super::opened::Opened;
 
 /// How often. An entry that is over is not heeded in between; it only takes room.
 const INTERVAL: Duration = Duration::from_secs(30);
+
+/// Entries are removed so many seconds after they are over.
+const MARGIN: u64 = 2;
 
 /// Words of an entry.
 const WORDS: usize = size_of::<Pin>() / 8;
@@ -49,11 +52,11 @@ impl Pins {
     /// Removes those whose time is over. One that is used again at this very moment may go too: its
     /// client is then balanced anew.
     fn sweep(&mut self) {
-        let now = clock::jiffies() >> Origin::TIME_SHIFT;
+        // The clock of the programs may be ahead of this one, or behind.
+        let before = clock::jiffies() - MARGIN * clock::hz(clock::tick());
         let (mut over, mut left) = (Vec::new(), 0);
         for (key, words) in self.map.iter().filter_map(Result::ok) {
-            // The clock of the programs may be a unit ahead.
-            if words[UNTIL] + 2 < now { over.push(key) } else { left += 1 }
+            if Pin::deadline(words[UNTIL]) < before { over.push(key) } else { left += 1 }
         }
         for key in over {
             // Somebody else may have.

@@ -3,6 +3,11 @@
 mod preferred;
 
 use std::net::IpAddr;
+use std::time::Duration;
+
+use mesh_common::Pin;
+use mesh_common::affinity::By;
+use proptest::prelude::*;
 
 use super::*;
 use crate::model::{EjectionPolicy, Health, ServiceName, WhenAllUnhealthy};
@@ -134,4 +139,31 @@ fn order_of_endpoints_does_not_matter() {
     other.addresses.reverse();
     let healthy = |_| State::Healthy;
     assert_eq!(compiled(&one, healthy), compiled(&other, healthy));
+}
+
+proptest! {
+    /// A client keeps its backend for the whole of the timeout, whenever within a tick it connects, and for three ticks
+    /// more at the most: as the kernel decides it, which counts whole ticks.
+    #[test]
+    fn affinity_ends_when_it_says(
+        hz in prop::sample::select(vec![100_u64, 250, 300, 1_000]),
+        timeout in prop_oneof![1_000_u64..10_000, 10_000_u64..30 * 86_400_000],
+        connected in 0_u64..100_000_000_000,
+    ) {
+        // As the kernel tells it, rounded (`KTIME_LOW_RES`).
+        let tick = (NANOS + hz / 2) / hz;
+        let timeout = Duration::from_millis(timeout);
+        let affinity = pins(model::Affinity { by: By::Client, timeout }, tick);
+        let jiffies = |at: Duration| {
+            let passed = at.as_nanos() * u128::from(hz) / u128::from(NANOS);
+            (1 << 32) - 300 * hz + u64::try_from(passed).expect("some minutes")
+        };
+        let connected = Duration::from_nanos(connected);
+        let until = Pin::deadline(jiffies(connected) + affinity.timeout());
+        let is_kept = |after: Duration| until >= jiffies(connected + after);
+        prop_assert!(is_kept(timeout));
+        let tolerance = Duration::from_nanos(3 * tick);
+        prop_assert!(tolerance <= Duration::from_millis(50));
+        prop_assert!(!is_kept(timeout + tolerance));
+    }
 }
