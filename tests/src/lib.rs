@@ -17,6 +17,7 @@ pub mod check;
 pub mod client;
 pub mod datagram;
 pub mod later;
+pub mod limited;
 pub mod long;
 pub mod matrix;
 pub mod mortal;

@@ -10,8 +10,8 @@ use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported};
 use aya_obj::generated::BPF_F_MMAPABLE;
 
-use super::Check;
 use super::mounts::Mounts;
+use super::{Check, memory};
 use crate::dataplane::load::{self, LoadError};
 use crate::dataplane::programs;
 
@@ -115,6 +115,10 @@ fn bpffs(mounts: &Mounts) -> Check {
 /// them, and let go again.
 fn programs() -> Check {
     const NAME: &str = "kernel programs";
+    if let Some(limit) = memory::limit().filter(|limit| !limit.is_enough()) {
+        let detail = format!("not tried, since this command might be killed: {limit}");
+        return Check::bad(NAME, detail, memory::ADVICE).optional();
+    }
     match load::probe() {
         Ok(()) => {
             let names: Vec<_> = programs::detached().iter().map(|program| program.name).collect();

@@ -4,6 +4,7 @@
 pub mod cgroup;
 pub mod hooks;
 mod kernel;
+pub mod memory;
 pub mod mounts;
 mod privileges;
 
@@ -47,6 +48,7 @@ pub fn run(cgroup: Option<&Path>) -> Vec<Check> {
     checks.extend(cgroup::checks(&mounts, cgroup));
     checks.extend(kernel::checks(&mounts));
     checks.extend(hooks::checks(&mounts, cgroup));
+    checks.push(memory::check());
     checks
 }
 

@@ -42,6 +42,11 @@ impl Mounts {
         self.0.iter().filter(move |mount| mount.kind == kind).map(|mount| mount.point.as_path())
     }
 
+    /// Those of this kind.
+    pub(super) fn all(&self, kind: &str) -> impl Iterator<Item = &Mount> {
+        self.0.iter().filter(move |mount| mount.kind == kind)
+    }
+
     /// The mount that holds `path`, which must be canonical. Of two at the same place the later
     /// hides the earlier.
     #[must_use]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::io;
 use std::num::NonZero;
 use std::os::fd::AsFd as _;
 use std::panic::resume_unwind;
@@ -28,7 +29,9 @@ use super::pins::Pins;
 use super::programs::{self, LoadedProgram, PROGRAMS, Programs, TRACERS, Tracer};
 use super::records::Records;
 use super::sys::attached::Hook;
+use super::sys::heap;
 use super::units::Units;
+use crate::check::memory;
 use crate::text::chain;
 
 /// The kernel object, or nothing in a binary that was built without it.
@@ -82,6 +85,14 @@ pub enum LoadError {
     /// Nothing can be pinned, or what is pinned is something else.
     #[error(transparent)]
     Pin(#[from] PinError),
+    /// There is not enough memory.
+    #[error("{}; {}", chain(.source), limit.advice())]
+    Memory {
+        /// What was in the way, perhaps.
+        limit: memory::Limit,
+        /// What failed.
+        source: Box<LoadError>,
+    },
 }
 
 /// How to load.
@@ -147,7 +158,9 @@ pub fn load(options: Options, pins: &Arc<PinDir>) -> Result<Loaded, LoadError> {
     let (loaded, former, ebpf) = if are_kept {
         (former, BTreeMap::new(), None)
     } else {
-        let mut ebpf = load_object(object, options, &values, Some(pins))?;
+        let mut ebpf = load_in(memory::limit(), |one_by_one| {
+            load_object(object, options, &values, Some(pins), one_by_one)
+        })?;
         let loaded = descriptors(&mut ebpf)?;
         (loaded, former, options.log.then_some(ebpf))
     };
@@ -190,7 +203,11 @@ pub fn load(options: Options, pins: &Arc<PinDir>) -> Result<Loaded, LoadError> {
 /// When the kernel, the container or the binary lacks something.
 pub fn probe() -> Result<(), LoadError> {
     let (object, options) = (object(OBJECT)?, Options::default());
-    load_object(object, options, &Values::now(options), None).map(drop)
+    let limit = memory::limit();
+    load_in(limit, |one_by_one| {
+        load_object(object, options, &Values::now(options), None, one_by_one)
+    })
+    .map(drop)
 }
 
 /// Has the records be described beside the maps, for other versions.
@@ -244,12 +261,41 @@ impl Values {
     }
 }
 
+/// Loads in so much memory. Who is killed for want of it cannot say so: it is said before.
+fn load_in<T>(
+    limit: Option<memory::Limit>,
+    load: impl FnOnce(bool) -> Result<T, LoadError>,
+) -> Result<T, LoadError> {
+    let Some(limit) = limit else { return load(false) };
+    if !limit.is_enough() {
+        tracing::warn!("{}", limit.warning());
+    }
+    load(limit.bytes < memory::AMPLE).map_err(|error| match is_memory(&error) {
+        true => LoadError::Memory { limit, source: Box::new(error) },
+        false => error,
+    })
+}
+
+/// Whether the kernel had no memory.
+fn is_memory(error: &LoadError) -> bool {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        let system = error.downcast_ref::<io::Error>();
+        if system.is_some_and(|error| error.raw_os_error() == Some(libc::ENOMEM)) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
 /// Loads the object over the maps that are pinned; makes and pins the others.
 fn load_object(
     object: &[u8],
     options: Options,
     values: &Values,
     pins: Option<&PinDir>,
+    one_by_one: bool,
 ) -> Result<Ebpf, LoadError> {
     let places = btf::places()?;
     let salt = fastrand::u64(..);
@@ -274,8 +320,10 @@ fn load_object(
         .override_global("SOCKET_FIELDS", &places[..], true)
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
-    let btf = Btf::from_sys_fs().map_err(LoadError::Btf)?;
-    load_programs(&mut ebpf, &btf)?;
+    // It has the kernel's types too, which take as much memory as a verifier.
+    drop(loader);
+    heap::trim();
+    load_programs(&mut ebpf, one_by_one)?;
     Ok(ebpf)
 }
 
@@ -303,15 +351,28 @@ enum Purpose {
 /// More do not help: few of the programs take long, and the verifier takes memory for each.
 const THREADS: usize = 4;
 
-/// Gives the programs to the kernel, several at a time: its verifier takes long, and looks at each by itself.
-fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> Result<(), LoadError> {
-    let hooked = PROGRAMS.map(|(name, hook)| (name, Purpose::Hook(hook)));
-    let traced = TRACERS.map(|(name, tracer)| (name, Purpose::Tracer(tracer)));
+/// Gives the programs to the kernel: those that take longest, and most memory, before the kernel's types are read, which the
+/// others need.
+fn load_programs(ebpf: &mut Ebpf, one_by_one: bool) -> Result<(), LoadError> {
     let mut there: BTreeMap<String, &mut Program> =
         ebpf.programs_mut().map(|(name, program)| (name.to_owned(), program)).collect();
-    // Those that take longest come first.
-    let wanted = hooked.into_iter().chain(traced);
-    let left = Mutex::new(wanted.map(|(name, purpose)| (name, purpose, there.remove(name))));
+    let parallel = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS);
+    let threads = if one_by_one { 1 } else { parallel };
+    let hooked = PROGRAMS.map(|(name, hook)| (name, Purpose::Hook(hook), there.remove(name)));
+    load_some(hooked.into_iter(), None, threads)?;
+    heap::trim();
+    let btf = Btf::from_sys_fs().map_err(LoadError::Btf)?;
+    let traced = TRACERS.map(|(name, tracer)| (name, Purpose::Tracer(tracer), there.remove(name)));
+    load_some(traced.into_iter(), Some(&btf), threads)
+}
+
+/// Several at a time: the verifier takes long, and looks at each by itself.
+fn load_some<'p>(
+    wanted: impl Iterator<Item = (&'static str, Purpose, Option<&'p mut Program>)> + Send,
+    btf: Option<&Btf>,
+    threads: usize,
+) -> Result<(), LoadError> {
+    let left = Mutex::new(wanted);
     let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
     let work = || {
         while let Some((name, purpose, program)) = next() {
@@ -322,7 +383,6 @@ fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> Result<(), LoadError> {
         }
         Ok(())
     };
-    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS);
     thread::scope(|scope| {
         // Without a thread, this one does it all.
         let spawn = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
@@ -335,11 +395,18 @@ fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> Result<(), LoadError> {
     })
 }
 
-fn load_one(program: &mut Program, purpose: Purpose, btf: &Btf) -> Result<(), ProgramError> {
+fn load_one(
+    program: &mut Program,
+    purpose: Purpose,
+    btf: Option<&Btf>,
+) -> Result<(), ProgramError> {
     match purpose {
         Purpose::Hook(Hook::SockRelease) => <&mut CgroupSock>::try_from(program)?.load(),
         Purpose::Hook(_) => <&mut CgroupSockAddr>::try_from(program)?.load(),
-        Purpose::Tracer(tracer) => <&mut BtfTracePoint>::try_from(program)?.load(tracer.0, btf),
+        Purpose::Tracer(tracer) => {
+            let btf = btf.ok_or(ProgramError::NotLoaded)?;
+            <&mut BtfTracePoint>::try_from(program)?.load(tracer.0, btf)
+        }
     }
 }
 
