@@ -12,7 +12,7 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use mesh_common::ejection::Phase;
 use mesh_common::layout::counter;
-use mesh_common::socket::{Outcome, Seen, judge, judge_datagram, judge_end, judge_reset};
+use mesh_common::socket::{Outcome, Seen, failure, judge, judge_datagram, judge_end, judge_reset};
 use mesh_common::stats::Change;
 use mesh_common::{
     BackendStats, Client, Ejection, Failure, Flow, Given, Held, Policy, Rate, Table, Tables as _,
@@ -109,15 +109,16 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
     let Some(tcp) = sock.tcp() else {
         // A datagram socket that is not connected (any more).
         if !sock.is_closed()
-            && let Some(failure) = judge_datagram(sock.error())
+            && let Some(failure) = judge_datagram(sock.error(), sock.said())
         {
             not_taken(cookie, flow, failure);
         }
         return 0;
     };
-    let seen = seen(sock, tcp);
+    let seen = seen(sock, tcp, flow);
     match judge(seen) {
         Outcome::Nothing => {}
+        Outcome::Warned(failure) => warned(cookie, flow, failure),
         Outcome::Over => {
             let was_answered = seen.disconnected && seen.error != 0 && tcp.was_answered();
             ended(cookie, flow, seen.connected || was_answered);
@@ -171,7 +172,7 @@ fn destroy(ctx: &BtfTracePointContext) -> i32 {
             ended(cookie, flow, false);
             return 0;
         };
-        let seen = seen(sock, tcp);
+        let seen = seen(sock, tcp, flow);
         if records::role(flow).is_measured() && seen.connected {
             let id = Held(records::held(flow).load()).backend();
             let generation = records::generation(flow);
@@ -193,9 +194,9 @@ fn destroy(ctx: &BtfTracePointContext) -> i32 {
     0
 }
 
-/// What there is to see of a socket.
+/// What there is to see of a socket with this record.
 #[inline(always)]
-fn seen(sock: Sock, tcp: TcpSock) -> Seen {
+fn seen(sock: Sock, tcp: TcpSock, flow: *mut Flow) -> Seen {
     let connected = tcp.bytes_acked() != 0;
     Seen {
         error: sock.error(),
@@ -204,8 +205,10 @@ fn seen(sock: Sock, tcp: TcpSock) -> Seen {
         closed: sock.is_closed(),
         disconnected: sock.is_disconnected(),
         repeated: tcp.has_retransmitted(),
-        // Later there may also be time stamps in the queue.
-        unreachable: sock.is_unreachable() || !connected && sock.has_queued_error(),
+        soft: failure(sock.soft_error()),
+        // What comes later says nothing, so it is not looked at.
+        said: if connected { None } else { sock.said().failure() },
+        told: Held(records::held(flow).load()).is_told(),
     }
 }
 
@@ -295,6 +298,19 @@ fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
 /// ends is counted when it does.
 #[inline(always)]
 fn unanswered(cookie: u64, flow: *mut Flow) {
+    blame(cookie, flow, Failure::Timeout);
+}
+
+/// Somebody says that a connect fails, which its application will learn when it asks. How it ends is counted
+/// when it does: a SYN that is sent again may be answered otherwise.
+#[inline(never)]
+fn warned(cookie: u64, flow: *mut Flow, failure: Failure) {
+    blame(cookie, flow, failure);
+}
+
+/// Blames a backend for a connect that goes on.
+#[inline(always)]
+fn blame(cookie: u64, flow: *mut Flow, failure: Failure) {
     let held = Held(records::held(flow).load());
     let given = records::given(flow);
     if !flow::tell(records::held(flow), held, cookie) {
@@ -304,12 +320,13 @@ fn unanswered(cookie: u64, flow: *mut Flow) {
     else {
         return;
     };
+    let token = if held.has_token() { given.token } else { Token::NONE };
     let (policy, rate, table) = rules(&given);
     let policy = stricter(held.backend(), stats, rate, policy);
     let client = Client::of_cgroup(given.client);
     let may_go = |_: Ejection, is_out: bool| may_go(table, policy, client, is_out);
-    let change = stats.blame(Token::NONE, policy, client, Maps.now(), may_go);
-    tell_out(held, &given, Failure::Timeout as u8, policy, change);
+    let change = stats.blame(token, policy, client, Maps.now(), may_go);
+    tell_out(held, &given, failure as u8, policy, change);
 }
 
 /// The SYN of a try was not answered for a second.

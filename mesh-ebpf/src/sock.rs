@@ -2,9 +2,9 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
+use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock};
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::socket::{Field, Places, errno};
+use mesh_common::socket::{Field, Places, Said};
 
 /// The places of the fields in this kernel, set by the agent.
 #[unsafe(no_mangle)]
@@ -40,17 +40,24 @@ impl Sock {
         read(self.0, Field::Error)
     }
 
-    /// Whether somebody said that its peer's host cannot be reached, which was not believed at once.
+    /// The error that was not believed at once.
     #[inline(always)]
-    pub fn is_unreachable(self) -> bool {
-        read::<i32>(self.0, Field::SoftError) == errno::EHOSTUNREACH
+    pub fn soft_error(self) -> i32 {
+        read(self.0, Field::SoftError)
     }
 
-    /// Whether something lies in its queue of errors.
+    /// The last error in its queue. Who is told of it may take it away at the same time: then what is read may
+    /// be anything.
     #[inline(always)]
-    pub fn has_queued_error(self) -> bool {
+    pub fn said(self) -> Said {
         let empty = self.0.wrapping_add(place(Field::ErrorQueue));
-        read::<*const u8>(self.0, Field::ErrorQueue) != empty
+        let last = read_at::<*const u8>(self.0, place(Field::ErrorQueue) + size_of::<usize>());
+        if last == empty {
+            return Said::NOTHING;
+        }
+        let at = last.wrapping_add(place(Field::ErrorOwn) + place(Field::ErrorSaid));
+        // SAFETY: the helper checks the address itself.
+        unsafe { bpf_probe_read_kernel(at.cast::<u64>()) }.map_or(Said::NOTHING, Said)
     }
 
     /// Whether its state is `TCP_CLOSE`.
@@ -156,7 +163,12 @@ fn place(field: Field) -> usize {
 /// Reads a field of a socket.
 #[inline(always)]
 fn read<T: Copy>(sk: *const u8, field: Field) -> T {
-    let place = place(field);
+    read_at(sk, place(field))
+}
+
+/// Reads what is so many bytes from the start of a socket.
+#[inline(always)]
+fn read_at<T: Copy>(sk: *const u8, place: usize) -> T {
     // SAFETY: the verifier checks place and width against the kernel's own type of the socket. The
     // kernel turns a fault of such a load into 0.
     unsafe { sk.wrapping_add(place).cast::<T>().read_volatile() }

@@ -2,8 +2,10 @@
 
 use super::*;
 
-/// `EPERM`, `EACCES`, `EADDRNOTAVAIL`, `ENETUNREACH`, `ECONNABORTED`, `EPIPE`, `EPROTO`.
-const OTHERS: [i32; 7] = [1, 13, 99, 101, 103, 32, 71];
+/// `EPERM`, `EADDRNOTAVAIL`, `ENETUNREACH`, `ECONNABORTED`, `EPIPE`, `EPROTO`, `EMSGSIZE`.
+const OTHERS: [i32; 7] = [1, 99, 101, 103, 32, 71, 90];
+
+const SOMEBODY: [Option<Failure>; 3] = [None, Some(Failure::Refused), Some(Failure::Unreachable)];
 
 /// What is seen of a socket, as words in a table.
 fn seen(error: i32, words: &str) -> Seen {
@@ -15,7 +17,11 @@ fn seen(error: i32, words: &str) -> Seen {
             "closed" => seen.closed = true,
             "disconnected" => seen.disconnected = true,
             "repeated" => seen.repeated = true,
-            "unreachable" => seen.unreachable = true,
+            "unreachable" => seen.soft = Some(Failure::Unreachable),
+            "refused" => seen.soft = Some(Failure::Refused),
+            "said-unreachable" => seen.said = Some(Failure::Unreachable),
+            "said-refused" => seen.said = Some(Failure::Refused),
+            "told" => seen.told = true,
             other => panic!("no field is called {other}"),
         }
     }
@@ -24,25 +30,30 @@ fn seen(error: i32, words: &str) -> Seen {
 
 /// All that can be seen of a socket with this error. What was answered was connected.
 fn everything(error: i32) -> impl Iterator<Item = Seen> {
-    (0u32..64).map(move |bits| {
-        let [connected, answered, closed, disconnected, repeated, unreachable] =
-            [0, 1, 2, 3, 4, 5].map(|bit| bits >> bit & 1 == 1);
+    (0u32..576).map(move |number| {
+        let [connected, answered, closed, disconnected, repeated, told] =
+            [0, 1, 2, 3, 4, 5].map(|bit| number >> bit & 1 == 1);
         let answered = answered && connected;
-        Seen { error, connected, answered, closed, disconnected, repeated, unreachable }
+        let [soft, said] = [number / 64 % 3, number / 192].map(|which| SOMEBODY[which as usize]);
+        Seen { error, connected, answered, closed, disconnected, repeated, soft, said, told }
     })
 }
 
 #[test]
 fn errors() {
     use Outcome::{Failed, Nothing, Over};
-    use errno::{ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ETIMEDOUT};
-    let cases: [(i32, &str, Outcome); 23] = [
+    use errno::{EACCES, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ETIMEDOUT};
+    let cases: [(i32, &str, Outcome); 26] = [
         // The SYN: a reset, nothing at all, an ICMP message or no neighbour.
         (ECONNREFUSED, "closed", Failed(Failure::Refused)),
         (ETIMEDOUT, "closed repeated", Failed(Failure::Timeout)),
         (ETIMEDOUT, "closed", Failed(Failure::Timeout)),
         (EHOSTUNREACH, "closed", Failed(Failure::Unreachable)),
         (EHOSTUNREACH, "", Failed(Failure::Unreachable)),
+        // A firewall's ICMPv6 message.
+        (EACCES, "", Failed(Failure::Unreachable)),
+        (EACCES, "closed repeated", Failed(Failure::Unreachable)),
+        (EACCES, "connected", Nothing),
         // After a time without an answer, this is what the kernel was told on the way.
         (EHOSTUNREACH, "closed repeated unreachable", Failed(Failure::Unreachable)),
         // Connected, and no byte came.
@@ -84,13 +95,16 @@ fn errors() {
 #[test]
 fn errors_that_were_fetched() {
     use Outcome::{Failed, Nothing, Over};
-    let cases: [(&str, Outcome); 14] = [
+    let cases: [(&str, Outcome); 17] = [
         // The SYN was sent again and again.
         ("closed repeated", Failed(Failure::Timeout)),
         // Somebody said that the host cannot be reached: at once, or while it was sent again.
         ("closed", Failed(Failure::Unreachable)),
         ("closed unreachable", Failed(Failure::Unreachable)),
         ("closed repeated unreachable", Failed(Failure::Unreachable)),
+        ("closed said-refused", Failed(Failure::Refused)),
+        ("closed refused", Failed(Failure::Refused)),
+        ("closed repeated said-refused", Failed(Failure::Refused)),
         // Data was sent again and again.
         ("connected closed repeated", Failed(Failure::Timeout)),
         // Nothing was, or somebody said why: this connection's end is not the backend's failure.
@@ -127,6 +141,81 @@ fn what_is_no_failure_of_the_backend() {
     }
 }
 
+/// What is said to a connect while its socket is locked, or before the error itself is told.
+#[test]
+fn what_is_said_of_a_connect_that_goes_on() {
+    use Outcome::{Nothing, Warned};
+    let cases: [(&str, Outcome); 8] = [
+        ("said-refused", Warned(Failure::Refused)),
+        ("said-unreachable", Warned(Failure::Unreachable)),
+        ("repeated refused said-refused told", Warned(Failure::Refused)),
+        // The soft error alone is none while the connection goes on: whose it is is not known.
+        ("refused", Nothing),
+        // A connection that was made; a socket that has no peer any more.
+        ("connected said-refused", Nothing),
+        ("connected answered said-unreachable", Nothing),
+        ("disconnected said-refused", Nothing),
+        ("told", Nothing),
+    ];
+    for (words, expected) in cases {
+        assert_eq!(judge(seen(0, words)), expected, "{words}");
+    }
+}
+
+/// `errno`, origin (2: ICMP, 3: ICMPv6), type and code, and what they say of a connect and of a datagram.
+#[test]
+fn errors_in_the_queue() {
+    use Failure::{Refused, Unreachable};
+    use errno::{EACCES, ECONNREFUSED, EHOSTUNREACH};
+    type Said4 = (i32, u8, u8, u8);
+    let cases: [(Said4, Option<Failure>, Option<Failure>); 16] = [
+        // Port, host prohibited, filtered.
+        ((ECONNREFUSED, 2, 3, 3), Some(Refused), Some(Refused)),
+        ((EHOSTUNREACH, 2, 3, 10), Some(Unreachable), Some(Unreachable)),
+        ((EHOSTUNREACH, 2, 3, 13), Some(Unreachable), Some(Unreachable)),
+        ((ECONNREFUSED, 3, 1, 4), Some(Refused), Some(Refused)),
+        ((EACCES, 3, 1, 1), Some(Unreachable), Some(Unreachable)),
+        ((EACCES, 3, 1, 5), Some(Unreachable), Some(Unreachable)),
+        // A router without a neighbour: datagrams are told of it only when they ask.
+        ((EHOSTUNREACH, 2, 3, 1), Some(Unreachable), None),
+        ((EHOSTUNREACH, 3, 1, 3), Some(Unreachable), None),
+        // A TTL that was too short.
+        ((EHOSTUNREACH, 2, 11, 0), None, None),
+        ((EHOSTUNREACH, 3, 3, 0), None, None),
+        // No route, no such protocol, too big.
+        ((101, 2, 3, 0), None, None),
+        ((92, 2, 3, 2), None, None),
+        ((90, 2, 3, 4), None, None),
+        // Of this node itself, a time stamp, and what was sent without a copy.
+        ((ECONNREFUSED, 1, 0, 0), None, None),
+        ((42, 4, 3, 3), None, None),
+        ((0, 5, 1, 4), None, None),
+    ];
+    for ((error, origin, kind, code), connect, datagram) in cases {
+        let said = Said::new(error, origin, kind, code);
+        assert_eq!(said.failure(), connect, "{error} {origin} {kind} {code}");
+        // Whether or not the error was fetched already.
+        for error in [error, 0] {
+            let judged = judge_datagram(error, said);
+            let refused = error == ECONNREFUSED && origin == 1;
+            let expected = if refused { Some(Refused) } else { datagram };
+            assert_eq!(judged, expected, "{error} {origin} {kind} {code}");
+        }
+    }
+    // Nobody asked for more.
+    for (error, expected) in [
+        (ECONNREFUSED, Some(Refused)),
+        (EHOSTUNREACH, Some(Unreachable)),
+        (EACCES, Some(Unreachable)),
+        (0, None),
+    ] {
+        assert_eq!(judge_datagram(error, Said::NOTHING), expected, "{error}");
+    }
+    for error in OTHERS {
+        assert_eq!(judge_datagram(error, Said::NOTHING), None, "{error}");
+    }
+}
+
 #[test]
 fn resets() {
     assert_eq!(judge_reset(false, false), Some(Failure::Refused), "of the SYN");
@@ -147,7 +236,17 @@ fn ends() {
         // The application gave up, or has not sent anything.
         ("closed", !given_up, None),
         ("closed repeated", !given_up, None),
-        ("closed repeated unreachable", !given_up, None),
+        // It was told before that it fails: what is in the queue may be of an earlier connect, unless the
+        // backend was blamed for this one.
+        ("closed repeated unreachable", !given_up, Some(unreachable)),
+        ("closed refused", !given_up, Some(Failure::Refused)),
+        ("closed said-refused told", !given_up, Some(Failure::Refused)),
+        ("closed said-unreachable told", !given_up, Some(unreachable)),
+        ("closed said-refused", !given_up, None),
+        ("closed repeated told", !given_up, None),
+        ("closed said-refused", given_up, Some(Failure::Refused)),
+        ("closed disconnected refused", !given_up, None),
+        ("connected closed refused", !given_up, None),
         // It was disconnected.
         ("closed disconnected", given_up, None),
         ("closed disconnected repeated", given_up, None),

@@ -8,6 +8,7 @@ mod clients;
 mod death;
 mod healthy;
 mod rates;
+mod rejects;
 mod rules;
 mod silence;
 
