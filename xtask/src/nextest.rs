@@ -13,8 +13,9 @@ use crate::process;
 use crate::setup::Tool;
 use crate::workspace::Workspace;
 
-/// How many tests run at a time for each processor. End-to-end tests wait most of the time.
-const TESTS_PER_PROCESSOR: usize = 3;
+/// How many tests run at a time for each processor. End-to-end tests wait for half of their time; for most of the
+/// rest the kernel verifies an agent's programs.
+const TESTS_PER_PROCESSOR: usize = 2;
 
 /// How many of the slowest tests are named.
 const SLOWEST: usize = 20;
