@@ -27,7 +27,6 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.step("tidy", || tidy::check(workspace))?;
     times.step("clippy", || clippy_host(workspace))?;
     times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
-    times.step("documentation", || documentation(workspace))?;
     times.step("test", || test::run(workspace, &test::Selection::default(), yes))?;
     times.step("sanitize", || sanitizer::run(workspace))?;
     times.step("fuzz", || fuzz::run(workspace, None, FUZZ_SECONDS))?;
@@ -48,14 +47,6 @@ fn clippy_host(workspace: &Workspace) -> Result<()> {
     cargo.current_dir(&workspace.root);
     cargo.args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-Dwarnings"]);
     process::run(&mut cargo)
-}
-
-/// Every link in it leads somewhere.
-fn documentation(workspace: &Workspace) -> Result<()> {
-    let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).env("RUSTDOCFLAGS", "-Dwarnings");
-    cargo.args(["doc", "--quiet", "--locked", "--no-deps", "--document-private-items"]);
-    process::run(cargo.args(crate::host::SELECTION))
 }
 
 /// For their own target: on the host most of their code is left out.

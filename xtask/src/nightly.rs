@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use crate::setup::{self, Group, Tool};
 use crate::steps::Times;
 use crate::workspace::{Profile, Workspace};
-use crate::{dist, fuzz, guest, process, test};
+use crate::{dist, fuzz, guest, host, process, test};
 
 /// How long each fuzzer runs.
 const FUZZ_SECONDS: u64 = 300;
@@ -29,6 +29,7 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     process::require_root("`cargo xtask ci --nightly`")?;
     times.step("setup", || setup::ensure(workspace, &Group::ALL, yes).map(drop))?;
     times.step("dependencies", || dependencies(workspace))?;
+    times.step("documentation", || documentation(workspace))?;
     times.step("release", || dist::run(workspace, yes).map(drop))?;
     times.step("a machine that systemd booted", || guest::run(workspace, &[], yes))?;
     times.step("failure matrix", || program(workspace, test::MATRIX, &[], yes))?;
@@ -39,6 +40,14 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
         program(workspace, test::RECORDS, &["--connects", CONNECTS], yes)
     })?;
     times.step("fuzz", || fuzz::run(workspace, None, FUZZ_SECONDS))
+}
+
+/// Every link in it leads somewhere. Those to what is private are links too: nobody else reads it.
+fn documentation(workspace: &Workspace) -> Result<()> {
+    let mut cargo = process::cargo();
+    cargo.current_dir(&workspace.root).env("RUSTDOCFLAGS", "-Dwarnings -Arustdoc::private_intra_doc_links");
+    cargo.args(["doc", "--quiet", "--locked", "--no-deps", "--document-private-items"]);
+    process::run(cargo.args(host::SELECTION))
 }
 
 /// Runs one of the programs that people also run, optimised.

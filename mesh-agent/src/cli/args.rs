@@ -277,7 +277,7 @@ Examples:
 
 The exit status is 1 when the connect would not be touched.")]
 pub(super) struct ExplainArgs {
-    /// What is dialled: IP:PORT, or [IPV6]:PORT
+    /// What is dialled: IP:PORT, an IPv6 address in brackets
     #[arg(value_name = "ADDRESS:PORT", value_parser = dialled)]
     pub(super) address: SocketAddr,
     /// Who dials: a process id, or a cgroup directory
