@@ -45,7 +45,9 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
 /// Every link in it leads somewhere. Those to what is private are links too: nobody else reads it.
 fn documentation(workspace: &Workspace) -> Result<()> {
     let mut cargo = process::cargo();
-    cargo.current_dir(&workspace.root).env("RUSTDOCFLAGS", "-Dwarnings -Arustdoc::private_intra_doc_links");
+    cargo
+        .current_dir(&workspace.root)
+        .env("RUSTDOCFLAGS", "-Dwarnings -Arustdoc::private_intra_doc_links");
     cargo.args(["doc", "--quiet", "--locked", "--no-deps", "--document-private-items"]);
     process::run(cargo.args(host::SELECTION))
 }
