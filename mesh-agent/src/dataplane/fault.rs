@@ -2,7 +2,7 @@
 
 use std::io;
 
-use mesh_common::{Addr, Backend, FrontendKey, FrontendValue, Name, Slot, Table};
+use mesh_common::{Addr, Backend, Ejection, FrontendKey, FrontendValue, Name, Slot, Table};
 
 use super::maps::{
     Capacity, Contents, Counts, Frontend, Generations, Kind, MapError, Maps, Refused,
@@ -69,8 +69,8 @@ impl<M: Maps, F: FnMut(&'static str) -> bool> Maps for Faulty<M, F> {
         self.gate("writing BACKENDS")?.write_backend(id, backend)
     }
 
-    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
-        self.gate("writing BACKEND_STATS")?.reset_stats(id, generation)
+    fn reset_stats(&mut self, id: u32, generation: u32, known: Ejection) -> Result<(), MapError> {
+        self.gate("writing BACKEND_STATS")?.reset_stats(id, generation, known)
     }
 
     fn retire_stats(&mut self, id: u32) {

@@ -341,11 +341,12 @@ impl Maps for KernelMaps {
         self.backends.write(id, records).map_err(out_of_range("writing BACKENDS"))
     }
 
-    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+    fn reset_stats(&mut self, id: u32, generation: u32, known: Ejection) -> Result<(), MapError> {
         if !self.changes() {
             return Ok(());
         }
-        let stats = [BackendStats::default()];
+        let ejection = Word::new(known.0);
+        let stats = [BackendStats { ejection, ..BackendStats::default() }];
         self.stats.write(id, &stats).map_err(out_of_range("writing BACKEND_STATS"))?;
         for words in [&self.latencies, &self.windows] {
             if let Some(word) = words.get(id) {

@@ -96,8 +96,9 @@ pub trait Maps {
 
     /// Writes a record of `BACKENDS`. No program decides by it.
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError>;
-    /// Sets the counters of an unused id to zero, and then says whose they are.
-    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError>;
+    /// Sets the counters of an unused id to zero, notes what is known of failures of the backend that it is
+    /// to be, and then says whose they are.
+    fn reset_stats(&mut self, id: u32, generation: u32, known: Ejection) -> Result<(), MapError>;
     /// Says that the counters of an id are nobody's any more: programs that start from now on leave
     /// them alone.
     fn retire_stats(&mut self, id: u32);

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::io;
-use std::net::Ipv6Addr;
+use std::net::{Ipv6Addr, SocketAddr};
 
 use mesh_common::{
     Addr, Backend, BackendStats, Caller, Client, Ejection, FrontendKey, FrontendValue, Name,
@@ -42,6 +42,8 @@ pub struct Memory {
     virtual_ip_count: u32,
     /// Draws so far.
     draws: Word,
+    /// Backends, by service and place, of which this has to be known whenever a table leads there.
+    pub known: HashMap<(String, SocketAddr), Ejection>,
     /// Tables that programs still running have read: their slots must stay as they are.
     pub readers: Vec<Table>,
     /// Backends, by id and generation, whose connections programs still running have seen end: the
@@ -97,6 +99,7 @@ impl Memory {
             virtual_ips: Vec::new(),
             virtual_ip_count: 0,
             draws: Word::new(0),
+            known: HashMap::new(),
             readers: Vec::new(),
             enders: Vec::new(),
         }
@@ -211,6 +214,31 @@ impl Memory {
         }
     }
 
+    /// A program has seen a backend fail, or answer.
+    pub fn find(&mut self, id: u32, ejection: Ejection) {
+        self.stats[id as usize].ejection.store(ejection.0);
+        let backend = self.backends[id as usize];
+        let name = self.names[backend.owner as usize].get().expect("a name").to_owned();
+        let place = SocketAddr::new(backend.addr.ip(), u16::from_be(backend.port));
+        self.known.insert((name, place), ejection);
+    }
+
+    /// What has to be known of the backends of a table is.
+    fn assert_known(&self, table: Table) {
+        if table.is_empty() || self.known.is_empty() {
+            return;
+        }
+        for slot in &self.slots[table.base() as usize..][..table.len() as usize] {
+            let owner = self.backends[slot.backend as usize].owner as usize;
+            let Some(name) = self.names.get(owner).and_then(Name::get) else { continue };
+            let place = SocketAddr::new(slot.addr.ip(), u16::from_be(slot.port));
+            if let Some(known) = self.known.get(&(name.to_owned(), place)) {
+                let there = self.stats[slot.backend as usize].ejection();
+                assert_eq!(there, *known, "a table leads to {place} of {name}");
+            }
+        }
+    }
+
     fn assert_named(&self, owner: u32) {
         let name = self.names.get(owner as usize).and_then(Name::get);
         assert!(owner == UNNAMED || name.is_some(), "service {owner} has no name");
@@ -266,13 +294,13 @@ impl Maps for Memory {
         Ok(())
     }
 
-    fn reset_stats(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+    fn reset_stats(&mut self, id: u32, generation: u32, known: Ejection) -> Result<(), MapError> {
         assert!(self.named_slots().all(|slot| slot.backend != id), "backend {id} is named");
         let mut enders = self.enders.iter();
         assert!(enders.all(|&(other, _)| other != id), "a program will count for backend {id}");
         let stats = &mut self.stats[id as usize];
         assert_eq!(stats.generation.load(), 0, "the counters of backend {id} are somebody's");
-        *stats = BackendStats::default();
+        *stats = BackendStats { ejection: Word::new(known.0), ..BackendStats::default() };
         stats.generation.store(generation.into());
         Ok(())
     }
@@ -355,6 +383,7 @@ impl Maps for Memory {
             let backend = self.backends[slot.backend as usize];
             assert_eq!(backend.generation, slot.generation, "a slot names a backend that is gone");
         }
+        self.assert_known(table);
         self.services[index as usize].table.store(table.0);
         Ok(())
     }
@@ -374,6 +403,7 @@ impl Maps for Memory {
         if key.protocol != 0 {
             let service = &self.services[value.service as usize];
             assert!(service.key == *key && service.generation() == value.generation);
+            self.assert_known(service.table());
         }
         self.frontends.insert(*key, value);
         Ok(())

@@ -8,6 +8,7 @@ use mesh_common::{
     Addr, Algorithm, Backend, FrontendKey, FrontendValue, Marks, Policy, Reason, Slot, Table,
 };
 
+use super::absent::Outs;
 use super::extents::{Content, Written};
 use super::{Held, HeldBackend, HeldFrontend, Owner, Problem, Reconciler};
 use crate::compile::{self, Rows, Rules, TableKey, Tables};
@@ -68,9 +69,16 @@ impl<M: Maps> Reconciler<M> {
         {
             problems.push(Problem::Memory(shortage.to_owned()));
         }
+        // One that goes says nothing about ejection: it may come back.
+        if wanted.is_empty() {
+            return;
+        }
         // Nothing is out where nothing is to be.
         if held.rules.policy != wanted.rules.policy && wanted.rules.policy == Policy::OFF {
             held.backends.values().for_each(|backend| self.maps.forget_failures(backend.id));
+        }
+        if wanted.rules.policy == Policy::OFF {
+            self.absent.forget_all(owner.name);
         }
         held.rules = wanted.rules;
     }
@@ -88,8 +96,9 @@ impl<M: Maps> Reconciler<M> {
     ) -> (Vec<Option<(u32, u32)>>, bool) {
         let granted = self.shares.grow(owner.name, wanted.backends.len());
         let (mut busy, mut ids) = (false, Vec::with_capacity(wanted.backends.len()));
-        for backend in &wanted.backends[..granted] {
-            let id = self.hold_backend(owner.id, held, backend, problems);
+        let mut outs = Outs::new();
+        for place in 0..granted {
+            let id = self.hold_backend(owner, held, (wanted, place), &mut outs, problems);
             busy |= id.is_none();
             ids.push(id);
         }
@@ -119,11 +128,13 @@ impl<M: Maps> Reconciler<M> {
     /// The id and generation of a backend, which is made or updated; nothing when that has to wait.
     fn hold_backend(
         &mut self,
-        owner: u32,
+        Owner { name, id: owner }: Owner<'_>,
         held: &mut Held,
-        wanted: &compile::Backend,
+        (tables, place): (&Tables, usize),
+        outs: &mut Outs,
         problems: &mut Vec<Problem>,
     ) -> Option<(u32, u32)> {
+        let wanted = &tables.backends[place];
         let record = |generation| Backend {
             addr: wanted.key.address.ip().into(),
             port: wanted.key.address.port().to_be(),
@@ -151,9 +162,10 @@ impl<M: Maps> Reconciler<M> {
         self.last.backend = self.last.backend.wrapping_add(1).max(1);
         self.maps.note_generations(self.last);
         let record = record(self.last.backend);
+        let start = self.start(name, held, tables, place, outs);
         let written = self
             .maps
-            .reset_stats(id, record.generation)
+            .reset_stats(id, record.generation, start.ejection)
             .and_then(|()| self.maps.write_backend(id, &record));
         if let Err(error) = written {
             // Nothing names it, and nothing ever did.
@@ -163,6 +175,7 @@ impl<M: Maps> Reconciler<M> {
             return None;
         }
         self.extents.hold_backend(id);
+        self.started(name, wanted.key, start);
         held.backends.insert(wanted.key, HeldBackend { id, record });
         Some((id, record.generation))
     }

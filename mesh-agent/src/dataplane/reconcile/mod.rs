@@ -8,6 +8,7 @@
 //! Any step may fail. What has been done stays accounted for, the service is remembered as
 //! unfinished, and [`Reconciler::retry`] goes on from there.
 
+mod absent;
 mod adopt;
 mod extents;
 mod giver;
@@ -24,12 +25,14 @@ mod tests;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use mesh_common::{Addr, Backend, FrontendKey, Table};
+use mesh_common::{Addr, Backend, FrontendKey, Policy, Table};
 
 use super::alloc::IdPool;
 use super::maps::{Generations, Kind, Maps, Refused};
 use crate::compile::{BackendKey, Rules, TableKey, Tables};
 use crate::model::ServiceName;
+use absent::Absent;
+pub use absent::Returned;
 pub use adopt::Adopted;
 use extents::Extents;
 use giver::Former;
@@ -144,6 +147,10 @@ pub struct Reconciler<M> {
     let_go: Vec<LetGo>,
     /// The last of them.
     former: Former,
+    /// What is known of failures of those that are gone.
+    absent: Absent,
+    /// Backends that came back with an ejection, until somebody asks.
+    returned: Vec<Returned>,
     /// How many grace periods have begun.
     graces: u64,
     /// Connects that were given to backends that are gone.
@@ -183,6 +190,8 @@ impl<M: Maps> Reconciler<M> {
             waiting_backends: Vec::new(),
             let_go: Vec::new(),
             former: Former::default(),
+            absent: Absent::default(),
+            returned: Vec::new(),
             graces: 0,
             gone_opened: 0,
             clearing: Vec::new(),
@@ -267,8 +276,11 @@ impl<M: Maps> Reconciler<M> {
         self.frontends.get(key).map(|held| &held.owner)
     }
 
-    /// A service has let go of a backend.
-    fn let_go(&mut self, gone: LetGo) {
+    /// A service, of this policy of ejection, lets go of a backend. Connections to it that are still open
+    /// count no more.
+    fn let_go(&mut self, gone: LetGo, policy: Policy) {
+        self.retire_backend(gone.id);
+        self.remember(&gone, policy);
         self.former.note(&gone);
         self.let_go.push(gone);
     }
@@ -420,7 +432,6 @@ impl<M: Maps> Reconciler<M> {
         self.clear_backends();
     }
 
-    /// A service lets go of a backend. Connections to it that are still open count no more.
     fn retire_backend(&mut self, id: u32) {
         self.maps.retire_stats(id);
         self.going.insert(id, self.graces);

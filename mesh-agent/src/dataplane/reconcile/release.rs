@@ -54,8 +54,7 @@ impl<M: Maps> Reconciler<M> {
             keep
         });
         for gone in gone {
-            self.retire_backend(gone.id);
-            self.let_go(gone);
+            self.let_go(gone, held.rules.policy);
         }
         self.drop_addresses(problems);
         tracing::debug!(service = %name, problems = problems.len(), kept, "reconciled");

@@ -78,10 +78,10 @@ impl<M: Maps> Reconciler<M> {
         own.tables.values().for_each(|table| self.extents.release(*table));
         for (key, backend) in own.backends {
             let (service, generation) = (name.clone(), backend.record.generation);
-            self.retire_backend(backend.id);
-            self.let_go(LetGo { service, key, id: backend.id, generation });
+            self.let_go(LetGo { service, key, id: backend.id, generation }, own.rules.policy);
         }
         self.former.rename(former, name);
+        self.absent.rename(former, name);
         self.renamed.insert(former.clone(), name.clone());
         tracing::info!(service = %name, "was {former}, and keeps what that had");
     }

@@ -1,6 +1,7 @@
 //! The order of updates, against maps that check it, with faults and with programs still running.
 
 mod adopt;
+mod away;
 mod model;
 mod rename;
 
