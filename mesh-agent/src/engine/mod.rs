@@ -17,6 +17,7 @@ mod pause;
 mod proof;
 mod readings;
 mod removed;
+mod returned;
 mod revive;
 mod spread;
 mod stale;
@@ -353,6 +354,7 @@ impl Engine {
         let outcome = self.reconciler.retry();
         self.note(outcome);
         self.take_let_go();
+        self.take_returned();
         if self.reconciler.is_unfinished() {
             self.retry.lengthen();
         } else {

@@ -64,7 +64,7 @@ fn duration(ticks: u64) -> Duration {
 }
 
 /// For people: to a tenth of a second.
-fn time(ticks: u64) -> String {
+pub(super) fn time(ticks: u64) -> String {
     let tenths = duration(ticks).as_millis() / 100;
     format!("{}.{} s", tenths / 10, tenths % 10)
 }

@@ -67,6 +67,7 @@ impl Engine {
         let outcome = self.reconciler.apply(wanted);
         self.note(outcome);
         self.take_let_go();
+        self.take_returned();
         if many {
             // It may hold up others that want memory, and takes long enough not to wait for it.
             if self.trimming.as_ref().is_none_or(JoinHandle::is_finished) {
@@ -128,8 +129,8 @@ impl Engine {
         let out: HashSet<SocketAddr> = match matters {
             false => HashSet::new(),
             true => {
-                let backends = self.reconciler.backends(name);
-                backends.filter(is_out).map(|(key, _)| key.address).collect()
+                let held = self.reconciler.backends(name).filter(is_out).map(|(key, _)| key);
+                held.chain(self.reconciler.absent(name)).map(|key| key.address).collect()
             }
         };
         let ramps = RefCell::new(BTreeSet::new());
