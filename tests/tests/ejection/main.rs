@@ -6,6 +6,7 @@
 
 mod clients;
 mod death;
+mod flaps;
 mod healthy;
 mod rates;
 mod rejects;
