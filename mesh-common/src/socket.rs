@@ -208,6 +208,8 @@ pub struct Seen {
     /// also when nobody asked to be told (`tcp_v4_err`), with IPv6 only what somebody asked for. It stays there
     /// when the socket connects again.
     pub said: Option<Failure>,
+    /// What is said to a connect is not queued unless somebody asks for that: it is one of IPv6.
+    pub unqueued: bool,
     /// The backend was blamed for this connect ([`crate::Held::is_told`]).
     pub told: bool,
 }
@@ -276,19 +278,34 @@ const fn warned(seen: Seen) -> Option<Failure> {
 /// A connect that the kernel gave up has a peer, was never answered, and has nothing in flight any
 /// more. One that the application gave up has its SYN in flight, or never sent one, because it waited
 /// for data to go with it (`TCP_FASTOPEN_CONNECT`); that says something of the backend only when somebody had
-/// told of a failure before. What is in the queue may be of an earlier connect of this socket, unless the
-/// backend was blamed for this one. Normally the kernel has reported that error, but
+/// told of a failure before. Normally the kernel has reported that error, but
 /// nobody need have seen it: a tracing program is not run while it runs on the same CPU. Why it was
 /// given up is judged as in [`judge`].
+///
+/// What is in the queue, and the soft error, may be of an earlier connect of this socket, as neither
+/// `tcp_disconnect` nor the next connect clears them: they count when the backend was blamed for this one, and
+/// the soft error of IPv6, where nothing else tells. A backend that was blamed before a SYN was sent again was so
+/// by what somebody said, although the application may have taken all of it away (`MSG_ERRQUEUE`, `SO_ERROR`).
 #[inline(always)]
 #[must_use]
 pub const fn judge_end(seen: Seen, given_up: bool) -> Option<Failure> {
     match given_up {
         _ if seen.connected || seen.disconnected => None,
         true => reason(seen),
+        false if seen.told && !seen.repeated => reason(seen),
         false if seen.told => warned(seen),
-        false => seen.soft,
+        false if seen.unqueued => seen.soft,
+        false => None,
     }
+}
+
+/// Judges the end of a connection that its application dissolved (`tcp_disconnect`: a close with `SO_LINGER` 0, a
+/// connect to `AF_UNSPEC`), when [`judge`] says that it is over: it has failed when that was said before, and its
+/// SYN was not answered since. The queue outlives that, the counters do not.
+#[inline(always)]
+#[must_use]
+pub const fn judge_dissolved(seen: Seen, was_answered: bool) -> Option<Failure> {
+    if seen.told && seen.disconnected && !was_answered { seen.said } else { None }
 }
 
 /// Judges a peer's reset of a socket that its application has not closed: nothing when the peer had

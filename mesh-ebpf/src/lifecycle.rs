@@ -12,7 +12,9 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use mesh_common::ejection::Phase;
 use mesh_common::layout::counter;
-use mesh_common::socket::{Outcome, Seen, failure, judge, judge_datagram, judge_end, judge_reset};
+use mesh_common::socket::{
+    Outcome, Seen, failure, judge, judge_datagram, judge_dissolved, judge_end, judge_reset,
+};
 use mesh_common::stats::Change;
 use mesh_common::{
     BackendStats, Client, Ejection, Failure, Flow, Given, Held, Policy, Rate, Table, Tables as _,
@@ -120,8 +122,11 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
         Outcome::Nothing => {}
         Outcome::Warned(failure) => warned(cookie, flow, failure),
         Outcome::Over => {
-            let was_answered = seen.disconnected && seen.error != 0 && tcp.was_answered();
-            ended(cookie, flow, seen.connected || was_answered);
+            let was_answered = seen.disconnected && tcp.was_answered();
+            match judge_dissolved(seen, was_answered) {
+                Some(failure) => failed(cookie, flow, failure),
+                None => ended(cookie, flow, seen.connected || seen.error != 0 && was_answered),
+            }
         }
         Outcome::Failed(failure) => failed(cookie, flow, failure),
     }
@@ -208,6 +213,7 @@ fn seen(sock: Sock, tcp: TcpSock, flow: *mut Flow) -> Seen {
         soft: failure(sock.soft_error()),
         // What comes later says nothing, so it is not looked at.
         said: if connected { None } else { sock.said().failure() },
+        unqueued: !records::is_v4(flow),
         told: Held(records::held(flow).load()).is_told(),
     }
 }

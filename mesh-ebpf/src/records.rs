@@ -67,6 +67,13 @@ pub fn generation(flow: *mut Flow) -> u32 {
     unsafe { (&raw const (*flow).given.generation).read_volatile() }
 }
 
+/// Whether the service in a record, and so its backend, is one of IPv4; see [`given`].
+#[inline(always)]
+pub fn is_v4(flow: *mut Flow) -> bool {
+    // SAFETY: as in `given`.
+    unsafe { (&raw const (*flow).given.frontend.addr).read_volatile() }.is_v4()
+}
+
 /// The token in a record; see [`given`].
 #[inline(always)]
 pub fn token(flow: *mut Flow) -> Token {

@@ -99,6 +99,17 @@ pub fn reconnect(node: &Node, first: &str, second: &str) -> Result<[Outcome; 2]>
     printed(command)
 }
 
+/// Begins to connect one socket to `first` and then to `second`, see [`crate::client::abandon`].
+///
+/// # Errors
+///
+/// The client cannot be run. A connect that fails is an [`Outcome`].
+pub fn abandon(node: &Node, first: &str, second: &str) -> Result<Outcome> {
+    let mut command = mesh_client(node)?;
+    command.args(["abandon", first, second]);
+    printed(command)
+}
+
 /// Who answers, by a blocking connect; fails when nobody does.
 ///
 /// # Errors

@@ -4,6 +4,7 @@
 //! its process was in when it made the socket.
 
 use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -25,6 +26,16 @@ pub enum Way {
     Blocking,
     /// connect(2) that does not wait, then poll(2) and `SO_ERROR`.
     Nonblocking,
+    /// The same, but what poll(2) tells first is believed, also an error alone: curl, Go's and Python's.
+    Prompt,
+    /// The same of a socket of `AF_INET6` and the IPv4-mapped form of the address.
+    PromptMapped,
+    /// The same, and a close by a reset, whatever came of it (`SO_LINGER` 0).
+    PromptReset,
+    /// The same, and the queue of errors is read before `SO_ERROR`.
+    PromptQueue,
+    /// connect(2) that does not wait, and `SO_ERROR` at once; then as [`Way::Nonblocking`].
+    AtOnce,
     /// An io_uring request.
     Uring,
     /// sendto(2) with `MSG_FASTOPEN`: the question travels in the SYN when the server allows it.
@@ -112,16 +123,39 @@ pub fn reconnect(first: SocketAddr, second: SocketAddr) -> [Outcome; 2] {
     outcomes
 }
 
+/// Begins to connect to `first`, dissolves that, begins to connect *the same socket* to `second`, and closes:
+/// nobody asks what came of either.
+#[must_use]
+pub fn abandon(first: SocketAddr, second: SocketAddr) -> Outcome {
+    let result = (|| {
+        let socket = open(Domain::for_address(first), Protocol::TCP)?;
+        socket.set_nonblocking(true).at("O_NONBLOCK")?;
+        begin(&socket, &first.into())?;
+        sys::socket::disconnect(&socket).at("disconnect")?;
+        begin(&socket, &second.into())
+    })();
+    Outcome { error: result.err().map(|failure| failure.to_string()), ..Outcome::default() }
+}
+
 fn attempt(way: Way, address: SocketAddr, outcome: &mut Outcome) -> Result<(), Failure> {
     let domain = match way {
-        Way::Mapped | Way::WrongFamily => Domain::IPV6,
+        Way::Mapped | Way::PromptMapped | Way::WrongFamily => Domain::IPV6,
         _ => Domain::for_address(address),
     };
     let protocol = if way == Way::Mptcp { Protocol::MPTCP } else { Protocol::TCP };
     let socket = open(domain, protocol)?;
-    let target = SockAddr::from(if way == Way::Mapped { mapped(address) } else { address });
+    let is_mapped = matches!(way, Way::Mapped | Way::PromptMapped);
+    let target = SockAddr::from(if is_mapped { mapped(address) } else { address });
+    if way == Way::PromptReset {
+        socket.set_linger(Some(Duration::ZERO)).at("SO_LINGER")?;
+    }
     match way {
-        Way::Nonblocking => connect_nonblocking(&socket, &target)?,
+        Way::Nonblocking
+        | Way::Prompt
+        | Way::PromptMapped
+        | Way::PromptReset
+        | Way::PromptQueue
+        | Way::AtOnce => connect_nonblocking(&socket, &target, way)?,
         Way::Uring => sys::socket::connect_by_uring(&socket, &target).at("connect")?,
         Way::FastOpen => {
             socket
@@ -148,17 +182,38 @@ fn open(domain: Domain, protocol: Protocol) -> Result<Socket, Failure> {
     Ok(socket)
 }
 
-fn connect_nonblocking(socket: &Socket, target: &SockAddr) -> Result<(), Failure> {
+fn connect_nonblocking(socket: &Socket, target: &SockAddr, way: Way) -> Result<(), Failure> {
     socket.set_nonblocking(true).at("O_NONBLOCK")?;
-    match socket.connect(target) {
-        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
-        other => other.at("connect")?,
+    begin(socket, target)?;
+    match way {
+        Way::Nonblocking => {}
+        Way::AtOnce => succeeded(socket)?,
+        _ => sys::socket::wait_told(socket, LIMIT).at("poll")?,
     }
-    sys::socket::wait_writable(socket, LIMIT).at("poll")?;
-    if let Some(error) = socket.take_error().at("SO_ERROR")? {
-        return Err(error).at("connect");
+    if way == Way::PromptQueue {
+        // Mostly there is nothing.
+        let _ = socket.recv_with_flags(&mut [MaybeUninit::uninit(); 64], libc::MSG_ERRQUEUE);
     }
+    if matches!(way, Way::Nonblocking | Way::AtOnce) {
+        sys::socket::wait_writable(socket, LIMIT).at("poll")?;
+    }
+    succeeded(socket)?;
     socket.set_nonblocking(false).at("O_NONBLOCK")
+}
+
+/// connect(2) of a socket that does not wait.
+fn begin(socket: &Socket, target: &SockAddr) -> Result<(), Failure> {
+    match socket.connect(target) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        other => other.at("connect"),
+    }
+}
+
+fn succeeded(socket: &Socket) -> Result<(), Failure> {
+    match socket.take_error().at("SO_ERROR")? {
+        Some(error) => Err(error).at("connect"),
+        None => Ok(()),
+    }
 }
 
 fn peer(socket: &Socket) -> Result<Option<SocketAddr>, Failure> {

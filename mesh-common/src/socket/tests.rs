@@ -22,6 +22,7 @@ fn seen(error: i32, words: &str) -> Seen {
             "said-unreachable" => seen.said = Some(Failure::Unreachable),
             "said-refused" => seen.said = Some(Failure::Refused),
             "told" => seen.told = true,
+            "six" => seen.unqueued = true,
             other => panic!("no field is called {other}"),
         }
     }
@@ -30,12 +31,13 @@ fn seen(error: i32, words: &str) -> Seen {
 
 /// All that can be seen of a socket with this error. What was answered was connected.
 fn everything(error: i32) -> impl Iterator<Item = Seen> {
-    (0u32..576).map(move |number| {
-        let [connected, answered, closed, disconnected, repeated, told] =
-            [0, 1, 2, 3, 4, 5].map(|bit| number >> bit & 1 == 1);
+    (0u32..1152).map(move |number| {
+        let [connected, answered, closed, disconnected, repeated, told, unqueued] =
+            [0, 1, 2, 3, 4, 5, 6].map(|bit| number >> bit & 1 == 1);
         let answered = answered && connected;
-        let [soft, said] = [number / 64 % 3, number / 192].map(|which| SOMEBODY[which as usize]);
-        Seen { error, connected, answered, closed, disconnected, repeated, soft, said, told }
+        let [soft, said] = [number / 128 % 3, number / 384].map(|which| SOMEBODY[which as usize]);
+        let seen = Seen { error, connected, answered, closed, disconnected, ..Seen::default() };
+        Seen { repeated, soft, said, unqueued, told, ..seen }
     })
 }
 
@@ -236,16 +238,23 @@ fn ends() {
         // The application gave up, or has not sent anything.
         ("closed", !given_up, None),
         ("closed repeated", !given_up, None),
-        // It was told before that it fails: what is in the queue may be of an earlier connect, unless the
-        // backend was blamed for this one.
-        ("closed repeated unreachable", !given_up, Some(unreachable)),
-        ("closed refused", !given_up, Some(Failure::Refused)),
+        // It was told before that it fails: what is left of that may be of an earlier connect, unless the
+        // backend was blamed for this one. With IPv6 nobody is blamed for what is not queued.
+        ("closed repeated unreachable six", !given_up, Some(unreachable)),
+        ("closed refused six", !given_up, Some(Failure::Refused)),
+        ("closed repeated unreachable", !given_up, None),
+        ("closed refused", !given_up, None),
+        ("closed repeated unreachable told", !given_up, Some(unreachable)),
+        ("closed refused told", !given_up, Some(Failure::Refused)),
+        // All of it was taken away; silence is told of only after the SYN was sent again.
+        ("closed told", !given_up, Some(unreachable)),
+        ("closed told six", !given_up, Some(unreachable)),
         ("closed said-refused told", !given_up, Some(Failure::Refused)),
         ("closed said-unreachable told", !given_up, Some(unreachable)),
         ("closed said-refused", !given_up, None),
         ("closed repeated told", !given_up, None),
         ("closed said-refused", given_up, Some(Failure::Refused)),
-        ("closed disconnected refused", !given_up, None),
+        ("closed disconnected refused told six", !given_up, None),
         ("connected closed refused", !given_up, None),
         // It was disconnected.
         ("closed disconnected", given_up, None),
@@ -261,6 +270,31 @@ fn ends() {
         for error in [0, errno::ETIMEDOUT, errno::EHOSTUNREACH] {
             let judged = judge_end(seen(error, words), given_up);
             assert_eq!(judged, expected, "{error} {words}, given up: {given_up}");
+        }
+    }
+}
+
+/// `AF_UNSPEC` and `SO_LINGER` 0, after which the counters say nothing.
+#[test]
+fn what_was_dissolved() {
+    let said = Some(Failure::Refused);
+    let cases = [
+        ("closed disconnected said-refused told", false, said),
+        // A SYN that was sent again was answered, nobody blamed this connect's backend for what lies there, or
+        // it was blamed for silence.
+        ("closed disconnected said-refused told", true, None),
+        ("closed disconnected said-refused", false, None),
+        ("closed disconnected told", false, None),
+        // The soft error stays when the socket connects again.
+        ("closed disconnected refused six", false, None),
+        // Not the application's doing.
+        ("closed said-refused told", false, None),
+    ];
+    for (words, answered, expected) in cases {
+        for error in [errno::ECONNRESET, 0] {
+            let seen = seen(error, words);
+            assert_eq!(judge(Seen { disconnected: true, ..seen }), Outcome::Over, "{words}");
+            assert_eq!(judge_dissolved(seen, answered), expected, "{error} {words}, {answered}");
         }
     }
 }

@@ -30,6 +30,13 @@ enum Client {
         /// Where to then.
         second: SocketAddr,
     },
+    /// One socket that begins to connect to one place and then to another, and is closed.
+    Abandon {
+        /// Where to first.
+        first: SocketAddr,
+        /// Where to then.
+        second: SocketAddr,
+    },
     /// One connection of a socket that is made at once, of which it tells by a line. It is connected
     /// after a line of input, which may name the `cgroup.procs` of a cgroup to go to before, and
     /// closed when the input ends.
@@ -125,6 +132,9 @@ fn main() -> Result<()> {
             Client::Ask { way, address } => serde_json::to_string(&client::ask(way, address)),
             Client::Reconnect { first, second } => {
                 serde_json::to_string(&client::reconnect(first, second))
+            }
+            Client::Abandon { first, second } => {
+                serde_json::to_string(&client::abandon(first, second))
             }
             Client::Later { address } => return later(address),
             Client::Hold { address, count, datagrams_from: None } => {

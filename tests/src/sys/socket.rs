@@ -73,6 +73,18 @@ pub fn wait_writable(socket: &Socket, timeout: Duration) -> io::Result<()> {
     }
 }
 
+/// Waits until poll(2) tells of anything, while it was asked whether the socket can be written to.
+///
+/// # Errors
+///
+/// Those of poll(2), and `ETIMEDOUT`.
+pub fn wait_told(socket: &Socket, timeout: Duration) -> io::Result<()> {
+    match poll(socket, libc::POLLOUT, timeout)? {
+        0 => Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
+        _ => Ok(()),
+    }
+}
+
 /// Waits until there is something to read, or an error.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ use mesh_tests::mortal::server::Manner;
 use mesh_tests::{Datagrams, Node, Service, check};
 
 use crate::lan::Lan;
-use crate::scene::{Scene, Standing, app, nft};
+use crate::scene::{Scene, Standing, VIP, app, nft};
 
 /// Nobody is tried again while a test runs.
 const ONCE: &str = "{failures: 1, base: 60s, max: 60s, share: 50%}";
@@ -17,19 +17,23 @@ const ONCE: &str = "{failures: 1, base: 60s, max: 60s, share: 50%}";
 /// A case that has not met its second endpoint after so many connects fails once in 10^12.
 const MANY: usize = 40;
 
-/// A firewall's rule for IPv4, for IPv6, and what a connect that it rejects counts as. Each has a port of its
-/// own, from [`PORT`] on.
-const RULES: [(&str, &str, &str); 4] = [
-    ("icmp port-unreachable", "icmpv6 port-unreachable", "refused"),
-    ("icmp host-prohibited", "icmpv6 addr-unreachable", "unreachable"),
-    ("icmp admin-prohibited", "icmpv6 admin-prohibited", "unreachable"),
-    ("tcp reset", "tcp reset", "refused"),
+/// A firewall's chain, its rule for IPv4, for IPv6, and what a connect that it rejects counts as. Each has a
+/// port of its own, from [`PORT`] on.
+const RULES: [(&str, &str, &str, &str); 5] = [
+    ("input", "icmp port-unreachable", "icmpv6 port-unreachable", "refused"),
+    ("input", "icmp host-prohibited", "icmpv6 addr-unreachable", "unreachable"),
+    ("input", "icmp admin-prohibited", "icmpv6 admin-prohibited", "unreachable"),
+    ("input", "tcp reset", "tcp reset", "refused"),
+    // The node's own, which cannot be told from another one's.
+    ("output", "icmp port-unreachable", "icmpv6 port-unreachable", "refused"),
 ];
 const PORT: u16 = 8081;
 
 /// How a client connects: the argument of `mesh-client ask --way`, or the family of a connected datagram
 /// socket; and whether the service is one of IPv6.
-const WAYS: [(&str, bool); 8] = [
+const WAYS: [(&str, bool); 17] = [
+    ("prompt", false),
+    ("prompt-mapped", false),
     ("nonblocking", false),
     ("nonblocking", true),
     ("blocking", false),
@@ -39,7 +43,19 @@ const WAYS: [(&str, bool); 8] = [
     ("6", true),
     // IPv4-mapped.
     ("6", false),
+    // By one rule only.
+    ("prompt", true),
+    ("prompt-reset", false),
+    ("prompt-queue", false),
+    ("at-once", false),
+    ("uring", false),
+    ("mptcp", false),
+    ("fast-open", false),
 ];
+
+/// How many of them are tried with the rules of other machines' firewalls, and with that of the node itself.
+const BY_MOST: usize = 10;
+const BY_OWN: usize = 2;
 
 /// A client's way of a rule.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +69,11 @@ impl Case {
         let all =
             (0..RULES.len()).flat_map(|rule| (0..WAYS.len()).map(move |way| Self { rule, way }));
         all.filter(|case| {
-            let (four, six, _) = RULES[case.rule];
+            let (chain, four, six, _) = RULES[case.rule];
+            let ways = if chain == "output" { BY_OWN } else { BY_MOST };
+            if case.rule > 0 && case.way >= ways {
+                return false;
+            }
             // There is no reset of a datagram, and what may pass by itself is told to no datagram socket
             // that has not asked for it.
             let untold =
@@ -66,6 +86,11 @@ impl Case {
         WAYS[self.way].0.len() == 1
     }
 
+    fn is_prompt_v4(self) -> bool {
+        let (way, six) = WAYS[self.way];
+        way.starts_with("prompt") && !six
+    }
+
     fn name(self) -> String {
         format!("case-{}-{}", self.rule, self.way)
     }
@@ -75,8 +100,8 @@ impl Case {
         if WAYS[way].1 { format!("fd00:96::{rule}:{way}") } else { format!("10.96.{rule}.{way}") }
     }
 
-    fn service(self) -> Service {
-        let service = Service::new(&self.name()).address(&self.frontend()).ejection(ONCE);
+    fn service(self, ejection: &str) -> Service {
+        let service = Service::new(&self.name()).address(&self.frontend()).ejection(ejection);
         let port = PORT + u16::try_from(self.rule).unwrap_or_default();
         let service = match self.is_datagram() {
             true => service.udp(80, port),
@@ -116,9 +141,23 @@ impl Case {
         }
     }
 
+    /// Where nobody is taken out, each connect that fails is counted, once.
+    fn count(self, node: &Node, datagrams: &mut Datagrams) -> Result<()> {
+        let mut failed = 0;
+        for _ in 0..12 {
+            failed += u64::from(self.ask(node, datagrams)?.is_err());
+        }
+        let (a, b) = self.standings(node)?;
+        ensure!(a.failed == 0 && !b.is_out(), "{a:?} {b:?}");
+        ensure!(b.failed == failed && failed > 0, "{failed} connects failed: {b:?}");
+        Ok(())
+    }
+
     /// Connects until one fails, and on: no other one does.
     fn run(self, node: &Node, datagrams: &mut Datagrams) -> Result<()> {
-        let (_, _, reason) = RULES[self.rule];
+        let (.., said) = RULES[self.rule];
+        // Nothing is left of what was said, only that it was.
+        let reason = if WAYS[self.way].0 == "prompt-queue" { "unreachable" } else { said };
         let mut error = None;
         for _ in 0..MANY {
             if let Err(told) = self.ask(node, datagrams)? {
@@ -140,9 +179,8 @@ impl Case {
     }
 }
 
-/// In every way in which the kernel tells of it, the endpoint is out at the first connect that is rejected.
-#[test]
-fn rejected_on_this_node() -> Result<()> {
+/// A node with all endpoints, and the services of these cases.
+fn node(cases: impl Iterator<Item = Case>, ejection: &str) -> Result<Node> {
     let node = (0..RULES.len()).try_fold(Node::builder().quiet(), |node, rule| {
         let port = PORT + u16::try_from(rule)?;
         let places = ["10.0.0.1", "10.0.0.2", "[fd00::1]", "[fd00::2]"];
@@ -151,7 +189,42 @@ fn rejected_on_this_node() -> Result<()> {
             node.backend(&format!("{name}-{rule}"), &format!("{place}:{port}"))
         }))
     })?;
-    let node = Case::all().fold(node, |node, case| node.service(case.service())).start()?;
+    cases.fold(node, |node, case| node.service(case.service(ejection))).start()
+}
+
+/// Has the firewall reject what goes to the second endpoint of each.
+fn reject(node: &Node) -> Result<()> {
+    let mut rules = String::from("add table inet t; ");
+    for chain in ["input", "output"] {
+        rules += &format!("add chain inet t {chain} {{ type filter hook {chain} priority 0; }}; ");
+    }
+    for (port, (chain, four, six, _)) in (PORT..).zip(RULES) {
+        for (to, with) in [("ip daddr 10.0.0.2", four), ("ip6 daddr fd00::2", six)] {
+            let protocols = if with == "tcp reset" { "tcp" } else { "{ tcp, udp }" };
+            let rule = format!("{to} meta l4proto {protocols} th dport {port} reject with {with}");
+            rules += &format!("add rule inet t {chain} {rule}; ");
+        }
+    }
+    nft(&node.namespace(), &rules)
+}
+
+/// Tries all of them, and tells of those that went wrong.
+fn each(cases: impl Iterator<Item = Case>, mut run: impl FnMut(Case) -> Result<()>) -> Result<()> {
+    let mut wrong = Vec::new();
+    for case in cases {
+        if let Err(error) = run(case) {
+            let (rule, way) = (RULES[case.rule], WAYS[case.way]);
+            wrong.push(format!("{rule:?} {way:?}: {error:#}"));
+        }
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// In every way in which the kernel tells of it, the endpoint is out at the first connect that is rejected.
+#[test]
+fn rejected_on_this_node() -> Result<()> {
+    let node = node(Case::all(), ONCE)?;
     let mut datagrams = Datagrams::start(check::mesh_client(&node)?)?;
 
     // The control: without the rules none fails.
@@ -169,7 +242,7 @@ fn rejected_on_this_node() -> Result<()> {
                   add chain inet o out { type filter hook output priority 0; }; \
                   add rule inet o out ip daddr 10.0.0.2 udp dport 8081 drop";
     nft(&node.namespace(), forbid)?;
-    let case = Case { rule: 0, way: 5 };
+    let case = Case { rule: 0, way: 7 };
     let mut forbidden = 0;
     for _ in 0..MANY {
         forbidden += u32::from(case.ask(&node, &mut datagrams)? == Err("EPERM".to_owned()));
@@ -179,26 +252,19 @@ fn rejected_on_this_node() -> Result<()> {
     ensure!(a.failed + b.failed == 0 && !b.is_out(), "{a:?} {b:?}");
     nft(&node.namespace(), "delete table inet o")?;
 
-    let mut rules = String::from(
-        "add table inet t; add chain inet t in { type filter hook input priority 0; }; ",
-    );
-    for (port, (four, six, _)) in (PORT..).zip(RULES) {
-        for (to, with) in [("ip daddr 10.0.0.2", four), ("ip6 daddr fd00::2", six)] {
-            let protocols = if with == "tcp reset" { "tcp" } else { "{ tcp, udp }" };
-            let rule = format!("{to} meta l4proto {protocols} th dport {port} reject with {with}");
-            rules += &format!("add rule inet t in {rule}; ");
-        }
-    }
-    nft(&node.namespace(), &rules)?;
-    let mut wrong = Vec::new();
-    for case in Case::all() {
-        if let Err(error) = case.run(&node, &mut datagrams) {
-            let (rule, way) = (RULES[case.rule], WAYS[case.way]);
-            wrong.push(format!("{rule:?} {way:?}: {error:#}"));
-        }
-    }
-    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    Ok(())
+    reject(&node)?;
+    each(Case::all(), |case| case.run(&node, &mut datagrams))
+}
+
+/// Who believes what poll(2) tells first fails in microseconds, and so do the next: each is counted.
+#[test]
+fn counted_each_time() -> Result<()> {
+    let prompt = |case: &Case| matches!(WAYS[case.way].0, "at-once" | "4") || case.is_prompt_v4();
+    let cases = || Case::all().filter(prompt);
+    let node = node(cases(), "off")?;
+    let mut datagrams = Datagrams::start(check::mesh_client(&node)?)?;
+    reject(&node)?;
+    each(cases(), |case| case.count(&node, &mut datagrams))
 }
 
 /// The firewall of another machine: the answer comes over a wire.
@@ -226,4 +292,99 @@ fn rejected_on_another_machine() -> Result<()> {
     ensure!(shown.failed == 1 && shown.failed_by("refused") == 1 && shown.is_out(), "{shown:?}");
     drop(lan);
     scene.control()
+}
+
+/// The same of who believes what poll(2) tells first: the answer comes before connect(2) returns, which goes by
+/// way of the bridge to the machine's firewall and back.
+#[test]
+fn rejected_behind_a_bridge() -> Result<()> {
+    for with in ["icmp port-unreachable", "icmp host-prohibited", "icmp admin-prohibited"] {
+        let mut scene = Scene::bare(app(ONCE).endpoint("10.9.0.1").endpoint("10.9.0.2"))?;
+        let lan = Lan::new(&scene.node, 2)?;
+        for (n, name) in [(1, "a"), (2, "b")] {
+            let place = SocketAddr::from(([10, 9, 0, n], 8080));
+            scene.start(&lan.machine(n)?, name, place, Manner::Plain)?;
+        }
+        scene.node.agent.start()?;
+        let connects = |times: usize| -> Result<Vec<bool>> {
+            let ask = |_| Ok(check::ask(&scene.node, "prompt", VIP)?.error.is_some());
+            (0..times).map(ask).collect()
+        };
+        let before = connects(8)?;
+        ensure!(!before.contains(&true), "failed without a firewall: {before:?}");
+        let reject = format!(
+            "add table inet t; add chain inet t in {{ type filter hook prerouting priority 0; }}; \
+             add rule inet t in tcp dport 8080 reject with {with}"
+        );
+        nft(&lan.machine(2)?, &reject)?;
+        let failed = connects(MANY)?.into_iter().filter(|&failed| failed).count();
+        let shown = scene.standing("10.9.0.2:8080")?;
+        ensure!(failed == 1, "{with}: {failed} connects failed: {shown:?}");
+        ensure!(shown.failed == 1 && shown.is_out(), "{with}: {shown:?}");
+        drop(lan);
+        scene.control()?;
+    }
+    Ok(())
+}
+
+/// A SYN that is sent again is answered: the connect has not failed, and its endpoint is out all the same, since
+/// others need not wait for that.
+#[test]
+fn answered_after_all() -> Result<()> {
+    let case = Case { rule: 0, way: 2 };
+    let node = node(std::iter::once(case), "{failures: 1, base: 60s, max: 60s, share: 100%}")?;
+    let mut datagrams = Datagrams::start(check::mesh_client(&node)?)?;
+    // The first SYN, and no other one.
+    let once = "add table inet t; \
+                add chain inet t in { type filter hook input priority 0; }; \
+                add rule inet t in tcp dport 8081 limit rate 1/hour burst 1 packets reject";
+    nft(&node.namespace(), once)?;
+    let answer = case.ask(&node, &mut datagrams)?;
+    ensure!(answer.is_ok(), "the second SYN was not answered: {answer:?}");
+    let (a, b) = case.standings(&node)?;
+    ensure!(a.failed + b.failed == 0, "{a:?} {b:?}");
+    ensure!(a.active + b.active == 0 && a.opened + b.opened == 1, "{a:?} {b:?}");
+    ensure!(a.is_out() != b.is_out(), "{a:?} {b:?}");
+    Ok(())
+}
+
+/// What was said to a connect that its application dissolved is not held against whom the socket connects to next,
+/// although the kernel forgets neither its queue nor its soft error. With IPv6 there is nothing else to know it by,
+/// and the README says so.
+#[test]
+fn the_next_connect_of_a_socket() -> Result<()> {
+    let service = |name, ip, endpoint| {
+        Service::new(name).address(ip).port(80, PORT).endpoint(endpoint).ejection("off")
+    };
+    let node = Node::builder()
+        .quiet()
+        .backend("b", &format!("10.0.0.2:{PORT}"))
+        .backend("c", &format!("10.0.0.3:{PORT}"))
+        .backend("b6", &format!("[fd00::2]:{PORT}"))
+        .backend("c6", &format!("[fd00::3]:{PORT}"))
+        .service(service("rejects", "10.96.0.1", "10.0.0.2"))
+        .service(service("silent", "10.96.0.2", "10.0.0.3"))
+        .service(service("rejects-6", "fd00:96::1", "fd00::2"))
+        .service(service("silent-6", "fd00:96::2", "fd00::3"))
+        .start()?;
+    reject(&node)?;
+    let drop = "insert rule inet t input ip daddr 10.0.0.3 tcp dport 8081 drop; \
+                insert rule inet t input ip6 daddr fd00::3 tcp dport 8081 drop";
+    nft(&node.namespace(), drop)?;
+    for _ in 0..5 {
+        for [first, second] in
+            [["10.96.0.1:80", "10.96.0.2:80"], ["[fd00:96::1]:80", "[fd00:96::2]:80"]]
+        {
+            let outcome = check::abandon(&node, first, second)?;
+            ensure!(outcome.error.is_none(), "{first}: {outcome:?}");
+        }
+    }
+    let expected = [("rejects", 5), ("silent", 0), ("rejects-6", 0), ("silent-6", 5)];
+    for (name, failed) in expected {
+        let all: Vec<Standing> = node.agent.json(&["backends", name])?;
+        let shown = all.into_iter().next().context("no endpoint")?;
+        ensure!(shown.opened == 5 && shown.active == 0, "{name}: {shown:?}");
+        ensure!(shown.failed == failed, "{name}: {shown:?}");
+    }
+    Ok(())
 }
