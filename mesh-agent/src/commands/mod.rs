@@ -157,7 +157,7 @@ impl Commands {
             Some(Ok(Outcome::Passed)) => Ok(()),
             Some(Ok(Outcome::Failed(why))) => Err(Failure::said(&wire::words(&why))),
             Some(Ok(Outcome::Unmade(why))) => Err(Failure::Local(wire::words(&why))),
-            Some(Ok(Outcome::Paused(lost))) => Err(Failure::Paused(lost)),
+            Some(Ok(Outcome::Paused(why))) => Err(Failure::paused(&wire::words(&why))),
             Some(Err(_)) => Err(gone()),
             None => Err(late()),
         }

@@ -173,11 +173,9 @@ async fn command(request: &Request, running: &Running) -> Outcome {
         Some(Ok(status)) => {
             // What it has left behind may keep the pipe open.
             let _ = tokio::time::timeout(LAST_WORDS, listening).await;
-            match (status.success(), patience.lost()) {
-                (true, _) => Outcome::Passed,
-                // It may have timeouts of its own.
-                (false, Some(lost)) => Outcome::Paused(lost),
-                (false, None) => Outcome::Failed(with_words(&describe(status), &said.borrow())),
+            match status.success() {
+                true => Outcome::Passed,
+                false => failed(&patience, with_words(&describe(status), &said.borrow())),
             }
         }
         Some(Err(error)) => Outcome::Unmade(format!("{program}: {error}")),
@@ -195,8 +193,7 @@ async fn command(request: &Request, running: &Running) -> Outcome {
                 return Outcome::Unmade(format!("{program} does not end, though it was killed"));
             }
             let timeout = humantime::format_duration(*timeout);
-            let failed = with_words(&format!("no end within {timeout}"), &said.borrow());
-            patience.lost().map_or(Outcome::Failed(failed), Outcome::Paused)
+            failed(&patience, with_words(&format!("no end within {timeout}"), &said.borrow()))
         }
     };
     running.borrow_mut().remove(&id.as_raw_pid());
@@ -239,6 +236,11 @@ fn describe(status: ExitStatus) -> String {
         (None, Some(signal)) => format!("killed by signal {signal}"),
         (None, None) => status.to_string(),
     }
+}
+
+/// It failed; whether the command is to blame shows how long this process did not run. It may have timeouts of its own.
+fn failed(patience: &Patience, why: String) -> Outcome {
+    if patience.lost().is_some() { Outcome::Paused(why) } else { Outcome::Failed(why) }
 }
 
 fn with_words(how: &str, said: &[u8]) -> String {

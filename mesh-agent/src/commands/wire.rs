@@ -34,8 +34,8 @@ pub(super) enum Outcome {
     Passed,
     /// Otherwise: how, and what it said.
     Failed(String),
-    /// Otherwise, but the runner did not run for so long meanwhile.
-    Paused(Duration),
+    /// Likewise, but the runner did not run all the time meanwhile.
+    Paused(String),
     /// It could not be run, for this reason.
     Unmade(String),
 }

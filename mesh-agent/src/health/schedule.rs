@@ -94,7 +94,7 @@ struct Target {
     said: Option<Option<String>>,
     life: u64,
     turn: Turn,
-    /// How many of its checks in a row could not be judged.
+    /// How many of its checks in a row were not judged, [`UNJUDGED`] at the most.
     unjudged: u32,
 }
 
@@ -385,7 +385,14 @@ impl Schedule {
     }
 
     fn take(&mut self, id: Id, outcome: Outcome) {
-        let Outcome { due, life, started, delay, result } = outcome;
+        let Outcome { due, life, started, delay, mut result } = outcome;
+        let service = self.services.get(&due.service);
+        let target = service.and_then(|service| service.targets.get(&due.address));
+        let paused = target.filter(|_| matches!(result, Err(Failure::Paused(_))));
+        let unjudged = paused.map_or(0, |target| target.unjudged + 1);
+        if unjudged > UNJUDGED {
+            result = result.map_err(Failure::judged);
+        }
         self.tally.note(&result, delay);
         let Self { services, used, queue, began, .. } = self;
         let Some(service) = services.get_mut(&due.service) else { return };
@@ -396,22 +403,13 @@ impl Schedule {
         };
         let Some(target) = targets.get_mut(&due.address).filter(is_this) else { return };
         let range = if target.said.is_none() { SECOND } else { LATER };
-        target.unjudged = match &result {
-            Err(Failure::Paused(_)) => target.unjudged + 1,
-            _ => 0,
-        };
+        target.unjudged = unjudged.min(UNJUDGED);
         let told = match result {
-            Err(Failure::Paused(_)) if target.unjudged <= UNJUDGED => {
+            Err(Failure::Paused(_)) => {
                 // Nothing is known that was not known before.
                 target.turn = Turn::Queued(queue.insert_at(due, Instant::now()));
                 return;
             }
-            Err(Failure::Paused(lost)) => Err(format!(
-                "{} checks in a row were not judged, since the agent did not run meanwhile, for {} ms in the last; \
-                 see that it has the processor that it needs, and is not paused",
-                target.unjudged,
-                lost.as_millis()
-            )),
             Ok(()) => Ok(target.take(Ok(()), started - *began, policy)),
             Err(Failure::Endpoint(error)) => Ok(target.take(Err(error), started - *began, policy)),
             Err(Failure::Local(error)) => Err(error),

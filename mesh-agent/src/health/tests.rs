@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::model::{Ending, HealthCheck, Pace};
+use crate::model::{Ending, HealthCheck, HttpCheck, Pace};
 use tokio::net::TcpListener;
 
 fn policy() -> HealthPolicy {
@@ -55,6 +55,48 @@ async fn follows_a_listener() {
     task.await.expect("ended in order");
     assert_eq!(findings.recv().await, None);
 }
+
+/// Where this process never runs in time, a silent endpoint is found all the same: each of its checks fails after
+/// steps that were late.
+#[tokio::test]
+async fn a_silent_endpoint_of_a_machine_that_is_too_busy_is_unhealthy() {
+    const STEP: Duration = Duration::from_millis(5);
+    let (sender, mut findings) = mpsc::unbounded_channel();
+    let cancel = CancellationToken::new();
+    let (monitor, task) = Monitor::new(CONCURRENCY, Commands::none("none"), sender, cancel.clone());
+    tokio::spawn(task);
+    // Nobody accepts, and nobody answers.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let address = listener.local_addr().expect("address");
+    let check = HttpCheck {
+        path: "/".parse().expect("a path"),
+        host: None,
+        expect: vec![200..=200],
+        headers: ::http::HeaderMap::new(),
+        http2: false,
+        tls: None,
+    };
+    let check = HealthCheck::Http(check.into());
+    let policy = HealthPolicy { check, timeout: 8 * STEP, ..policy() };
+    tokio::spawn(async {
+        loop {
+            std::thread::sleep(4 * STEP);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    monitor.set(
+        ServiceName::new("s"),
+        Some(Plan { policy, targets: BTreeMap::from([(address, life(1))]) }),
+    );
+    let found = verdict(&mut findings).await;
+    assert_eq!(found.state, State::Unhealthy);
+    assert!(found.reason.contains("no answer within 40ms, also when"), "{}", found.reason);
+    let checks = monitor.tally().read();
+    assert_eq!(checks.unjudged, u64::from(probe::UNJUDGED), "{checks:?}");
+    assert!(checks.failed >= 2, "{checks:?}");
+    cancel.cancel();
+}
+
 /// A shorter interval applies at once, and an endpoint's new life starts from nothing.
 #[tokio::test]
 async fn follows_a_new_plan() {

@@ -31,8 +31,8 @@ pub enum Failure {
     Endpoint(String),
     /// The check could not be made: that says nothing about the endpoint.
     Local(String),
-    /// It failed, but this process did not run for so long meanwhile: that may be why.
-    Paused(Duration),
+    /// It failed, for this reason, but this process did not run all the time meanwhile: that may be why.
+    Paused(String),
 }
 
 /// Errors of `connect(2)` and `socket(2)` that this process or this machine has with itself, and not
@@ -43,7 +43,8 @@ const LOCAL: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM
 /// is read can have together.
 const MOST: u64 = 64 * 1024;
 
-/// So many checks in a row are made again at once that could not be judged.
+/// So many checks in a row are made again at once that failed while this process did not run all the time. Those
+/// that follow are judged: where that is always so, an endpoint that is dead is to be found all the same.
 pub(super) const UNJUDGED: u32 = 3;
 
 /// How much is kept of what an endpoint says of itself, in characters.
@@ -146,7 +147,8 @@ impl Probe {
         answer.map_err(|failure| failure.unless(&patience))
     }
 
-    /// [`Probe::run`] for who asks once and has no schedule: what could not be judged is asked again.
+    /// [`Probe::run`] for who asks once and has no schedule: what could not be judged is asked again, and judged in
+    /// the end.
     ///
     /// # Errors
     ///
@@ -156,8 +158,9 @@ impl Probe {
         loop {
             let result = self.run(address, timeout, async {}).await;
             asked += 1;
-            if asked > UNJUDGED || !matches!(result, Err(Failure::Paused(_))) {
-                return result;
+            match result {
+                Err(Failure::Paused(_)) if asked <= UNJUDGED => {}
+                result => return result.map_err(Failure::judged),
             }
         }
     }
@@ -180,24 +183,45 @@ impl Probe {
     }
 }
 
+/// What is kept of what is said.
+fn kept(text: &str) -> String {
+    let mut kept: String = text.chars().take(WORDS).collect();
+    if kept.len() < text.len() {
+        kept.push('…');
+    }
+    kept
+}
+
 // === impl Failure ===
 
 impl Failure {
     /// What is said of the endpoint, perhaps by itself.
     pub(crate) fn said(text: &str) -> Self {
-        let mut kept: String = text.chars().take(WORDS).collect();
-        if kept.len() < text.len() {
-            kept.push('…');
-        }
-        Self::Endpoint(kept)
+        Self::Endpoint(kept(text))
+    }
+
+    /// The same, while this process did not run all the time.
+    pub(crate) fn paused(text: &str) -> Self {
+        Self::Paused(kept(text))
     }
 
     /// What failed while this process did not run says nothing about the endpoint: it may have hung up on who did not
     /// go on.
     fn unless(self, patience: &Patience) -> Self {
-        match (self, patience.lost()) {
-            (Self::Endpoint(_), Some(lost)) => Self::Paused(lost),
-            (failure, _) => failure,
+        match self {
+            Self::Endpoint(failure) if patience.lost().is_some() => Self::Paused(failure),
+            failure => failure,
+        }
+    }
+
+    /// It has failed as often as is forgiven: what failed is the endpoint's, for all that is known.
+    pub(super) fn judged(self) -> Self {
+        match self {
+            Self::Paused(failure) => Self::Endpoint(format!(
+                "{failure}, also when it was checked {UNJUDGED} more times at once, since the agent did not run all the \
+                 time: see that the agent has the processor that it needs"
+            )),
+            failure => failure,
         }
     }
 

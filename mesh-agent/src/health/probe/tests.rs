@@ -353,7 +353,7 @@ async fn what_fails_while_this_slept_is_asked_again() {
     let address = apart(impatient);
     sleep_soon(slept);
     let result = http(page()).run(address, PATIENCE, async {}).await;
-    assert!(matches!(result, Err(Failure::Paused(lost)) if lost > SHORT), "{result:?}");
+    assert!(matches!(result, Err(Failure::Paused(_))), "{result:?}");
     let result = http(page()).run(apart(impatient), PATIENCE, async {}).await;
     assert!(matches!(result, Err(Failure::Endpoint(_))), "control: {result:?}");
 
