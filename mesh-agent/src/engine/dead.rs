@@ -34,6 +34,8 @@ pub(super) struct Dead {
     /// Connections that waited for an acknowledgement at the last look, by cookie.
     waiting: Arc<Mutex<HashMap<u64, Waiting>>>,
     looks: Looks,
+    /// When the last look was over: there is only one at a time.
+    free: Instant,
 }
 
 /// An endpoint that is watched.
@@ -61,10 +63,10 @@ struct Waiting {
 // === impl Watch ===
 
 impl Watch {
-    /// A look that comes late means that this process did not run, and no check of the endpoint passed or failed
-    /// meanwhile: that time does not count for it being unhealthy.
-    fn discount(&mut self, now: Instant) {
-        let late = now.saturating_duration_since(self.next);
+    /// A look that comes late, though no other was under way, means that this process did not run, and no check of the
+    /// endpoint passed or failed meanwhile: that time does not count for it being unhealthy.
+    fn discount(&mut self, free: Instant, now: Instant) {
+        let late = now.saturating_duration_since(self.next.max(free));
         if late > LOOK {
             self.since += late;
         }
@@ -96,7 +98,8 @@ impl Waiting {
 
 impl Dead {
     pub(super) fn new() -> Self {
-        Self { endpoints: BTreeMap::new(), waiting: Arc::default(), looks: Looks::new() }
+        let (looks, free) = (Looks::new(), Instant::now());
+        Self { endpoints: BTreeMap::new(), waiting: Arc::default(), looks, free }
     }
 
     /// Follows what the checks say of an endpoint, and which connections its service wants ended.
@@ -135,6 +138,7 @@ impl Engine {
         match next {
             Next::Due => self.look_at_dead(),
             Next::Looked(Ended { counts, problems }) => {
+                self.dead.free = Instant::now();
                 for (backend, count) in counts {
                     self.tell_ended(&backend, count, "an unhealthy endpoint");
                 }
@@ -179,7 +183,7 @@ impl Engine {
         let mut due = BTreeMap::<ServiceName, HashMap<SocketAddr, (Ending, Instant)>>::new();
         for ((service, address), watch) in &mut self.dead.endpoints {
             if watch.next <= now {
-                watch.discount(now);
+                watch.discount(self.dead.free, now);
                 // Those who fall back there may have to be looked at more often.
                 let is_shared = self.spread.dependents(service).next().is_some();
                 watch.next = now + if is_shared { LOOK } else { step(watch.ending) };
@@ -289,11 +293,14 @@ mod tests {
         let begin = Instant::now();
         let ending = Ending::All(Duration::from_secs(10));
         let mut watch = Watch { life: 1, ending, since: begin, next: begin + LOOK };
-        watch.discount(begin + LOOK);
-        watch.discount(begin + LOOK + LOOK);
+        watch.discount(begin, begin + LOOK);
+        watch.discount(begin, begin + LOOK + LOOK);
         assert_eq!(watch.since, begin, "a little late");
-        watch.discount(begin + LOOK + Duration::from_secs(60));
-        assert_eq!(watch.since, begin + Duration::from_secs(60));
+        let minute = Duration::from_secs(60);
+        watch.discount(begin + minute, begin + minute + LOOK);
+        assert_eq!(watch.since, begin, "the look before took long");
+        watch.discount(begin, begin + LOOK + minute);
+        assert_eq!(watch.since, begin + minute);
     }
 
     #[test]
