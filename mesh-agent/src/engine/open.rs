@@ -83,7 +83,8 @@ impl Handle {
 impl Engine {
     pub(super) fn knows(&self, service: &ServiceName) -> bool {
         self.catalog.get(service.as_str()).is_some()
-            || self.reconciler.services().any(|name| name == service)
+            || self.reconciler.backends(service).next().is_some()
+            || self.reconciler.frontends(service).next().is_some()
     }
 
     fn name_records(&self, records: Vec<Record>) -> Vec<Named> {
