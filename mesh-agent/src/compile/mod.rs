@@ -14,7 +14,6 @@ use mesh_common::{
     Affinity, Algorithm, FrontendKey, Policy, Protocol, Rate, Reason, Slot, State, balance,
 };
 
-use crate::dataplane::clock::{self, NANOS};
 use crate::model::{self, EjectionPolicy, Endpoint, Service, ServicePort};
 use candidates::Chosen;
 
@@ -294,8 +293,7 @@ pub fn rate(ejection: Option<EjectionPolicy>) -> Rate {
 /// Affinity as the kernel programs have it: in whole jiffies, and one more, because the present is rounded
 /// down. So it ends no earlier than it should, and at most three ticks later: 30 ms at `HZ` = 100.
 fn pins(affinity: model::Affinity, tick: u64) -> Affinity {
-    let jiffies = affinity.timeout.as_nanos() * u128::from(clock::hz(tick));
-    let jiffies = jiffies.div_ceil(NANOS.into()) + 1;
+    let jiffies = affinity.timeout.as_nanos().div_ceil(tick.max(1).into()) + 1;
     Affinity::new(affinity.by, u32::try_from(jiffies).unwrap_or(u32::MAX))
 }
 

@@ -20,7 +20,7 @@ pub fn tick() -> u64 {
     })
 }
 
-/// `HZ`, of a tick in nanoseconds: a third of a nanosecond more or less makes a second of a year.
+/// `HZ`, of a tick in nanoseconds, which is rounded where `HZ` is no divisor of 10^9.
 #[must_use]
 pub const fn hz(tick: u64) -> u64 {
     let tick = if tick == 0 { 1 } else { tick };
@@ -38,15 +38,14 @@ pub fn half_life() -> u64 {
 }
 
 /// What `bpf_jiffies64` gives now, to a second or so. It does not begin at 0, but 5 minutes before it
-/// fills 32 bits (`INITIAL_JIFFIES`), and counts the ticks of `CLOCK_MONOTONIC`.
+/// fills 32 bits (`INITIAL_JIFFIES`), and counts the ticks of `CLOCK_MONOTONIC`: each is as many whole nanoseconds
+/// (`TICK_NSEC`, `tick_do_update_jiffies64`), so with `HZ` = 300 a second has a little more than 300.
 pub fn jiffies() -> u64 {
-    jiffies_at(monotonic(), hz(tick()))
+    jiffies_at(monotonic(), tick())
 }
 
-fn jiffies_at(monotonic: u64, hz: u64) -> u64 {
-    let begin = (1 << 32) - 300 * hz;
-    let passed = u128::from(monotonic) * u128::from(hz) / u128::from(NANOS);
-    begin + u64::try_from(passed).unwrap_or(u64::MAX >> 1)
+pub(crate) const fn jiffies_at(monotonic: u64, tick: u64) -> u64 {
+    (1 << 32) - 300 * hz(tick) + monotonic / tick
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, which `bpf_ktime_get_ns` gives too. Nobody can step it.
@@ -70,7 +69,8 @@ pub fn age(origin: Origin) -> Duration {
 mod tests {
     use super::*;
 
-    /// A tick that is not a whole number of nanoseconds does not let the clock drift.
+    /// Where `HZ` is no divisor of 10^9, the kernel's clock counts rounded ticks, and so does this one: after ten years
+    /// they are the same.
     #[test]
     fn ticks_are_those_of_the_kernel() {
         for (known, tick) in
@@ -79,7 +79,8 @@ mod tests {
             assert_eq!(hz(tick), known);
             let decade = 3_650 * 86_400;
             let begin = (1 << 32) - 300 * known;
-            assert_eq!(jiffies_at(decade * NANOS, known), begin + decade * known);
+            assert_eq!(jiffies_at(0, tick), begin);
+            assert_eq!(jiffies_at(decade * NANOS, tick), begin + decade * NANOS / tick);
         }
     }
 

@@ -10,6 +10,7 @@ use mesh_common::affinity::By;
 use proptest::prelude::*;
 
 use super::*;
+use crate::dataplane::clock::{self, NANOS};
 use crate::model::{EjectionPolicy, Health, ServiceName, WhenAllUnhealthy};
 
 /// A service at 10.96.0.10 and fd00::10, ports 80 → 8080, of endpoints `(address, weight)`.
@@ -154,10 +155,8 @@ proptest! {
         let tick = (NANOS + hz / 2) / hz;
         let timeout = Duration::from_millis(timeout);
         let affinity = pins(model::Affinity { by: By::Client, timeout }, tick);
-        let jiffies = |at: Duration| {
-            let passed = at.as_nanos() * u128::from(hz) / u128::from(NANOS);
-            (1 << 32) - 300 * hz + u64::try_from(passed).expect("some minutes")
-        };
+        let nanos = |at: Duration| u64::try_from(at.as_nanos()).expect("some days");
+        let jiffies = |at: Duration| clock::jiffies_at(nanos(at), tick);
         let connected = Duration::from_nanos(connected);
         let until = Pin::deadline(jiffies(connected) + affinity.timeout());
         let is_kept = |after: Duration| until >= jiffies(connected + after);
