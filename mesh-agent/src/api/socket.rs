@@ -7,7 +7,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::{
     DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
     PermissionsExt as _,
@@ -15,6 +15,7 @@ use std::os::unix::fs::{
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use tokio::net::{UnixListener, UnixSocket, UnixStream};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -116,6 +117,10 @@ pub(super) fn check_length(path: &Path) -> Result<(), TooLong> {
 fn advice(error: &io::Error) -> &'static str {
     if let Some(advice) = text::open_files(error) {
         return advice;
+    }
+    if error.raw_os_error() == Some(libc::ELOOP) {
+        return "a symbolic link is there: whoever may write the directory could have the agent write elsewhere; \
+                remove it, or name another path with --socket";
     }
     match error.kind() {
         io::ErrorKind::PermissionDenied => "run as root, or name another path with --socket",
@@ -337,6 +342,7 @@ fn lock_file(socket: &Path, lock: &Path) -> Result<File, SocketError> {
             .create(true)
             .truncate(false)
             .mode(0o644)
+            .custom_flags(libc::O_NOFOLLOW)
             .open(lock)
             .map_err(fail)?;
         match file.try_lock() {
@@ -371,6 +377,18 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     File::from(socket.as_fd().try_clone_to_owned()?)
         .set_permissions(Permissions::from_mode(MODE))?;
     socket.bind(path)?;
-    fs::set_permissions(path, Permissions::from_mode(MODE))?;
+    widen(path)?;
     socket.listen(BACKLOG)
+}
+
+/// Gives the socket its mode, less no umask. What somebody has put there meanwhile keeps its own.
+fn widen(path: &Path) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.file_type().is_socket() {
+        return Err(io::Error::other("something else has been put there"));
+    }
+    // Of a file that is open like this, only its name here can be given a mode.
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fs::set_permissions(name, Permissions::from_mode(MODE))
 }

@@ -372,3 +372,20 @@ async fn what_a_dead_agent_left_is_removed_and_nothing_else() {
     assert!(matches!(error, SocketError::NotASocket(_)), "{error}");
     assert_eq!(fs::read(&socket).expect("still there"), b"precious");
 }
+
+/// Whoever may write the directory does not have the agent write elsewhere.
+#[tokio::test]
+async fn a_lock_that_is_a_link_is_not_followed() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let (socket, theirs) = (directory.path().join("socket"), directory.path().join("theirs"));
+    fs::write(&theirs, "precious").expect("a file");
+    let lock = Claim::lock_path(&socket);
+    std::os::unix::fs::symlink(&theirs, &lock).expect("a link");
+    let error = Claim::take(&socket).await.expect_err("a link").to_string();
+    assert!(error.contains("a symbolic link is there"), "{error}");
+    assert_eq!(fs::read_to_string(&theirs).expect("still there"), "precious");
+    fs::remove_file(&lock).expect("removed");
+    let _listener = Claim::take(&socket).await.and_then(Claim::listen).expect("free");
+    let mode = fs::metadata(&socket).expect("a socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o660, "whatever the umask is");
+}
