@@ -36,10 +36,12 @@ impl Former {
         }
     }
 
-    /// A service is called something else.
-    pub(super) fn rename(&mut self, former: &ServiceName, now: &ServiceName) {
-        for (name, _) in self.of.values_mut().filter(|(name, _)| name == former) {
-            name.clone_from(now);
+    /// Services are called something else: former names, and what each is now.
+    pub(super) fn rename(&mut self, renamed: &HashMap<ServiceName, ServiceName>) {
+        for (name, _) in self.of.values_mut() {
+            if let Some(now) = renamed.get(name) {
+                name.clone_from(now);
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A service that is only called something else keeps all that it has in the kernel: backends with their
 //! counts, ejections and connections, records with their turns and affinity.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use mesh_common::FrontendKey;
@@ -25,16 +25,27 @@ impl<M: Maps> Reconciler<M> {
         if leaving.is_empty() {
             return;
         }
-        let mut renamed = Vec::new();
+        let mut renamed = HashMap::new();
         for (name, tables) in wanted.iter().filter(|(_, tables)| !tables.is_empty()) {
             if let Some(former) = self.former_name(name, tables, &leaving) {
                 // No two can have all that one had.
                 leaving.remove(&former);
-                renamed.push((former, name.clone()));
+                renamed.insert(former, name.clone());
             }
         }
-        for (former, name) in renamed {
-            self.hand_on(&former, &name);
+        if renamed.is_empty() {
+            return;
+        }
+        // Once for all of them: a file of many services may be renamed as a whole.
+        self.former.rename(&renamed);
+        for now in self.renamed.values_mut() {
+            // Called something else once more, before all records said so.
+            if let Some(name) = renamed.get(now) {
+                now.clone_from(name);
+            }
+        }
+        for (former, name) in &renamed {
+            self.hand_on(former, name);
         }
     }
 
@@ -80,7 +91,6 @@ impl<M: Maps> Reconciler<M> {
             let (service, generation) = (name.clone(), backend.record.generation);
             self.let_go(LetGo { service, key, id: backend.id, generation }, own.rules.policy);
         }
-        self.former.rename(former, name);
         self.absent.rename(former, name);
         self.renamed.insert(former.clone(), name.clone());
         tracing::info!(service = %name, "was {former}, and keeps what that had");

@@ -144,6 +144,43 @@ fn renamed_under_faults() {
     }
 }
 
+/// Called something else once more, before the records have its second name: the first stays until none has
+/// it, and no other service is taken for their owner.
+#[test]
+fn renamed_again_under_faults() {
+    for failing in 0..8 {
+        let count = std::cell::Cell::new(u32::MAX);
+        let maps = Faulty::new(Memory::new(ROOMY), |_: &'static str| {
+            let now = count.get();
+            count.set(now.checked_sub(1).unwrap_or(u32::MAX));
+            // One fails, and all that follow it.
+            now == 0 || now > 1_000_000
+        });
+        let mut reconciler = Reconciler::new(maps);
+        count.set(1_000_000);
+        reconciler.apply(vec![(name(1), tables(&[1, 2], &[1, 2]))]);
+        let before = (lives(&reconciler, 1), record(&reconciler, 1), record(&reconciler, 2));
+        count.set(failing);
+        let now = || tables(&[1, 2], &[1, 2]);
+        reconciler.apply(vec![(name(1), tables(&[], &[])), (name(2), now())]);
+        reconciler.apply(vec![(name(2), tables(&[], &[])), (name(3), now())]);
+        count.set(1_000_000);
+        reconciler.apply(vec![(name(4), tables(&[4], &[4]))]);
+        finish(&mut reconciler);
+        assert!(!reconciler.is_unfinished(), "{failing}");
+        let services: BTreeSet<_> = reconciler.services().cloned().collect();
+        assert_eq!(services, BTreeSet::from([name(3), name(4)]), "{failing}");
+        for (address, id, generation) in &before.0 {
+            let (giver, key) = reconciler.giver(*id, *generation).expect("a name");
+            assert_eq!((giver, key.address), (&name(3), *address), "{failing}");
+        }
+        let after = (lives(&reconciler, 3), record(&reconciler, 1), record(&reconciler, 2));
+        assert_eq!(before, after, "{failing}");
+        let (next, adopted) = Reconciler::adopt(reconciler.into_maps()).expect("adoption");
+        assert_eq!((adopted.services, lives(&next, 3)), (2, before.0), "{failing}");
+    }
+}
+
 /// Whose the backend of a record is, whoever has by now what was dialled.
 #[test]
 fn a_backend_is_named_by_its_service() {
