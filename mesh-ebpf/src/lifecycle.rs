@@ -12,7 +12,7 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use mesh_common::ejection::Phase;
 use mesh_common::layout::counter;
-use mesh_common::socket::{
+use mesh_common::socket::{Said, 
     Outcome, Seen, failure, judge, judge_datagram, judge_dissolved, judge_end, judge_reset,
 };
 use mesh_common::stats::Change;
@@ -117,20 +117,82 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
         }
         return 0;
     };
-    let seen = seen(sock, tcp, flow);
-    match judge(seen) {
-        Outcome::Nothing => {}
-        Outcome::Warned(failure) => warned(cookie, flow, failure),
-        Outcome::Over => {
-            let was_answered = seen.disconnected && tcp.was_answered();
-            match judge_dissolved(seen, was_answered) {
-                Some(failure) => failed(cookie, flow, failure),
-                None => ended(cookie, flow, seen.connected || seen.error != 0 && was_answered),
+    let connected = tcp.bytes_acked() != 0;
+    let errors = u64::from(sock.error() as u32) | u64::from(sock.soft_error() as u32) << 32;
+    // What comes later says nothing, so it is not looked at.
+    let said = if connected { Said::NOTHING } else { sock.said() };
+    let flags = u64::from(connected) * CONNECTED
+        | u64::from(tcp.bytes_received() != 0) * ANSWERED
+        | u64::from(sock.is_closed()) * CLOSED
+        | u64::from(sock.is_disconnected()) * DISCONNECTED
+        | u64::from(tcp.has_retransmitted()) * REPEATED
+        | u64::from(!records::is_v4(flow)) * UNQUEUED
+        | u64::from(Held(records::held(flow).load()).is_told()) * TOLD
+        | u64::from(tcp.was_answered()) * WAS_ANSWERED;
+    match mesh_judge(errors, said.0, flags) {
+        NOTHING => {}
+        OVER => ended(cookie, flow, false),
+        OVER_WELL => ended(cookie, flow, true),
+        told => {
+            let Some(failure) = Failure::from_number(told as u8 & 3) else { return 0 };
+            if told & WARNED != 0 {
+                warned(cookie, flow, failure);
+            } else {
+                failed(cookie, flow, failure);
             }
         }
-        Outcome::Failed(failure) => failed(cookie, flow, failure),
     }
     0
+}
+
+// What is seen of a socket, for `mesh_judge`: bits of its last argument.
+const CONNECTED: u64 = 1;
+const ANSWERED: u64 = 1 << 1;
+const CLOSED: u64 = 1 << 2;
+const DISCONNECTED: u64 = 1 << 3;
+const REPEATED: u64 = 1 << 4;
+const UNQUEUED: u64 = 1 << 5;
+const TOLD: u64 = 1 << 6;
+const WAS_ANSWERED: u64 = 1 << 7;
+
+// What it says: one of these, or the number of a failure with a bit for "it goes on".
+const NOTHING: u64 = 1 << 8;
+const OVER: u64 = 2 << 8;
+const OVER_WELL: u64 = 3 << 8;
+const WARNED: u64 = 1 << 4;
+
+/// [`judge`] and [`judge_dissolved`], as a global function: the verifier looks at it once, and at what follows
+/// once for each of its answers, and not for everything that can be seen of a socket. Takes the errors, the
+/// soft one in the upper half; what the queue says; and the bits above.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_judge(errors: u64, said: u64, flags: u64) -> u64 {
+    let is = |flag: u64| flags & flag != 0;
+    let seen = Seen {
+        error: errors as i32,
+        connected: is(CONNECTED),
+        answered: is(ANSWERED),
+        closed: is(CLOSED),
+        disconnected: is(DISCONNECTED),
+        repeated: is(REPEATED),
+        soft: failure((errors >> 32) as i32),
+        said: Said(said).failure(),
+        unqueued: is(UNQUEUED),
+        told: is(TOLD),
+    };
+    match judge(seen) {
+        Outcome::Nothing => NOTHING,
+        Outcome::Warned(failure) => failure as u64 | WARNED,
+        Outcome::Over => {
+            let was_answered = seen.disconnected && is(WAS_ANSWERED);
+            match judge_dissolved(seen, was_answered) {
+                Some(failure) => failure as u64,
+                None if seen.connected || seen.error != 0 && was_answered => OVER_WELL,
+                None => OVER,
+            }
+        }
+        Outcome::Failed(failure) => failure as u64,
+    }
 }
 
 /// A datagram was not taken, as somebody says (ICMP). The socket goes on, so it is counted once. Only of
