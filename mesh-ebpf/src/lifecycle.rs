@@ -12,8 +12,8 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use mesh_common::ejection::Phase;
 use mesh_common::layout::counter;
-use mesh_common::socket::{Said, 
-    Outcome, Seen, failure, judge, judge_datagram, judge_dissolved, judge_end, judge_reset,
+use mesh_common::socket::{
+    Outcome, Said, Seen, failure, judge, judge_datagram, judge_dissolved, judge_end, judge_reset,
 };
 use mesh_common::stats::Change;
 use mesh_common::{
@@ -136,7 +136,8 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
         told => {
             let Some(failure) = Failure::from_number(told as u8 & 3) else { return 0 };
             if told & WARNED != 0 {
-                warned(cookie, flow, failure);
+                // The application learns it when it asks. A SYN that is sent again may be answered otherwise.
+                blame(cookie, flow, failure);
             } else {
                 failed(cookie, flow, failure);
             }
@@ -367,13 +368,6 @@ fn failed(cookie: u64, flow: *mut Flow, failure: Failure) {
 #[inline(always)]
 fn unanswered(cookie: u64, flow: *mut Flow) {
     blame(cookie, flow, Failure::Timeout);
-}
-
-/// Somebody says that a connect fails, which its application will learn when it asks. How it ends is counted
-/// when it does: a SYN that is sent again may be answered otherwise.
-#[inline(never)]
-fn warned(cookie: u64, flow: *mut Flow, failure: Failure) {
-    blame(cookie, flow, failure);
 }
 
 /// Blames a backend for a connect that goes on.
