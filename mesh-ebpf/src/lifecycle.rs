@@ -121,14 +121,14 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
     let errors = u64::from(sock.error() as u32) | u64::from(sock.soft_error() as u32) << 32;
     // What comes later says nothing, so it is not looked at.
     let said = if connected { Said::NOTHING } else { sock.said() };
-    let flags = u64::from(connected) * CONNECTED
-        | u64::from(tcp.bytes_received() != 0) * ANSWERED
-        | u64::from(sock.is_closed()) * CLOSED
-        | u64::from(sock.is_disconnected()) * DISCONNECTED
-        | u64::from(tcp.has_retransmitted()) * REPEATED
-        | u64::from(!records::is_v4(flow)) * UNQUEUED
-        | u64::from(Held(records::held(flow).load()).is_told()) * TOLD
-        | u64::from(tcp.was_answered()) * WAS_ANSWERED;
+    let flags = (u64::from(connected) * CONNECTED)
+        | (u64::from(tcp.bytes_received() != 0) * ANSWERED)
+        | (u64::from(sock.is_closed()) * CLOSED)
+        | (u64::from(sock.is_disconnected()) * DISCONNECTED)
+        | (u64::from(tcp.has_retransmitted()) * REPEATED)
+        | (u64::from(!records::is_v4(flow)) * UNQUEUED)
+        | (u64::from(Held(records::held(flow).load()).is_told()) * TOLD)
+        | (u64::from(tcp.was_answered()) * WAS_ANSWERED);
     match mesh_judge(errors, said.0, flags) {
         NOTHING => {}
         OVER => ended(cookie, flow, false),
