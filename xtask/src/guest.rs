@@ -56,6 +56,8 @@ const OUT: &str = "/out";
 const CONFINED: &str = r#"
 mount=$(findmnt --noheadings --output TARGET --types cgroup2 | head -n 1)
 cgroup="$mount/$1"
+# Where a hierarchy of version 1 is systemd's, a guest has one there too.
+other="/sys/fs/cgroup/systemd/$1"
 shift
 mkdir "$cgroup"
 remove() {
@@ -64,6 +66,7 @@ remove() {
         find "$cgroup" -depth -type d -exec rmdir {} + 2>/dev/null && break
         sleep 0.5
     done
+    [ ! -d "$other" ] || find "$other" -depth -type d -exec rmdir {} +
 }
 trap 'remove' EXIT
 trap 'exit 130' INT
