@@ -31,6 +31,7 @@
 //! and of a try, that no bad news is good news. A connect that is not refused, does not fail, and
 //! does not have to send its SYN again, which it does after a second (RFC 6298), has been answered.
 
+pub(crate) mod apart;
 mod away;
 mod policy;
 

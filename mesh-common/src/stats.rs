@@ -1,6 +1,6 @@
 //! What is counted for each backend and each frontend, and the transitions that change it.
 
-use crate::ejection::{Client, Ejection, Policy, Token};
+use crate::ejection::{Client, Ejection, Policy, Token, apart};
 use crate::flow::Held;
 use crate::{Reason, Word};
 
@@ -132,11 +132,21 @@ impl BackendStats {
     /// not known. The token of a try comes back.
     #[inline(always)]
     pub fn end(&self, token: Token, now: impl FnOnce() -> u64) -> Option<Change> {
+        if self.close(token) { self.give_back(token, now()) } else { None }
+    }
+
+    /// The first part of [`BackendStats::end`]: counts the end. Whether there is a token to
+    /// [give back](BackendStats::give_back).
+    #[inline(always)]
+    #[must_use]
+    pub fn close(&self, token: Token) -> bool {
         self.closed.increment();
-        if !token.is_some() {
-            return None;
-        }
-        let now = now();
+        token.is_some()
+    }
+
+    /// The token of a try comes back: the next connect may try.
+    #[inline(always)]
+    pub fn give_back(&self, token: Token, now: u64) -> Option<Change> {
         change(&self.ejection, |ejection| ejection.give_back(token, now))
     }
 
@@ -161,7 +171,7 @@ impl BackendStats {
         now: u64,
     ) -> Option<Change> {
         change(&self.ejection, |ejection| match ejection.token() == token {
-            true => ejection.fail_now(policy, client, token, now),
+            true => apart::fail_now(ejection, policy, client, token, now),
             false => None,
         })
     }
@@ -231,7 +241,7 @@ impl BackendStats {
         let (mut spared, mut known) = (false, Ejection::NONE);
         let changed = change(&self.ejection, |ejection| {
             (spared, known) = (false, ejection.known_to(client, now));
-            let next = known.fail_now(policy, client, token, now)?;
+            let next = apart::fail_now(known, policy, client, token, now)?;
             if wider(known, next) && !may_go(next, false) {
                 spared = known.is_in();
                 return spared.then(|| known.spare(policy, now));
@@ -270,7 +280,7 @@ impl BackendStats {
         client: Client,
         now: u64,
     ) -> Option<Change> {
-        change(&self.ejection, |ejection| ejection.succeed(policy, client, token, now))
+        change(&self.ejection, |ejection| apart::succeed(ejection, policy, client, token, now))
     }
 }
 

@@ -16,18 +16,16 @@ use crate::records;
 /// No index of a record.
 const NONE: u32 = u32::MAX;
 
-/// Notes that the socket sends by this record, which is that of its index, or its own: 0.
+/// Whether it has to be noted that the socket sends by this record, which is that of its index, or its own: 0.
 #[inline(always)]
-pub fn by(own: *mut Flow, (index, flow): (u32, *mut Flow), cookie: u64) {
+pub fn is_news(own: *mut Flow, (index, flow): (u32, *mut Flow)) -> bool {
     let role = records::role(own);
-    if records::role(flow).is_passed_over() || role != role.with_last(index) {
-        mesh_asked(cookie, index.into(), 0, 0, 0);
-    }
+    records::role(flow).is_passed_over() || role != role.with_last(index)
 }
 
-/// The same, for one that was made now, passed over where the socket has others.
+/// Notes that the socket sends by the record of this index.
 #[inline(always)]
-pub fn by_new(cookie: u64, index: u32) {
+pub fn by(cookie: u64, index: u32) {
     mesh_asked(cookie, index.into(), 0, 0, 0);
 }
 

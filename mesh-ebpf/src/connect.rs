@@ -14,11 +14,10 @@ use aya_log_ebpf::debug;
 use mesh_common::affinity::{By, pack};
 use mesh_common::flow::peer_hash;
 use mesh_common::socket::CHECK_PRIORITY;
-use mesh_common::stats::change;
 use mesh_common::translate::is_probe;
 use mesh_common::{
     Algorithm, Caller, Choice, Flow, FrontendKey, Given, Held, Origin, Policy, Protocol, Reason,
-    Role, Tables as _, Token, Verdict, Word, translate,
+    Role, Token, Verdict, Word, translate,
 };
 
 use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
@@ -27,6 +26,7 @@ use crate::maps::{
     Maps, OUT, cgroup, chance, count, count_refused, enter, excludes, jiffies, mesh_excluded,
     octets, unit,
 };
+use crate::records::mesh_give_back;
 use crate::{affinity, datagram, events, records, sock};
 
 /// The kernel goes on with the connect.
@@ -193,7 +193,7 @@ pub fn steer<F: Family>(
             && kept as u32 != backend
         {
             if token.is_some() {
-                give_back(backend, token);
+                mesh_give_back(backend.into(), token.0);
             }
             token = Token::NONE;
             (addr, port) = (there.addr, there.port);
@@ -201,7 +201,7 @@ pub fn steer<F: Family>(
         }
     }
     if !F::set_addr(ctx, addr) {
-        give_back(backend, token);
+        mesh_give_back(backend.into(), token.0);
         return None;
     }
     set_port(ctx, port);
@@ -253,16 +253,7 @@ fn keep(ctx: &SockAddrContext, service: u32, chosen: u64) -> u64 {
 #[inline(never)]
 pub fn end_unrecorded(backend: u32, token: Token) {
     if let Some(stats) = BACKEND_STATS.get(backend) {
-        stats.end(token, || Maps.now());
-    }
-}
-
-/// A token that is not used.
-#[inline(never)]
-pub fn give_back(backend: u32, token: Token) {
-    if let Some(stats) = BACKEND_STATS.get(backend) {
-        let now = Maps.now();
-        change(&stats.ejection, |ejection| ejection.give_back(token, now));
+        records::account(stats, backend, token);
     }
 }
 

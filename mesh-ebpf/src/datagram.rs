@@ -7,7 +7,6 @@
 //! the agent, which removes those of sockets that are gone.
 
 use core::cell::Cell;
-use core::hint::black_box;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::BPF_NOEXIST;
@@ -17,7 +16,7 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps};
 use mesh_common::layout::counter;
 use mesh_common::{
-    Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, Tables as _, Token,
+    Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, Tables as _, Token,
     Verdict, translate,
 };
 
@@ -83,35 +82,17 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     }
     let sending = Connecting { ctx, key: &key, cookie: Cell::new(0) };
     let cookie = sending.cookie();
-    let mut there = Way::None;
-    // 0 for a socket without a record. A number that the verifier does not know, so that it does not follow
-    // all of the rest once for each.
-    let mut held = cookie ^ black_box(cookie);
-    if let Some(own) = records::find(cookie) {
-        held = records::held(own).load();
-        if records::role(own).is_connected() && !is_connected(ctx) {
-            // AF_UNSPEC, of which no hook tells.
-            records::set_role(own, records::role(own).disconnected());
+    let known = Known::of(ctx, cookie, &key, false);
+    match known.way() {
+        Known::KEEP => return lead::<F>(&sending, known),
+        Known::REFUSE => {
+            return refuse_datagram(ctx, &key, Reason::NoEndpoint as u32, known.number());
         }
-        if let Some((index, flow)) = found(own, cookie, &key) {
-            there = way(flow);
-            if there == Way::Keep && leads::<F>(ctx, flow) {
-                asked::by(own, (index, flow), cookie);
-                return PROCEED;
-            }
-            // The kernel would drop what another backend answers.
-            if index == 0 && records::role(own).is_connected() {
-                let index = records::role(own).service();
-                // It may be another frontend's by now.
-                let is_ours = SERVICES.get(index).is_some_and(|service| service.key == key);
-                let service = if is_ours { index } else { u32::MAX };
-                return refuse_datagram(ctx, &key, Reason::NoEndpoint as u32, service);
-            }
-        }
+        _ => {}
     }
     match translate(&Maps, &sending, &key) {
         Verdict::Pass => {
-            if held != 0 {
+            if known.has_record() {
                 asked::directly(cookie, &key);
             }
             PROCEED
@@ -121,14 +102,10 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
             let service = choice.service;
             // One that is tried may be better, which only the try can tell.
             let is_try = choice.token.is_some();
-            if there == Way::Leave && !is_try && !serves(choice.slot.backend) {
-                // Found once more: a pointer would be too much for the verifier to keep.
-                if let Some(own) = records::find(cookie)
-                    && let Some((index, flow)) = found(own, cookie, &key)
-                    && leads::<F>(ctx, flow)
-                {
-                    asked::by(own, (index, flow), cookie);
-                    return PROCEED;
+            if known.way() == Known::LEAVE && !is_try && !serves(choice.slot.backend) {
+                let known = Known::of(ctx, cookie, &key, true);
+                if known.way() == Known::KEEP {
+                    return lead::<F>(&sending, known);
                 }
             }
             let Some(mut flow) = steer::<F>(&sending, choice, false) else {
@@ -142,74 +119,162 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     }
 }
 
+/// Leads a datagram to the backend that the socket has there already.
+#[inline(always)]
+fn lead<F: Family>(sending: &Connecting<'_>, known: Known) -> i32 {
+    if let Some(backend) = BACKENDS.get(known.number())
+        && F::set_addr(sending.ctx, backend.addr)
+    {
+        set_port(sending.ctx, backend.port);
+        if known.is_news() {
+            asked::by(sending.cookie(), known.index());
+        }
+        return PROCEED;
+    }
+    // A backend of another family.
+    refuse_datagram(sending.ctx, sending.key, Reason::Corrupt as u32, u32::MAX)
+}
+
 /// [`refuse`], apart from the way of what is sent. What the socket has elsewhere stays.
 #[inline(never)]
 fn refuse_datagram(ctx: &SockAddrContext, key: &FrontendKey, reason: u32, service: u32) -> i32 {
     refuse(ctx, key, reason, service)
 }
 
-/// What to do with the backend that a socket has there already.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// It has none, or that is gone.
-    None,
-    /// Go on with it.
-    Keep,
-    /// Go on with it only if there is nothing better.
-    Leave,
+/// What a socket has where it sends to.
+///
+/// ```text
+/// 63     48   47    46      40 39   32 31                0
+/// [ 0      ][ news ][ index   ][ way  ][ number           ]
+/// ```
+#[derive(Clone, Copy)]
+struct Known(u64);
+
+impl Known {
+    // Ways, and what the number is then.
+
+    /// No record at all.
+    const NOTHING: u64 = 0;
+    /// A record, which says nothing about this.
+    const ELSEWHERE: u64 = 1;
+    /// A backend (its id) to go on with; the record's index, and whether it has to be noted that it is used.
+    const KEEP: u64 = 2;
+    /// A backend to go on with only if there is nothing better.
+    const LEAVE: u64 = 3;
+    /// It is connected to the service (its index, or [`u32::MAX`]), and its backend is gone: the kernel would drop
+    /// what another one answers.
+    const REFUSE: u64 = 4;
+
+    const NEWS: u64 = 1 << 47;
+
+    // What is asked: bits of the last argument of `mesh_known`, above the port.
+
+    const CONNECTED: u64 = 1 << 16;
+    const STAY: u64 = 1 << 17;
+
+    /// What a socket has at a frontend. What it goes on with is noted to be used. `stay`: there is nothing
+    /// better.
+    #[inline(always)]
+    fn of(ctx: &SockAddrContext, cookie: u64, key: &FrontendKey, stay: bool) -> Self {
+        let (high, low, port) = words(key);
+        let connected = u64::from(is_connected(ctx)) * Self::CONNECTED;
+        let asked = port | connected | (u64::from(stay) * Self::STAY);
+        Self(mesh_known(cookie, high, low, asked))
+    }
+
+    #[inline(always)]
+    const fn way(self) -> u64 {
+        self.0 >> 32 & 0xff
+    }
+
+    #[inline(always)]
+    const fn index(self) -> u32 {
+        (self.0 >> 40 & 0x7f) as u32
+    }
+
+    #[inline(always)]
+    const fn is_news(self) -> bool {
+        self.0 & Self::NEWS != 0
+    }
+
+    #[inline(always)]
+    const fn number(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    const fn has_record(self) -> bool {
+        self.way() != Self::NOTHING
+    }
 }
 
-/// Whether the socket goes on with the backend of this record. Not a part of its caller, which the verifier
-/// would follow from each of the ways through this.
+/// [`Known::of`] with the words of the address, as a global function: the verifier looks at it once, and follows
+/// the rest of its callers once for whatever it gives.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn way(flow: *mut Flow) -> Way {
-    let given = records::given(flow);
-    let held = Held(records::held(flow).load());
+extern "C" fn mesh_known(cookie: u64, high: u64, low: u64, asked: u64) -> u64 {
+    let Some(own) = records::find(cookie) else { return Known::NOTHING };
+    let (is_connected, stay) = (asked & Known::CONNECTED != 0, asked & Known::STAY != 0);
+    let key = frontend(high, low, asked);
+    if records::role(own).is_connected() && !is_connected {
+        // AF_UNSPEC, of which no hook tells.
+        records::set_role(own, records::role(own).disconnected());
+    }
+    let Some((index, flow)) = found(own, cookie, &key) else { return Known::ELSEWHERE << 32 };
+    let way = way(flow);
+    if way == Known::KEEP || stay && way == Known::LEAVE {
+        used(flow);
+        let news = u64::from(asked::is_news(own, (index, flow))) * Known::NEWS;
+        let backend = Held(records::held(flow).load()).backend();
+        return news | u64::from(index) << 40 | Known::KEEP << 32 | u64::from(backend);
+    }
+    if index == 0 && records::role(own).is_connected() {
+        let index = records::role(own).service();
+        // It may be another frontend's by now.
+        let is_ours = SERVICES.get(index).is_some_and(|service| service.key == key);
+        let service = if is_ours { index } else { u32::MAX };
+        return Known::REFUSE << 32 | u64::from(service);
+    }
+    way << 32
+}
+
+/// Whether the socket goes on with the backend of this record: [`Known::KEEP`], [`Known::LEAVE`], or
+/// [`Known::ELSEWHERE`].
+#[inline(always)]
+fn way(flow: *mut Flow) -> u64 {
+    let (role, held) = (records::role(flow), Held(records::held(flow).load()));
     let id = held.backend();
-    let Some(stats) = BACKEND_STATS.get(id) else { return Way::None };
-    let Some(backend) = BACKENDS.get(id) else { return Way::None };
-    let Some(service) = SERVICES.get(given.role.service()) else { return Way::None };
+    let Some(stats) = BACKEND_STATS.get(id) else { return Known::ELSEWHERE };
+    let Some(backend) = BACKENDS.get(id) else { return Known::ELSEWHERE };
+    let Some(service) = SERVICES.get(role.service()) else { return Known::ELSEWHERE };
     // SAFETY: a static of this crate; volatile, so that the compiler does not take the value that
     // it has here.
     let most = unsafe { (&raw const DATAGRAM_IDLE).read_volatile() };
     let ejection = stats.ejection();
-    let idle = (given.origin.age(jiffies()), most);
+    let idle = (records::origin(flow).age(jiffies()), most);
     let standing = Standing {
-        is_there: stats.is_life(given.generation)
+        is_there: stats.is_life(records::generation(flow))
             && service.generation() != 0
-            && service.key == given.frontend,
-        is_connected: given.role.is_connected(),
+            && service.key == records::frontend(flow),
+        is_connected: role.is_connected(),
         idle,
         ejection,
         state: backend.marks.state(),
-        is_try: held.has_token() && ejection.token() == given.token,
+        is_try: held.has_token() && ejection.token() == records::token(flow),
     };
     match keeps(standing, || Maps.client()) {
-        true => Way::Keep,
-        false if standing.is_there && idle.0 <= idle.1 => Way::Leave,
-        false => Way::None,
+        true => Known::KEEP,
+        false if standing.is_there && idle.0 <= idle.1 => Known::LEAVE,
+        false => Known::ELSEWHERE,
     }
-}
-
-/// Leads a datagram to the backend of this record. `false` when that is of another family.
-#[inline(always)]
-fn leads<F: Family>(ctx: &SockAddrContext, flow: *mut Flow) -> bool {
-    let id = Held(records::held(flow).load()).backend();
-    let Some(backend) = BACKENDS.get(id) else { return false };
-    if !F::set_addr(ctx, backend.addr) {
-        return false;
-    }
-    set_port(ctx, backend.port);
-    used(flow);
-    true
 }
 
 /// Notes that a record is used now, unless its socket is connected.
 #[inline(always)]
 fn used(flow: *mut Flow) {
-    let (now, given) = (jiffies(), records::given(flow));
-    if given.origin.age(now) != 0 && !given.role.is_connected() {
-        records::set_origin(flow, Origin::new(given.origin.netns(), now));
+    let (now, origin) = (jiffies(), records::origin(flow));
+    if origin.age(now) != 0 && !records::role(flow).is_connected() {
+        records::set_origin(flow, Origin::new(origin.netns(), now));
     }
 }
 
@@ -225,7 +290,7 @@ fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
     if let Some(own) = records::find(cookie)
         && let Some(flow) = asked::sender(ctx, own, cookie, (&F::addr(ctx), port(ctx)))
     {
-        let frontend = records::given(flow).frontend;
+        let frontend = records::frontend(flow);
         if F::set_addr(ctx, frontend.addr) {
             set_port(ctx, frontend.port);
         }
@@ -242,24 +307,16 @@ fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
 /// The record of the socket for what it sends to, and its index, where 0 is the socket's own.
 #[inline(always)]
 fn found(own: *mut Flow, cookie: u64, key: &FrontendKey) -> Option<(u32, *mut Flow)> {
-    if records::given(own).frontend == *key {
+    if records::frontend(own) == *key {
         return Some((0, own));
     }
-    match records::role(own).more() {
-        0 => None,
-        more => further(cookie, more, key).map(|(index, flow)| (index as u32, flow)),
-    }
-}
-
-/// The further record of the socket for a frontend, and its index.
-#[inline(always)]
-fn further(cookie: u64, more: u32, key: &FrontendKey) -> Option<(u64, *mut Flow)> {
-    for index in 1..=u64::from(Role::MOST) {
-        if index > more.into() {
+    let more = records::role(own).more();
+    for index in 1..=Role::MOST {
+        if index > more {
             break;
         }
-        if let Some(flow) = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index })
-            && records::given(flow).frontend == *key
+        if let Some(flow) = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index: index.into() })
+            && records::frontend(flow) == *key
         {
             return Some((index, flow));
         }
@@ -272,7 +329,7 @@ fn further(cookie: u64, more: u32, key: &FrontendKey) -> Option<(u64, *mut Flow)
 #[inline(always)]
 fn record(cookie: u64, mine: &mut Flow) -> bool {
     if let Some(own) = records::find(cookie) {
-        if records::given(own).frontend != mine.given.frontend {
+        if records::frontend(own) != mine.given.frontend {
             return record_further(cookie, mine);
         }
         // What it was before ends, and the further ones stay.
@@ -295,7 +352,7 @@ fn record(cookie: u64, mine: &mut Flow) -> bool {
 fn record_own(cookie: u64, mine: &mut Flow) -> bool {
     let kept = records::record(cookie, mine);
     if mine.given.role.is_passed_over() {
-        asked::by_new(cookie, 0);
+        asked::by(cookie, 0);
     }
     kept
 }
@@ -304,17 +361,18 @@ fn record_own(cookie: u64, mine: &mut Flow) -> bool {
 /// place of the one that was not used for the longest time.
 #[inline(never)]
 fn record_further(cookie: u64, mine: &mut Flow) -> bool {
-    let Some(flow) = records::find(cookie) else { return false };
-    let role = records::role(flow);
-    let index = match further(cookie, role.more(), &mine.given.frontend) {
-        Some((index, _)) => index,
-        None if role.more() < Role::MOST => u64::from(role.more()) + 1,
-        None => {
+    let Some(own) = records::find(cookie) else { return false };
+    let role = records::role(own);
+    let (high, low, port) = words(&mine.given.frontend);
+    let index = match mesh_index(cookie, high, low, port) {
+        NONE if role.more() < Role::MOST => u64::from(role.more()) + 1,
+        NONE => {
             count(counter::GAVE_WAY);
-            idlest(cookie)
+            mesh_idlest(cookie)
         }
+        index => index,
     };
-    end_one(cookie, index);
+    mesh_end_one(cookie, index);
     mine.given.role = mine.given.role.elsewhere().passed_over();
     if OVERFLOW.insert(Elsewhere { cookie, index }, &*mine, u64::from(BPF_NOEXIST)).is_err() {
         count(counter::NO_FLOW_RECORD);
@@ -324,18 +382,54 @@ fn record_further(cookie: u64, mine: &mut Flow) -> bool {
         records.increment();
     }
     let more = if index > role.more().into() { index as u32 } else { role.more() };
-    records::set_role(flow, role.with_more(more));
-    asked::by_new(cookie, index as u32);
+    records::set_role(own, role.with_more(more));
+    asked::by(cookie, index as u32);
     true
 }
 
-/// The index of the further record that was not used for the longest time.
+// Global functions: the verifier looks at each once, and not again for each turn of a loop or each way in which
+// one is called.
+
+/// No index of a further record.
+const NONE: u64 = 0;
+
+/// The address and the port of a frontend as arguments of such a function.
+#[inline(always)]
+fn words(key: &FrontendKey) -> (u64, u64, u64) {
+    let [a, b, c, d] = key.addr.words().map(u64::from);
+    (a << 32 | b, c << 32 | d, key.port.into())
+}
+
+/// The frontend of UDP that [`words`] were made from; higher bits of the port may be something else.
+#[inline(always)]
+fn frontend(high: u64, low: u64, port: u64) -> FrontendKey {
+    FrontendKey {
+        addr: Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]),
+        port: port as u16,
+        protocol: Protocol::Udp as u8,
+        pad: 0,
+    }
+}
+
+/// The index of the further record of a socket for a frontend, or [`NONE`].
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn idlest(cookie: u64) -> u64 {
+extern "C" fn mesh_index(cookie: u64, high: u64, low: u64, port: u64) -> u64 {
+    let Some(own) = records::find(cookie) else { return NONE };
+    match found(own, cookie, &frontend(high, low, port)) {
+        Some((index, _)) => index.into(),
+        None => NONE,
+    }
+}
+
+/// The index of the further record that was not used for the longest time.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_idlest(cookie: u64) -> u64 {
     let (now, mut found, mut longest) = (jiffies(), 1, 0);
     for index in 1..=u64::from(Role::MOST) {
         let flow = OVERFLOW.get_ptr_mut(Elsewhere { cookie, index });
-        let age = flow.map_or(u64::MAX, |flow| records::given(flow).origin.age(now));
+        let age = flow.map_or(u64::MAX, |flow| records::origin(flow).age(now));
         if age >= longest {
             (found, longest) = (index, age);
         }
@@ -344,15 +438,16 @@ fn idlest(cookie: u64) -> u64 {
 }
 
 /// Ends a further record, if it is there.
-#[inline(always)]
-fn end_one(cookie: u64, index: u64) {
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_end_one(cookie: u64, index: u64) -> u64 {
     let key = Elsewhere { cookie, index };
-    let Some(flow) = OVERFLOW.get_ptr_mut(key) else { return };
+    let Some(flow) = OVERFLOW.get_ptr_mut(key) else { return 0 };
     let held = Held(records::held(flow).load());
     let (generation, token) = (records::generation(flow), records::token(flow));
     // Whoever removes it accounts for it.
     if OVERFLOW.remove(key).is_err() {
-        return;
+        return 0;
     }
     if let Some(records) = counter(counter::FURTHER) {
         records.decrement();
@@ -360,8 +455,9 @@ fn end_one(cookie: u64, index: u64) {
     let token = if held.has_token() { token } else { Token::NONE };
     if let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|stats| stats.is_life(generation))
     {
-        stats.end(token, || Maps.now());
+        records::account(stats, held.backend(), token);
     }
+    0
 }
 
 /// Ends as many further records.
@@ -371,7 +467,7 @@ fn end_further(cookie: u64, more: u32) {
         if index > more.into() {
             break;
         }
-        end_one(cookie, index);
+        mesh_end_one(cookie, index);
     }
 }
 

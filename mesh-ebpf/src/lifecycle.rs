@@ -126,7 +126,7 @@ fn error(ctx: &BtfTracePointContext) -> i32 {
         | (u64::from(sock.is_closed()) * CLOSED)
         | (u64::from(sock.is_disconnected()) * DISCONNECTED)
         | (u64::from(tcp.has_retransmitted()) * REPEATED)
-        | (u64::from(!records::is_v4(flow)) * UNQUEUED)
+        | (u64::from(!records::frontend(flow).addr.is_v4()) * UNQUEUED)
         | (u64::from(Held(records::held(flow).load()).is_told()) * TOLD)
         | (u64::from(tcp.was_answered()) * WAS_ANSWERED);
     match mesh_judge(errors, said.0, flags) {
@@ -276,7 +276,7 @@ fn seen(sock: Sock, tcp: TcpSock, flow: *mut Flow) -> Seen {
         soft: failure(sock.soft_error()),
         // What comes later says nothing, so it is not looked at.
         said: if connected { None } else { sock.said().failure() },
-        unqueued: !records::is_v4(flow),
+        unqueued: !records::frontend(flow).addr.is_v4(),
         told: Held(records::held(flow).load()).is_told(),
     }
 }
@@ -324,8 +324,8 @@ pub fn ended_well(cookie: u64, flow: *mut Flow) {
 #[inline(always)]
 fn ended(cookie: u64, flow: *mut Flow, connected: bool) {
     if !connected {
-        if let Some(Released { stats, token, .. }) = records::release(flow, cookie) {
-            stats.end(token, || Maps.now());
+        if let Some(Released { held, stats, token }) = records::release(flow, cookie) {
+            records::account(stats, held.backend(), token);
         }
         return;
     }

@@ -4,7 +4,8 @@
 use aya_ebpf::bindings::BPF_NOEXIST;
 use mesh_common::layout::counter;
 use mesh_common::{
-    BackendStats, Elsewhere, Flow, Given, Held, Origin, Role, Tables as _, Token, Word, flow,
+    BackendStats, Elsewhere, Flow, FrontendKey, Given, Held, Origin, Role, Tables as _, Token,
+    Word, flow,
 };
 
 use crate::chunks::{BACKEND_STATS, FLOWS};
@@ -38,6 +39,20 @@ pub fn given(flow: *mut Flow) -> Given {
     unsafe { (&raw const (*flow).given).read_volatile() }
 }
 
+/// The service in a record; see [`given`].
+#[inline(always)]
+pub fn frontend(flow: *mut Flow) -> FrontendKey {
+    // SAFETY: as in `given`.
+    unsafe { (&raw const (*flow).given.frontend).read_volatile() }
+}
+
+/// When a record was used last; see [`given`].
+#[inline(always)]
+pub fn origin(flow: *mut Flow) -> Origin {
+    // SAFETY: as in `given`.
+    unsafe { (&raw const (*flow).given.origin).read_volatile() }
+}
+
 /// What a record says besides; see [`given`].
 #[inline(always)]
 pub fn role(flow: *mut Flow) -> Role {
@@ -65,13 +80,6 @@ pub fn set_role(flow: *mut Flow, role: Role) {
 pub fn generation(flow: *mut Flow) -> u32 {
     // SAFETY: as in `given`.
     unsafe { (&raw const (*flow).given.generation).read_volatile() }
-}
-
-/// Whether the service in a record, and so its backend, is one of IPv4; see [`given`].
-#[inline(always)]
-pub fn is_v4(flow: *mut Flow) -> bool {
-    // SAFETY: as in `given`.
-    unsafe { (&raw const (*flow).given.frontend.addr).read_volatile() }.is_v4()
 }
 
 /// The token in a record; see [`given`].
@@ -121,7 +129,7 @@ pub fn record(cookie: u64, mine: &mut Flow) -> bool {
     };
     // A socket's first connect finds its place free, and no record elsewhere.
     if held(flow).load() != 0 || places.has_former() || overflowed() {
-        end_before(cookie);
+        end(cookie);
     }
     if flow::claim(held(flow)) == flow::Claim::Taken {
         // SAFETY: as in `held`; the record is this socket's since the line above, and the socket's
@@ -131,12 +139,6 @@ pub fn record(cookie: u64, mine: &mut Flow) -> bool {
         return true;
     }
     record_elsewhere(cookie, mine)
-}
-
-/// [`end`], apart from the way of first connects.
-#[inline(never)]
-fn end_before(cookie: u64) {
-    end(cookie);
 }
 
 /// Records it in `OVERFLOW`.
@@ -201,9 +203,35 @@ fn remove_elsewhere(cookie: u64) -> bool {
 /// which nothing else is known.
 #[inline(always)]
 pub fn end(cookie: u64) {
+    mesh_end(cookie);
+}
+
+/// [`end`], as a global function: the verifier looks at it once, and not again wherever it is called.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_end(cookie: u64) -> u64 {
     if let Some(flow) = find(cookie)
-        && let Some(Released { stats, token, .. }) = release(flow, cookie)
+        && let Some(Released { held, stats, token }) = release(flow, cookie)
     {
-        stats.end(token, || Maps.now());
+        account(stats, held.backend(), token);
     }
+    0
+}
+
+/// Accounts for a connection of a backend that has ended ([`BackendStats::end`]).
+#[inline(always)]
+pub fn account(stats: &BackendStats, backend: u32, token: Token) {
+    if stats.close(token) {
+        mesh_give_back(backend.into(), token.0);
+    }
+}
+
+/// [`BackendStats::give_back`], likewise: a backend, which the caller has seen to be there, and its token.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn mesh_give_back(backend: u64, token: u64) -> u64 {
+    if let Some(stats) = BACKEND_STATS.get(backend as u32) {
+        stats.give_back(Token(token), Maps.now());
+    }
+    0
 }
