@@ -11,7 +11,7 @@ use mesh_common::{Addr, Elsewhere, Flow, FrontendKey, Held, Role};
 use crate::chunks::{BACKEND_STATS, BACKENDS};
 use crate::context::is_connected;
 use crate::maps::OVERFLOW;
-use crate::records;
+use crate::{records, words};
 
 /// No index of a record.
 const NONE: u32 = u32::MAX;
@@ -32,8 +32,8 @@ pub fn by(cookie: u64, index: u32) {
 /// The socket sends to this address itself, which may be that of a backend of its records.
 #[inline(always)]
 pub fn directly(cookie: u64, key: &FrontendKey) {
-    let [a, b, c, d] = key.addr.words().map(u64::from);
-    mesh_asked(cookie, NONE.into(), a << 32 | b, c << 32 | d, key.port.into());
+    let [high, low] = words::address(&key.addr);
+    mesh_asked(cookie, NONE.into(), high, low, key.port.into());
 }
 
 /// [`by`], or [`directly`] with the words of the address. A global function, which the verifier looks at
@@ -42,11 +42,7 @@ pub fn directly(cookie: u64, key: &FrontendKey) {
 #[inline(never)]
 extern "C" fn mesh_asked(cookie: u64, index: u64, high: u64, low: u64, port: u64) -> u64 {
     let Some(own) = records::find(cookie) else { return 0 };
-    let (mut addr, mut port, but) = (
-        Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]),
-        port as u16,
-        index as u32,
-    );
+    let (mut addr, mut port, but) = (words::unpack_address(high, low), port as u16, index as u32);
     if but != NONE {
         let flow = match but {
             0 => Some(own),

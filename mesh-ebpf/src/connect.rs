@@ -23,11 +23,11 @@ use mesh_common::{
 use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
 use crate::context::{Family, V4, V6, port, priority, protocol, set_port};
 use crate::maps::{
-    Maps, OUT, cgroup, chance, count, count_refused, enter, excludes, jiffies, mesh_excluded,
+    Maps, OUT, cgroup, chance, count, count_refused, excludes, jiffies, mesh_enter, mesh_excluded,
     octets, unit,
 };
 use crate::records::mesh_give_back;
-use crate::{affinity, datagram, events, records, sock};
+use crate::{affinity, datagram, events, records, sock, words};
 
 /// The kernel goes on with the connect.
 pub const PROCEED: i32 = 1;
@@ -134,7 +134,8 @@ impl Caller for Connecting<'_> {
 
     #[inline(always)]
     fn enter(&self, backend: u32, policy: Policy) -> Option<Token> {
-        match enter(backend, policy.0, self.key) {
+        let [high, low, port] = words::pack(self.key);
+        match mesh_enter(backend.into(), policy.0, high, low, port) {
             OUT => None,
             token => Some(Token(token)),
         }

@@ -16,7 +16,7 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use mesh_common::datagram::{IDLE_SECONDS, Standing, keeps};
 use mesh_common::layout::counter;
 use mesh_common::{
-    Addr, Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, Tables as _, Token,
+    Elsewhere, Flow, FrontendKey, Held, Origin, Protocol, Reason, Role, Tables as _, Token,
     Verdict, translate,
 };
 
@@ -24,7 +24,7 @@ use crate::chunks::{BACKEND_STATS, BACKENDS, SERVICES};
 use crate::connect::{Connecting, PROCEED, UDP, end_unrecorded, is_excluded, refuse, steer};
 use crate::context::{Family, V4, V6, is_connected, is_connected_to, port, protocol, set_port};
 use crate::maps::{Maps, OVERFLOW, count, counter, excludes, jiffies, serves};
-use crate::{asked, lifecycle, records};
+use crate::{asked, lifecycle, records, words};
 
 /// [`IDLE_SECONDS`] in the unit of [`Origin::age`]. Set by the agent, who knows the kernel's `HZ`; this
 /// is for 250.
@@ -169,14 +169,14 @@ impl Known {
 
     // What is asked: bits of the last argument of `mesh_known`, above the port.
 
-    const CONNECTED: u64 = 1 << 16;
-    const STAY: u64 = 1 << 17;
+    const CONNECTED: u64 = 1 << words::BITS;
+    const STAY: u64 = Self::CONNECTED << 1;
 
     /// What a socket has at a frontend. What it goes on with is noted to be used. `stay`: there is nothing
     /// better.
     #[inline(always)]
     fn of(ctx: &SockAddrContext, cookie: u64, key: &FrontendKey, stay: bool) -> Self {
-        let (high, low, port) = words(key);
+        let [high, low, port] = words::pack(key);
         let connected = u64::from(is_connected(ctx)) * Self::CONNECTED;
         let asked = port | connected | (u64::from(stay) * Self::STAY);
         Self(mesh_known(cookie, high, low, asked))
@@ -215,7 +215,7 @@ impl Known {
 extern "C" fn mesh_known(cookie: u64, high: u64, low: u64, asked: u64) -> u64 {
     let Some(own) = records::find(cookie) else { return Known::NOTHING };
     let (is_connected, stay) = (asked & Known::CONNECTED != 0, asked & Known::STAY != 0);
-    let key = frontend(high, low, asked);
+    let key = words::unpack(high, low, asked);
     if records::role(own).is_connected() && !is_connected {
         // AF_UNSPEC, of which no hook tells.
         records::set_role(own, records::role(own).disconnected());
@@ -363,7 +363,7 @@ fn record_own(cookie: u64, mine: &mut Flow) -> bool {
 fn record_further(cookie: u64, mine: &mut Flow) -> bool {
     let Some(own) = records::find(cookie) else { return false };
     let role = records::role(own);
-    let (high, low, port) = words(&mine.given.frontend);
+    let [high, low, port] = words::pack(&mine.given.frontend);
     let index = match mesh_index(cookie, high, low, port) {
         NONE if role.more() < Role::MOST => u64::from(role.more()) + 1,
         NONE => {
@@ -393,30 +393,12 @@ fn record_further(cookie: u64, mine: &mut Flow) -> bool {
 /// No index of a further record.
 const NONE: u64 = 0;
 
-/// The address and the port of a frontend as arguments of such a function.
-#[inline(always)]
-fn words(key: &FrontendKey) -> (u64, u64, u64) {
-    let [a, b, c, d] = key.addr.words().map(u64::from);
-    (a << 32 | b, c << 32 | d, key.port.into())
-}
-
-/// The frontend of UDP that [`words`] were made from; higher bits of the port may be something else.
-#[inline(always)]
-fn frontend(high: u64, low: u64, port: u64) -> FrontendKey {
-    FrontendKey {
-        addr: Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]),
-        port: port as u16,
-        protocol: Protocol::Udp as u8,
-        pad: 0,
-    }
-}
-
 /// The index of the further record of a socket for a frontend, or [`NONE`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_index(cookie: u64, high: u64, low: u64, port: u64) -> u64 {
     let Some(own) = records::find(cookie) else { return NONE };
-    match found(own, cookie, &frontend(high, low, port)) {
+    match found(own, cookie, &words::unpack(high, low, port)) {
         Some((index, _)) => index.into(),
         None => NONE,
     }

@@ -30,6 +30,8 @@ mod peer;
 mod records;
 #[cfg(target_arch = "bpf")]
 mod sock;
+#[cfg(target_arch = "bpf")]
+mod words;
 
 /// `bpf_set_retval` and other helpers used here are open to GPL-compatible programs only.
 #[cfg(target_arch = "bpf")]

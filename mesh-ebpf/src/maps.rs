@@ -22,7 +22,7 @@ use mesh_common::{
 };
 
 use crate::chunks::{BACKEND_STATS, BACKENDS, FLAT, LATENCIES, SERVICE_STATS, SERVICES, SLOTS};
-use crate::events;
+use crate::{events, words};
 
 /// Memory for an entry is taken when it is made.
 const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
@@ -204,13 +204,15 @@ impl Tables for Maps {
     }
 }
 
-/// What [`enter`] gives for [`None`].
+/// What [`mesh_enter`] gives for [`None`].
 pub const OUT: u64 = u64::MAX;
 
-/// [`mesh_common::Caller::enter`], apart from the way of the connects to backends that nothing is wrong with. It
-/// gives [`OUT`] or a token.
+/// [`mesh_common::Caller::enter`], as a global function; see [`mesh_around`]. A backend, a [`Policy`], and what is
+/// dialled ([`words::pack`]); [`OUT`] or a token.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn enter(backend: u32, policy: u64, frontend: &FrontendKey) -> u64 {
+pub extern "C" fn mesh_enter(backend: u64, policy: u64, high: u64, low: u64, port: u64) -> u64 {
+    let backend = backend as u32;
     let Some(stats) = BACKEND_STATS.get(backend) else { return OUT };
     let (known, now) = (stats.ejection(), Maps.now());
     let next = match known.admits(Maps.client(), now) {
@@ -223,7 +225,8 @@ pub fn enter(backend: u32, policy: u64, frontend: &FrontendKey) -> u64 {
         return OUT;
     }
     if next.is_in() {
-        events::recovered(backend, stats.generation.load() as u32, frontend, next);
+        let frontend = words::unpack(high, low, port);
+        events::recovered(backend, stats.generation.load() as u32, &frontend, next);
     }
     next.token().0
 }
