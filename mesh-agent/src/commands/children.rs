@@ -3,12 +3,16 @@
 use std::fs;
 use std::io;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitOptions, getpgid, kill_process, waitpid};
 
-/// How often it is looked again, at the most, and after how long.
-const ROUNDS: usize = 16;
+/// How long it is looked again by who has other things to do, and by who has not: what is killed may take a while to
+/// be gone on a busy machine.
+pub(super) const MOMENT: Duration = Duration::from_millis(16);
+pub(super) const END: Duration = Duration::from_secs(1);
+
+/// After how long it is looked again.
 const STEP: Duration = Duration::from_millis(1);
 
 /// The children of this process: of each thread, a list (`CONFIG_PROC_CHILDREN`).
@@ -26,9 +30,10 @@ pub(super) fn all() -> io::Result<Vec<i32>> {
 }
 
 /// Kills those that are not to be spared, by their number and that of their process group. What they had
-/// started comes to this process in turn, so it is looked for again, for some milliseconds.
-pub(super) fn kill(spares: impl Fn(i32) -> bool) {
-    for _ in 0..ROUNDS {
+/// started comes to this process in turn, so it is looked for again, until nothing is left, at most for so long.
+pub(super) fn kill(most: Duration, spares: impl Fn(i32) -> bool) {
+    let begin = Instant::now();
+    loop {
         let mut any = false;
         let ids = all().unwrap_or_default().into_iter().filter(|id| !spares(*id));
         for id in ids.filter_map(Pid::from_raw) {
@@ -41,7 +46,7 @@ pub(super) fn kill(spares: impl Fn(i32) -> bool) {
             let _ = kill_process(id, Signal::KILL);
             let _ = waitpid(Some(id), WaitOptions::NOHANG);
         }
-        if !any {
+        if !any || begin.elapsed() >= most {
             return;
         }
         sleep(STEP);

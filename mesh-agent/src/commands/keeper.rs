@@ -4,12 +4,13 @@
 use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use rustix::process::{getpid, set_child_subreaper, setsid};
+use rustix::io::Errno;
+use rustix::process::{self, WaitOptions, getpid, set_child_subreaper, setsid};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
     set_no_new_privs,
@@ -42,8 +43,9 @@ pub fn keep(uid: u32, gid: u32) -> anyhow::Result<()> {
         // Without other groups, when this is root: the standard library sees to that, and the runner looks.
         runner.uid(uid).gid(gid).stdout(Stdio::null());
         runner.stdin(Stdio::from(io::stdin().as_fd().try_clone_to_owned()?));
-        let ended = runner.status().context("starting the process that runs commands")?;
-        children::kill(|_| false);
+        let runner = runner.spawn().context("starting the process that runs commands")?;
+        let ended = wait(&runner).context("waiting for the process that runs commands")?;
+        children::kill(children::END, |_| false);
         match ended.signal() {
             Some(_) => {}
             None if ended.success() => return Ok(()),
@@ -52,5 +54,21 @@ pub fn keep(uid: u32, gid: u32) -> anyhow::Result<()> {
         }
         eprintln!("the process that runs commands has ended ({ended}), and is started again");
         sleep(PAUSE);
+    }
+}
+
+/// Waits for the runner to end, and meanwhile ends what a former one has left behind: what is killed may take a while
+/// to be gone, and only then what it had started comes to this process.
+fn wait(runner: &Child) -> io::Result<ExitStatus> {
+    let runner = i32::try_from(runner.id()).map_err(io::Error::other)?;
+    loop {
+        match process::wait(WaitOptions::empty()) {
+            Ok(Some((child, status))) if child.as_raw_pid() == runner => {
+                return Ok(ExitStatus::from_raw(status.as_raw()));
+            }
+            Ok(_) => children::kill(children::MOMENT, |id| id == runner),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }

@@ -96,7 +96,7 @@ pub fn run() -> anyhow::Result<()> {
     let running = Running::default();
     let result = runtime.block_on(LocalSet::new().run_until(serve(socket, Rc::clone(&running))));
     // Nobody waits for them any more.
-    children::kill(|_| false);
+    children::kill(children::END, |_| false);
     result.context("the socket of the agent")
 }
 
@@ -252,5 +252,5 @@ fn with_words(how: &str, said: &[u8]) -> String {
 
 /// Kills what ended commands have left behind, and not what belongs to the group of one that runs.
 fn sweep(running: &Running) {
-    children::kill(|id| running.borrow().contains(&id));
+    children::kill(children::MOMENT, |id| running.borrow().contains(&id));
 }
