@@ -160,8 +160,8 @@ impl BackendStats {
     }
 
     /// The connect that tries this backend has to send its SYN again. It may succeed or fail later;
-    /// what it tells about the backend, it has told. The caller has taken the token
-    /// ([`crate::flow::settle`]).
+    /// what it tells about the backend, it has told. The caller has noted that, and taken the token
+    /// ([`crate::flow::tell`]).
     #[inline(always)]
     pub fn stay_silent(
         &self,

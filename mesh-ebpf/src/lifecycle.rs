@@ -391,12 +391,13 @@ fn blame(cookie: u64, flow: *mut Flow, failure: Failure) {
     tell_out(held, &given, failure as u8, policy, change);
 }
 
-/// The SYN of a try was not answered for a second.
+/// The SYN of a try was not answered for a second. That is all that the backend is blamed for by this connect: when
+/// it sends its SYN once more, another try may have found the backend well.
 #[inline(always)]
 fn silent(cookie: u64, flow: *mut Flow) {
-    let given = records::given(flow);
     let held = Held(records::held(flow).load());
-    if !flow::settle(records::held(flow), cookie) {
+    let given = records::given(flow);
+    if !flow::tell(records::held(flow), held, cookie) {
         return;
     }
     let Some(stats) = BACKEND_STATS.get(held.backend()) else { return };

@@ -230,7 +230,7 @@ impl Node {
             return;
         }
         let (generation, token) = (record.generation.load(), Token(record.token.load()));
-        if !flow::settle(&record.held, cookie) {
+        if !flow::tell(&record.held, held, cookie) {
             return;
         }
         let token = self.lets_go(held, token);

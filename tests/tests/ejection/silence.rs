@@ -5,7 +5,7 @@ use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::check;
 use mesh_tests::mortal::server::Manner;
 use mesh_tests::process::{Echo, Process, until};
@@ -131,5 +131,47 @@ fn those_that_wait_are_told() -> Result<()> {
     }
     println!("{told} of {} were told, the last one after {:?}", clients.len(), begin.elapsed());
     ensure!(told > 3, "only {told} of {} met b", clients.len());
+    scene.control()
+}
+
+/// A client that meets b, which drops its packets, and when it began.
+fn hangs(scene: &Scene) -> Result<(Process, Instant)> {
+    for n in 0..100 {
+        let mut client = check::mesh_client(&scene.node)?;
+        client.args(["ask", "--way", "blocking", VIP]);
+        let begin = Instant::now();
+        let mut client = Process::spawn(&format!("client {n}"), client, Echo::Off)?;
+        while client.ended()?.is_none() {
+            if begin.elapsed() > Duration::from_millis(400) {
+                return Ok((client, begin));
+            }
+            sleep(Duration::from_millis(5));
+        }
+    }
+    bail!("none of 100 clients met b")
+}
+
+/// The connect of a try has said what it says of its backend when its SYN is sent again the first time. When it is
+/// sent again the second time, another try may have found the backend well.
+#[test]
+fn the_connect_of_a_try_blames_once() -> Result<()> {
+    let scene = Scene::local(&["a", "b"], "{base: 200ms, max: 10s}")?;
+    // Without the agent's own connects.
+    scene.freeze(true)?;
+    nft(&scene.node.namespace(), DROP)?;
+    let (first, begin) = hangs(&scene)?;
+    sleep((RETRANSMITTED + Duration::from_millis(300)).saturating_sub(begin.elapsed()));
+    let (mut tries, begin) = hangs(&scene)?;
+    sleep(Duration::from_millis(1_150).saturating_sub(begin.elapsed()));
+    nft(&scene.node.namespace(), "delete table inet t")?;
+    let is_b = || Ok(scene.once()?.backend.as_deref().filter(|name| *name == "b").map(drop));
+    until("another try to be answered", Duration::from_secs(20), is_b)?;
+    let status = tries.wait(Duration::from_secs(20))?;
+    ensure!(status.success() && tries.log().has(&["\"b\""]), "{status}: {}", tries.log().tail());
+    // Blamed once more it would be out for 800 ms.
+    let used = (0..30).map(|_| is_b()).find_map(Result::transpose).transpose()?;
+    ensure!(used.is_some(), "b is out again");
+    drop(first);
+    scene.freeze(false)?;
     scene.control()
 }
