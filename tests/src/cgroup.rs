@@ -33,9 +33,11 @@ rm -rf -- "$2"
 [ ! -d "$1" ]
 "#;
 
-/// A cgroup below the cgroup2 mount, with all below it, and a directory for files.
+/// A cgroup that a test has to itself, another one beside it, and a directory for files. Both are in one below the
+/// cgroup2 mount.
 #[derive(Debug)]
 pub struct Cgroup {
+    above: PathBuf,
     path: PathBuf,
     janitor: Child,
 }
@@ -52,21 +54,23 @@ impl Cgroup {
         let mount = mount_point()?;
         sweep(&mount);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = mount.join(format!("{PREFIX}{}-{number}", std::process::id()));
+        let above = mount.join(format!("{PREFIX}{}-{number}", std::process::id()));
         // The janitor first: from here on nothing can be left behind.
         let janitor = Command::new("/bin/sh")
             .args(["-c", JANITOR, "mesh-test-janitor"])
-            .args([&path, directory])
+            .args([&above, directory])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             // Out of the reach of a Ctrl-C at the terminal.
             .process_group(0)
             .spawn()
             .context("cannot start /bin/sh, which cleans up after a node")?;
-        let cgroup = Self { path, janitor };
-        fs::create_dir(&cgroup.path).with_context(|| {
-            format!("cannot make the cgroup {}: are you root?", cgroup.path.display())
-        })?;
+        let cgroup = Self { path: above.join("inside"), above, janitor };
+        for path in [&cgroup.above, &cgroup.path, &cgroup.outside()] {
+            fs::create_dir(path).with_context(|| {
+                format!("cannot make the cgroup {}: are you root?", path.display())
+            })?;
+        }
         Ok(cgroup)
     }
 
@@ -74,6 +78,23 @@ impl Cgroup {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// As `/proc/PID/cgroup` has it.
+    ///
+    /// # Errors
+    ///
+    /// No cgroup2 is mounted.
+    pub fn place(&self) -> Result<String> {
+        let below = self.path.strip_prefix(mount_point()?).context("it is below the mount")?;
+        Ok(format!("/{}", below.display()))
+    }
+
+    /// The one beside it, for what is not to be in it: the cgroup of the tests' own process may be balanced by an
+    /// agent of this host.
+    #[must_use]
+    pub fn outside(&self) -> PathBuf {
+        self.above.join("outside")
     }
 
     /// Makes a cgroup inside it.
@@ -94,7 +115,7 @@ impl Drop for Cgroup {
         match self.janitor.wait() {
             Ok(status) if status.success() => {}
             outcome => {
-                eprintln!("{} could not be removed (janitor: {outcome:?})", self.path.display());
+                eprintln!("{} could not be removed (janitor: {outcome:?})", self.above.display());
             }
         }
     }
@@ -175,7 +196,7 @@ mod tests {
     fn nothing_is_left_behind() -> Result<()> {
         let directory = tempfile::tempdir()?.keep();
         let cgroup = Cgroup::create(&directory)?;
-        let path = cgroup.path().to_owned();
+        let path = cgroup.above.clone();
         let inner = cgroup.child("inner")?;
         let mut sleeper = Command::new("sleep").arg("60").spawn()?;
         fs::write(inner.join("cgroup.procs"), sleeper.id().to_string())?;

@@ -40,6 +40,7 @@ pub struct Node {
     servers: BTreeMap<String, Process>,
     addresses: RefCell<BTreeSet<IpAddr>>,
     procs: Arc<File>,
+    outside: Arc<File>,
     cgroup: Cgroup,
     namespace: Namespace,
     directory: PathBuf,
@@ -132,7 +133,7 @@ impl Builder {
         // From here on removed by the cgroup's janitor, which also works when this process is killed.
         let directory = directory.keep();
         let namespace = Namespace::create()?;
-        let procs = cgroup::procs(cgroup.path())?;
+        let (procs, outside) = (cgroup::procs(cgroup.path())?, cgroup::procs(&cgroup.outside())?);
         let agent = Agent::new(
             &directory.join("agent"),
             cgroup.path(),
@@ -145,6 +146,7 @@ impl Builder {
             servers: BTreeMap::new(),
             addresses: RefCell::default(),
             procs,
+            outside,
             cgroup,
             namespace,
             directory,
@@ -186,11 +188,11 @@ impl Node {
         Ok(self.namespace.command(program, Some(&cgroup::procs(cgroup)?)))
     }
 
-    /// A command that will run in the node's namespace, but in the cgroup of this process: its
-    /// sockets are not balanced.
+    /// A command that will run in the node's namespace, but in a cgroup beside the node's: its sockets are not
+    /// balanced.
     #[must_use]
     pub fn outside(&self, program: impl AsRef<OsStr>) -> Command {
-        self.namespace.command(program, None)
+        self.namespace.command(program, Some(&self.outside))
     }
 
     /// Starts a backend; its name must be new or that of a stopped one.

@@ -423,16 +423,25 @@ fn addresses_of_a_name_keep_their_order() -> Result<()> {
     let web = Service::new("web").address("10.96.0.20").port(80, 8080).endpoint("10.0.0.2");
     let node = builder().service(web).start()?;
     add_routes(&node)?;
-    let hosts = node.directory().join("hosts");
     std::fs::write(
-        &hosts,
+        node.directory().join("hosts"),
         "10.96.0.20 db.test\n198.51.100.7 db.test\n10.96.0.99 nobody.test\n198.51.100.7 nobody.test\n",
     )?;
+    // Some hosts have no /etc/hosts to mount it over, so what is mounted is a directory of links to what is there.
+    let script = r#"
+        mkdir -p "$0/former" "$0/etc"
+        mount --bind /etc "$0/former"
+        for file in "$0"/former/*; do ln -sfn "$file" "$0/etc/"; done
+        rm -f "$0/etc/hosts" "$0/etc/nsswitch.conf"
+        cp "$0/hosts" "$0/etc/"
+        echo "hosts: files" >"$0/etc/nsswitch.conf"
+        mount --bind "$0/etc" /etc
+        exec python3 -c "$1" "$2"
+    "#;
     let order = |mut command: std::process::Command, name: &str| -> Result<String> {
-        let script = "mount --bind \"$0\" /etc/hosts && exec python3 -c \"$1\" \"$2\"";
         let ask = "import socket, sys; print([[a[4][0] for a in socket.getaddrinfo(sys.argv[1], port, \
                    type=socket.SOCK_STREAM)] for port in (80, None)])";
-        command.args(["--mount", "sh", "-c", script]).arg(&hosts).args([ask, name]);
+        command.args(["--mount", "sh", "-euc", script]).arg(node.directory()).args([ask, name]);
         stdout(command)
     };
     let both = "[['10.96.0.20', '198.51.100.7'], ['10.96.0.20', '198.51.100.7']]";

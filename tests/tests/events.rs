@@ -64,12 +64,6 @@ fn connect(node: &Node, address: &str) -> Result<()> {
     check::ask(node, "blocking", address).map(drop)
 }
 
-/// The node's cgroup as `/proc/PID/cgroup` has it.
-fn place(node: &Node) -> Result<String> {
-    let name = node.cgroup().path().file_name().context("a cgroup with a name")?;
-    Ok(format!("/{}", name.to_string_lossy()))
-}
-
 #[test]
 fn a_backend_fails_goes_out_and_comes_back() -> Result<()> {
     let mut node = node()?;
@@ -81,7 +75,7 @@ fn a_backend_fails_goes_out_and_comes_back() -> Result<()> {
         ensure!(event.backend.as_deref() == Some(DEAD), "{event:?}");
         ensure!(event.reason.as_deref() == Some("refused"), "{event:?}");
         let client = event.client.as_deref().unwrap_or_default();
-        ensure!(client == place(&node)?, "{event:?}");
+        ensure!(client == node.cgroup().place()?, "{event:?}");
     }
     ensure!(
         failed.seq < suspected.seq && failed.time <= suspected.time,
@@ -135,7 +129,7 @@ fn a_refusal_is_followed_as_it_happens() -> Result<()> {
     ensure!(refused.reason.as_deref() == Some("no-endpoint"), "{refused:?}");
     ensure!(refused.frontend.as_deref() == Some("10.96.0.11:80/tcp"), "{refused:?}");
     ensure!(refused.backend.is_none(), "{refused:?}");
-    ensure!(refused.client == Some(place(&node)?), "{refused:?}");
+    ensure!(refused.client == Some(node.cgroup().place()?), "{refused:?}");
     ensure!(events(&node, &["--service", "app"])?.is_empty());
 
     let mut follow = Process::spawn(
