@@ -83,9 +83,14 @@ nft add table inet host '{ chain input { type filter hook input priority 0; poli
 sysctl -q -w net.ipv6.conf.all.disable_ipv6=1 net.ipv4.conf.all.rp_filter=1
 failed=0
 mesh-agent status >/out/host-agent 2>&1 || failed=1
+# A guest of a machine whose memory controller is in a hierarchy of version 1 has none.
+grep -qw memory /sys/fs/cgroup/cgroup.controllers && limits=1 || limits=0
+[ $limits = 0 ] || echo +memory >/sys/fs/cgroup/cgroup.subtree_control
 for program in $PROGRAMS; do
     name=$(basename "$program" | sed 's/-[0-9a-f]*$//')
-    if "$program" --test-threads 4 >"/out/$name" 2>&1; then
+    if [ "$name" = memory ] && [ $limits = 0 ]; then
+        echo "memory NOT RUN: this machine gives its guests no memory controller" >>/out/list
+    elif "$program" --test-threads 4 >"/out/$name" 2>&1; then
         echo "$name passed" >>/out/list
     else
         echo "$name FAILED" >>/out/list
