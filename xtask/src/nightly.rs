@@ -12,9 +12,8 @@ use crate::{dist, fuzz, guest, host, process, test};
 /// How long each fuzzer runs.
 const FUZZ_SECONDS: u64 = 300;
 
-/// How often agents are ended and started again, and how many connects are made meanwhile.
+/// How often agents are ended and started again.
 const RESTARTS: &str = "200";
-const CONNECTS: &str = "1000000";
 
 /// Runs every step, whatever became of the others, and says how long each took.
 ///
@@ -36,9 +35,7 @@ fn steps(workspace: &Workspace, yes: bool, times: &mut Times) -> Result<()> {
     times.apart("soak, restarts", || {
         program(workspace, test::RESTARTS, &["--times", RESTARTS], yes)
     });
-    times.apart("soak, records", || {
-        program(workspace, test::RECORDS, &["--connects", CONNECTS], yes)
-    });
+    times.apart("soak, records", || program(workspace, test::RECORDS, &["records"], yes));
     times.apart("fuzz", || fuzz::run(workspace, None, FUZZ_SECONDS));
     Ok(())
 }
