@@ -10,7 +10,7 @@
 //! | --- | --- | --- |
 //! | connect program | the socket is given a backend | [`claim`] and [`publish`], after [`release`] of an earlier one |
 //! | connect program | the socket goes elsewhere, or is refused | [`release`] |
-//! | `tcp_retransmit_skb` | a try's SYN is sent again | [`tell`]: the token is used up, the backend is blamed now |
+//! | `tcp_retransmit_skb` | a try's SYN is sent again | [`tell`]: the token is used up, the backend is blamed now; [`settle`] when the try counts as answered already |
 //! | `tcp_retransmit_skb` | a SYN is sent again the second time | [`tell`]: the backend is blamed now |
 //! | `inet_sk_error_report` | refused, timed out, reset, disconnected | [`release`] |
 //! | `recvmsg` of the cgroup | something came back to a try | [`settle`]: the token is used up |

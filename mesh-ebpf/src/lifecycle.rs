@@ -397,11 +397,17 @@ fn blame(cookie: u64, flow: *mut Flow, failure: Failure) {
 fn silent(cookie: u64, flow: *mut Flow) {
     let held = Held(records::held(flow).load());
     let given = records::given(flow);
-    if !flow::tell(records::held(flow), held, cookie) {
+    let Some(stats) = BACKEND_STATS.get(held.backend()).filter(|s| s.is_life(given.generation))
+    else {
+        return;
+    };
+    if stats.ejection().token() != given.token {
+        // The try counts as answered, because this comes late: it has said nothing, and its connect may be blamed
+        // for like any other.
+        let _ = flow::settle(records::held(flow), cookie);
         return;
     }
-    let Some(stats) = BACKEND_STATS.get(held.backend()) else { return };
-    if !stats.is_life(given.generation) {
+    if !flow::tell(records::held(flow), held, cookie) {
         return;
     }
     let (policy, _, _) = rules(&given);

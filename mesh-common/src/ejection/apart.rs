@@ -38,14 +38,20 @@ fn changed(before: Ejection, after: u64) -> Option<Ejection> {
     (after != before.0).then_some(Ejection(after))
 }
 
-#[cfg_attr(target_arch = "bpf", expect(unsafe_code, reason = "a name that the loader finds"))]
+#[cfg_attr(
+    target_arch = "bpf",
+    expect(unsafe_code, reason = "exported, so that it stays a global function")
+)]
 #[cfg_attr(target_arch = "bpf", unsafe(no_mangle), inline(never))]
 extern "C" fn mesh_fail(word: u64, policy: u64, client: u64, token: u64, now: u64) -> u64 {
     let (known, client) = (Ejection(word), Client::from_tag((client & 0xffff) as u16));
     known.fail_now(Policy(policy), client, Token(token), now).unwrap_or(known).0
 }
 
-#[cfg_attr(target_arch = "bpf", expect(unsafe_code, reason = "a name that the loader finds"))]
+#[cfg_attr(
+    target_arch = "bpf",
+    expect(unsafe_code, reason = "exported, so that it stays a global function")
+)]
 #[cfg_attr(target_arch = "bpf", unsafe(no_mangle), inline(never))]
 extern "C" fn mesh_succeed(word: u64, policy: u64, client: u64, token: u64, now: u64) -> u64 {
     let (known, client) = (Ejection(word), Client::from_tag((client & 0xffff) as u16));

@@ -117,6 +117,19 @@ proptest! {
 }
 
 proptest! {
+    /// The SYN of a try that is under way is blamed for once, and not when it is sent again the second time. When the
+    /// try counts as answered already, that is left to the second time.
+    #[test]
+    fn silence_of_a_try_is_blamed_once(cookie in cookies(), is_current: bool) {
+        let (word, mine) = (Word::new(0), Held::new(cookie, 5, true));
+        prop_assert_eq!(take(&word, mine), Claim::Taken);
+        let noted = if is_current { tell(&word, mine, cookie) } else { settle(&word, cookie) };
+        prop_assert!(noted);
+        prop_assert!(!Held(word.load()).has_token());
+        prop_assert_eq!(tell(&word, Held(word.load()), cookie), !is_current);
+        prop_assert!(release(&word, cookie).is_some_and(Held::is_told));
+    }
+
     /// A failure of what goes on is told once, by whoever comes first; its token is used up with it, and
     /// the record is released as before, by its socket or by the agent that saw it earlier.
     #[test]

@@ -230,11 +230,13 @@ impl Node {
             return;
         }
         let (generation, token) = (record.generation.load(), Token(record.token.load()));
-        if !flow::tell(&record.held, held, cookie) {
-            return;
-        }
-        let token = self.lets_go(held, token);
-        if let Some(stats) = self.stats(held, generation) {
+        let Some(stats) = self.stats(held, generation) else { return };
+        if stats.ejection().token() != token {
+            if flow::settle(&record.held, cookie) {
+                self.lets_go(held, token);
+            }
+        } else if flow::tell(&record.held, held, cookie) {
+            let token = self.lets_go(held, token);
             stats.stay_silent(POLICY, client, token, now);
         }
     }
