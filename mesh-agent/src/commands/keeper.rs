@@ -61,6 +61,8 @@ pub fn keep(uid: u32, gid: u32) -> anyhow::Result<()> {
 /// to be gone, and only then what it had started comes to this process.
 fn wait(runner: &Child) -> io::Result<ExitStatus> {
     let runner = i32::try_from(runner.id()).map_err(io::Error::other)?;
+    // What came here while nobody waited.
+    children::kill(children::MOMENT, |id| id == runner);
     loop {
         match process::wait(WaitOptions::empty()) {
             Ok(Some((child, status))) if child.as_raw_pid() == runner => {
