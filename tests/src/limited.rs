@@ -31,6 +31,18 @@ impl Limited {
         Ok(limited)
     }
 
+    /// The most that its processes have used at a time so far, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say: version 2 does from Linux 5.19 on.
+    pub fn peak(&self) -> Result<u64> {
+        let files = ["memory.peak", "memory.max_usage_in_bytes"].map(|name| self.0.join(name));
+        let file = files.iter().find(|file| file.exists()).context("no file says so")?;
+        let text = fs::read_to_string(file).with_context(|| format!("{}", file.display()))?;
+        Ok(text.trim().parse()?)
+    }
+
     /// Has a command begin in there: `starts` makes one for the program that it is given.
     #[must_use]
     pub fn confine(&self, command: &Command, starts: impl Fn(&str) -> Command) -> Command {
