@@ -57,11 +57,12 @@ fn a_client_keeps_its_endpoint() -> Result<()> {
     let affinity = "affinity: {by: client, timeout: 3h}";
     let mut node = node(affinity)?;
     let clients: Vec<PathBuf> =
-        (0..20).map(|n| node.cgroup().child(&format!("c{n}"))).collect::<Result<_>>()?;
+        (0..40).map(|n| node.cgroup().child(&format!("c{n}"))).collect::<Result<_>>()?;
     let ask = |node: &Node| -> Result<Vec<String>> {
         clients.iter().map(|client| kept(node, client, VIP)).collect()
     };
     let before = ask(&node)?;
+    // One of three is missed by 40 clients once in 10^6.
     ensure!(before.iter().collect::<BTreeSet<_>>().len() == 3, "{before:?}");
     let six = kept(&node, &clients[0], SIX)?;
     ensure!(six.ends_with('6'), "{six}");
